@@ -1,0 +1,41 @@
+"""What the pipeline knows of a lane."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from atts_engine.conformal import GateRequest
+from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+
+
+class Seq(Protocol):
+    """A sequence held by a lane: an opaque handle with its length in tokens (prompt included)."""
+
+    @property
+    def length(self) -> int: ...
+
+
+class Lane(Protocol):
+    """A model that holds sequences and their KV. Tokens in; tokens, scores and verdicts out.
+
+    A sequence is one token behind: its last token is forwarded with whatever comes next, so the first token of
+    an appended span is scored, after a fork or a truncate too. Every method raises `ChainError` when this sequence cannot
+    go on and `LaneError` when the whole lane is gone; closing twice is allowed.
+    """
+
+    async def open(self, prompt: Sequence[int]) -> Seq: ...
+
+    async def fork(self, seq: Seq, n: int) -> list[Seq]: ...
+
+    def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncIterator[TokenChunk]: ...
+
+    async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None: ...
+
+    async def verdict(self, seq: Seq, gate: GateRequest | None) -> SpanResult:
+        """Result for all tokens scored since the last verdict."""
+        ...
+
+    async def truncate(self, seq: Seq, length: int) -> None: ...
+
+    async def close(self, seq: Seq) -> None: ...

@@ -1,0 +1,19 @@
+"""Errors a user can mend. Each message is one line that names the thing and the mend."""
+
+from __future__ import annotations
+
+
+class AttsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(AttsError, ValueError):
+    """Bad input: a file, setting, shape, dtype, prompt or model that cannot be used as given."""
+
+
+class ChainError(AttsError):
+    """One chain cannot go on (a NaN score, a sequence too long); other chains are not affected."""
+
+
+class LaneError(AttsError):
+    """A lane as a whole has failed; every sequence on it ends with this error."""

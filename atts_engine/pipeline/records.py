@@ -1,0 +1,86 @@
+"""Records of a run: problems in, turns, chains and decisions out. Field names follow the trace schema (docs/formats.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One line of a problem file: `id`, `problem`, optional gold `answer`."""
+
+    id: str
+    problem: str
+    answer: str | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One draft span, its verdict, and the target span if there is one. Times are seconds since the chain began."""
+
+    turn: int
+    draft: str
+    draft_tokens: int
+    score: float | None = None
+    ppl: float | None = None
+    percentile: float | None = None
+    p_value: float | None = None
+    takeover: bool = False
+    target: str | None = None
+    target_tokens: int = 0
+    t_draft: float = 0.0
+    t_verdict: float = 0.0
+    t_target: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One finished chain: a line of chains.jsonl. `error` is set where the chain could not go on."""
+
+    problem_id: str
+    problem_index: int
+    chain: int
+    gold: str | None
+    final_answer: str | None
+    duration_s: float
+    turns: tuple[Turn, ...]
+    strategy: str = "atts"
+    finish: str = "answer"
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def draft_tokens(self) -> int:
+        return sum(t.draft_tokens for t in self.turns)
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(t.target_tokens for t in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One verdict: a line of decisions.jsonl.
+
+    count = #{calibration >= score}, ties = #{calibration == score}, n = calibration scores at the time; the verdict is
+    `takeover` iff (count - ties) * 2**32 + u * (1 + ties) <= level * (n + 1), in integers; k is the right-hand side,
+    level = ceil(alpha * 2**32), u in 1 .. 2**32 (u = 2**32: the plain p-value). Decisions of one `batch` saw the same store.
+    """
+
+    decision_seq: int
+    batch: int
+    problem: str
+    chain: int
+    turn: int
+    key: int
+    score: float
+    n: int
+    count: int
+    ties: int
+    k: int
+    level: int
+    u: int
+    p_value: float
+    verdict: str

@@ -1,0 +1,70 @@
+"""Records that cross the boundary of a lane. All are frozen: they are read by several threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atts_engine.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one span is sampled.
+
+    temperature: 0 is greedy; top_k: 0 is off; top_p in (0, 1]; min_p in [0, 1).
+    seed: 64-bit stream key of the chain; noise depends on (seed, position, token id) alone.
+    stop: strings that end the span (the stop string itself is kept in the span).
+    stop_token_ids: ids that end the span (the id is kept); the model's own EOS ids always do unless ignore_eos.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0.0:
+            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0.0 <= self.min_p < 1.0:
+            raise InputError(f"min_p must be in [0, 1), not {self.min_p}")
+        if any(not s for s in self.stop):
+            raise InputError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
+    string), "length" (max_tokens reached)."""
+
+    tokens: tuple[int, ...]
+    finish: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpanResult:
+    """What a lane knows of a scored span.
+
+    sum_logprob: nats, summed over n_tokens in a fixed order; score: -sum_logprob / n_tokens as float32.
+    The gate's fields are None when no gate was asked for: greater = #{calibration > score}, ties = #{calibration == score},
+    n = calibration scores at the time, p_value = (greater + U (1 + ties)) / (n + 1), takeover = p_value <= alpha,
+    decision_seq = order of decisions on this lane, batch = decisions with one number saw the same calibration store.
+    """
+
+    sum_logprob: float
+    n_tokens: int
+    score: float
+    greater: int | None = None
+    ties: int | None = None
+    n: int | None = None
+    p_value: float | None = None
+    takeover: bool | None = None
+    decision_seq: int | None = None
+    batch: int | None = None
