@@ -1,0 +1,71 @@
+"""The page pool: a free list and a reference count per page. Host-side integers only; tensors live in the lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from atts_engine.errors import AttsError, InputError
+
+PAD_PAGE = 0
+"""Never handed out and never written: block tables are padded with it, so its contents must stay finite."""
+
+
+class OutOfPages(AttsError):
+    """The pool cannot give as many pages as were asked for; nothing was taken."""
+
+
+class PagePool:
+    """`num_pages` pages of `page_size` tokens, of which one (`PAD_PAGE`) is kept back.
+
+    Invariant: `free + used == num_pages - 1`, and a page is free exactly when its count is 0.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if page_size < 1:
+            raise InputError(f"page_size must be 1 or more tokens, not {page_size}")
+        if num_pages < 2:
+            raise InputError(f"a page pool needs 2 pages or more (one is kept for padding), not {num_pages}")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(range(num_pages - 1, PAD_PAGE, -1))
+        self._refs = [0] * num_pages
+
+    @property
+    def capacity(self) -> int:
+        return self.num_pages - 1
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.capacity - self.free
+
+    def refs(self, page: int) -> int:
+        return self._refs[page]
+
+    def allocate(self, n: int) -> list[int]:
+        """Take `n` pages with count 1 each; raises `OutOfPages` and takes none when fewer are free."""
+        if n > len(self._free):
+            raise OutOfPages(f"{n} pages wanted, {len(self._free)} of {self.capacity} free")
+        pages = [self._free.pop() for _ in range(n)]
+        for page in pages:
+            self._refs[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._refs[page] += 1
+
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """Drop one reference to each page; returns those that became free."""
+        freed = []
+        for page in pages:
+            if self._refs[page] <= 0:
+                raise AssertionError(f"page {page} released more often than it was taken")
+            self._refs[page] -= 1
+            if self._refs[page] == 0:
+                self._free.append(page)
+                freed.append(page)
+        return freed
