@@ -1,0 +1,26 @@
+"""One public function per kernel. Each docstring is the contract; the torch reference serves every device."""
+
+from __future__ import annotations
+
+from atts_engine.ops.attention import paged_attention
+from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
+from atts_engine.ops.gating import GateResult, gate
+from atts_engine.ops.paging import kv_append, kv_copy_pages
+from atts_engine.ops.sampling import sample
+from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+
+__all__ = [
+    "GateResult",
+    "gate",
+    "kv_append",
+    "kv_copy_pages",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "sample",
+    "score_logits",
+    "score_tokens",
+    "silu_mul",
+    "span_mean",
+]

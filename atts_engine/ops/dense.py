@@ -1,0 +1,60 @@
+"""Dense layers of the decoder. Every function is row-invariant on the CPU in fp32: the bits of a row do not depend
+on how many rows share the call, nor on where the row stands among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as _torch_linear
+
+from atts_engine.errors import InputError
+
+ROW_MULTIPLE = 16
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x[N, ...] with zero rows added until N is a multiple of 16; x itself where it already is."""
+    missing = -x.shape[0] % ROW_MULTIPLE
+    return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
+
+    Raises InputError where the inner sizes or the dtypes differ.
+    """
+    if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise InputError(
+            f"linear: x {tuple(x.shape)} {x.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
+        )
+    rows = x.shape[0]
+    if x.is_cuda or rows % ROW_MULTIPLE == 0:
+        return _torch_linear(x, weight, bias)
+    # CPU BLAS takes another kernel for the rows that are left over from its tile: with 1-3 rows, and with 5-7 and
+    # 9-11 when two threads cut the rows, the bits of a row change. Whole tiles take one kernel only.
+    return _torch_linear(pad_rows(x), weight, bias)[:rows]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x[N, H] / sqrt(mean(x^2) + eps) * weight[H] -> [N, H]; fp32 inside, the dtype of x outside."""
+    wide = x.float()
+    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True).add_(eps))
+    return (wide * scale).to(x.dtype) * weight
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate[N, F]) * up[N, F] -> [N, F]; fp32 inside, the dtype of gate outside.
+
+    Written out with `exp`: torch's own CPU silu and sigmoid round differently in the tail of a vector, so an element's
+    bits would depend on its place in the batch. `exp` and the four operations do not.
+    """
+    wide = gate.float()
+    return (wide / torch.neg(wide).exp_().add_(1.0)).mul_(up).to(gate.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x[N, h, D] by cos[N, D/2], sin[N, D/2] -> [N, h, D], halves rotated together
+    (the "rotate_half" convention: element i pairs with i + D/2). cos and sin are fp32."""
+    low, high = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

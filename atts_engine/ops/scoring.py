@@ -1,0 +1,97 @@
+"""Log-probabilities of given tokens, and their mean over a span."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atts_engine.errors import InputError
+from atts_engine.ops.dense import pad_rows
+
+_TILE_ELEMENTS = 1 << 22
+_ROW_CHUNK = 512
+
+
+def vocabulary_tile(vocab: int, hidden: int) -> int:
+    """Vocabulary columns of one tile of the reference: a function of the model alone, so that the score of a token
+    does not depend on who shares its batch."""
+    tile = max(1024, _TILE_ELEMENTS // max(hidden, 1) // 1024 * 1024)
+    return min(vocab, tile)
+
+
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(hidden[T, H] @ weight[V, H].T)[t, ids[t]] -> logprob[T] fp32; ids int64 in [0, V).
+
+    Goes through the vocabulary tile by tile; [T, V] never exists. The target's logit comes from the same product as
+    the normaliser. A row that is not finite gives NaN. Raises InputError where shapes do not fit or an id is not a token.
+    """
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    if hidden.shape[1] != weight.shape[1] or ids.shape != (rows,):
+        raise InputError(
+            f"score_tokens: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, ids {tuple(ids.shape)}"
+        )
+    if rows and not hidden.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        raise InputError(f"score_tokens: an id is outside the vocabulary of {vocab}")
+    parts = [
+        _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK])
+        for at in range(0, rows, _ROW_CHUNK)
+    ]
+    return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.float32)
+
+
+def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    hidden = pad_rows(hidden)
+    ids = torch.cat((ids, ids.new_zeros(hidden.shape[0] - rows)))
+    tile = vocabulary_tile(vocab, weight.shape[1])
+    peak = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=torch.float32)
+    total = torch.zeros_like(peak)
+    target = torch.zeros_like(peak)
+    for first in range(0, vocab, tile):
+        logits = torch.nn.functional.linear(hidden, weight[first : first + tile]).float()
+        local = ids - first
+        inside = (local >= 0) & (local < logits.shape[1])
+        picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        target = torch.where(inside, picked, target)
+        new_peak = torch.maximum(peak, logits.amax(1))
+        # One subtraction serves rows that are -inf so far: exp(-inf - finite) is 0, and -inf - -inf is kept away.
+        anchor = new_peak.masked_fill(new_peak == float("-inf"), 0.0)
+        total = total * (peak - anchor).exp_() + logits.sub_(anchor[:, None]).exp_().sum(1)
+        peak = new_peak
+    return (target - (peak + total.log()))[:rows]
+
+
+def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits[T, V])[t, ids[t]] -> logprob[T] fp32, for logits that exist already; ids int64 in [0, V)."""
+    if logits.dim() != 2 or ids.shape != (logits.shape[0],):
+        raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
+    wide = logits.float()
+    peak = wide.amax(1, keepdim=True)
+    total = (wide - peak).exp_().sum(1)
+    return (wide.gather(1, ids[:, None]) - peak)[:, 0] - total.log()
+
+
+def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Score of each span: (score[B] fp32 = -mean, sum_logprob[B] fp64) of logprob[T] fp32 over cu_seqlens[B + 1].
+
+    The sum runs in fp64 from the first token to the last, so a caller that adds a span's chunks one after the other
+    arrives at the same bits. Raises InputError for an empty span or bounds that do not cover logprob.
+    """
+    bounds = cu_seqlens.tolist()
+    values = logprob.tolist()
+    if bounds[0] != 0 or bounds[-1] != len(values):
+        raise InputError(f"span_mean: cu_seqlens runs {bounds[0]}..{bounds[-1]} for {len(values)} tokens")
+    sums, means = [], []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if end <= start:
+            raise InputError("span_mean: a span without tokens has no score")
+        total = 0.0
+        for value in values[start:end]:
+            total += value
+        sums.append(total)
+        means.append(-total / (end - start))
+    device = logprob.device
+    return (
+        torch.tensor(means, dtype=torch.float64, device=device).float(),
+        torch.tensor(sums, dtype=torch.float64, device=device),
+    )
