@@ -1,0 +1,11 @@
+"""Decoders, tokenizers and their loaders."""
+
+from __future__ import annotations
+
+from atts_engine.models.config import ModelConfig, RopeScaling
+from atts_engine.models.decoder import Decoder, ForwardBatch
+from atts_engine.models.detokenizer import Detokenizer
+from atts_engine.models.load import Model, load_model, resolve
+from atts_engine.models.tokenizer import Tokenizer
+
+__all__ = ["Decoder", "Detokenizer", "ForwardBatch", "Model", "ModelConfig", "RopeScaling", "Tokenizer", "load_model", "resolve"]

@@ -1,0 +1,121 @@
+"""The decoder: one forward pass over a flattened batch with a paged KV cache.
+
+Llama, Mistral, Qwen2 and Qwen3 are one architecture here: pre-norm blocks of grouped-query attention with rotary positions
+and a SwiGLU MLP; Qwen2 adds biases to q, k and v, Qwen3 a norm per head of q and k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from atts_engine import ops
+from atts_engine.models.config import ModelConfig
+from atts_engine.models.rotary import rope_table
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """N tokens of B sequences, those of one sequence side by side; every tensor on the decoder's device.
+
+    ids: int64 [N]. positions: int64 [N], below config.max_positions. slots: int64 [N], page_id * page + offset where each
+    token's key and value go. block_table: int32 [B, maxpages]. cu_q: int32 [B+1], row bounds of the sequences.
+    kv_len: int32 [B], tokens of each sequence in the cache once this batch is written (its rows are the last of them).
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    cu_q: torch.Tensor
+    kv_len: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One block. qkv: [(Hq+2*Hkv)*D, H], q rows first, then k, then v; gate_up: [2*F, H], gate rows first."""
+
+    attn_norm: torch.Tensor  # [H]
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None  # [(Hq+2*Hkv)*D]
+    q_norm: torch.Tensor | None  # [D]
+    k_norm: torch.Tensor | None  # [D]
+    out: torch.Tensor  # [H, Hq*D]
+    mlp_norm: torch.Tensor  # [H]
+    gate_up: torch.Tensor
+    down: torch.Tensor  # [H, F]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """embed and lm_head: [V, H], the same tensor where the model ties them; norm: [H]."""
+
+    embed: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+
+
+class Decoder:
+    """Inference only: weights are plain tensors, so autograd never records; it holds no sequence state."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self.cos, self.sin = rope_table(config, self.device)
+
+    @property
+    def lm_head(self) -> torch.Tensor:
+        return self.weights.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embed.dtype
+
+    def forward(self, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, H] after the final norm; writes the batch's keys and values into kv.
+
+        kv: [L, 2, P, page, Hkv, D] in the decoder's dtype. Rows of one sequence may come in any number of calls, in order.
+        """
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [N, D/2]
+        x = F.embedding(batch.ids, self.weights.embed)
+        for layer, kv_layer in zip(self.weights.layers, kv, strict=True):
+            x = x + self._attention(layer, x, cos, sin, batch, kv_layer)
+            x = x + self._mlp(layer, x)
+        return ops.rms_norm(x, self.weights.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, V] in the decoder's dtype, of hidden[N, H]."""
+        return ops.linear(hidden, self.weights.lm_head)
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: ForwardBatch,
+        kv_layer: torch.Tensor,
+    ) -> torch.Tensor:
+        c = self.config
+        rows = ops.linear(ops.rms_norm(x, layer.attn_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
+        heads = rows.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = ops.rms_norm(q.reshape(-1, c.head_dim), layer.q_norm, c.rms_norm_eps).view(q.shape)
+            k = ops.rms_norm(k.reshape(-1, c.head_dim), layer.k_norm, c.rms_norm_eps).view(k.shape)
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        # Written before it is read: a row attends to itself and to earlier rows of the same batch through the cache.
+        ops.kv_append(k, v, kv_layer, batch.slots)
+        mixed = ops.paged_attention(q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5)
+        return ops.linear(mixed.reshape(-1, c.num_heads * c.head_dim), layer.out)
+
+    def _mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        gate, up = ops.linear(ops.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps), layer.gate_up).chunk(2, dim=-1)
+        return ops.linear(ops.silu_mul(gate, up), layer.down)

