@@ -37,11 +37,11 @@ class RingStore:
 
     @property
     def keys(self) -> int:
-        return self.ring.shape[0]
+        return int(self.ring.shape[0])
 
     @property
     def capacity(self) -> int:
-        return self.ring.shape[1]
+        return int(self.ring.shape[1])
 
     def check_key(self, key: int) -> int:
         """`key` itself if it is one of this store's; otherwise `CalibrationError`."""

@@ -1,0 +1,103 @@
+"""The decision log: one record per verdict. Replaying it from the initial store reproduces every verdict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from atts_engine.conformal import CalibrationError, RingStore, decide, p_value
+from atts_engine.errors import InputError
+from atts_engine.evaluation.jsonl import Line, read_lines
+from atts_engine.pipeline.records import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a replayed log first differs from what was recorded."""
+
+    decision_seq: int
+    field: str
+    recorded: object
+    replayed: object
+
+    def __str__(self) -> str:
+        return (
+            f"decision {self.decision_seq}: {self.field} was recorded as {self.recorded!r}, "
+            f"replayed as {self.replayed!r}"
+        )
+
+
+def decision_to_json(decision: Decision) -> dict[str, Any]:
+    """The decision as a line of decisions.jsonl. Floats survive JSON to the bit."""
+    return asdict(decision)
+
+
+def decision_from_line(line: Line) -> Decision:
+    """One line of decisions.jsonl; `InputError` names the field that is missing or of the wrong type."""
+    verdict = line.text("verdict")
+    if verdict not in ("takeover", "keep"):
+        raise line.error(f"field 'verdict' must be takeover or keep, not {verdict!r}")
+    integers = {
+        name: line.integer(name)
+        for name in "decision_seq batch chain turn key n count ties k level u".split()
+    }
+    return Decision(
+        problem=line.text("problem"),
+        score=line.number("score"),
+        p_value=line.number("p_value"),
+        verdict=verdict,
+        **integers,
+    )
+
+
+def read_decisions(path: str | os.PathLike[str], *, allow_torn_tail: bool = False) -> list[Decision]:
+    """The decisions of a log, in the file's order."""
+    return [decision_from_line(line) for line in read_lines(path, allow_torn_tail=allow_torn_tail)]
+
+
+def check_log(decisions: Iterable[Decision], initial: RingStore, *, insert: bool = True) -> Difference | None:
+    """Replay a log through numpy; the first difference, or None if every count, p-value and verdict comes out to the bit.
+
+    initial: the store before the first decision, which is left as it is. insert=False: the calibration was frozen. Decisions are taken
+    in the order of decision_seq; all of one `batch` are counted before any of them is inserted, as the lane does. `InputError` for
+    a log that is no log: a decision_seq twice, a batch that comes back, a key or score that no store takes.
+    """
+    ordered = sorted(decisions, key=lambda d: d.decision_seq)
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if before.decision_seq == after.decision_seq:
+            raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
+        if after.batch < before.batch:
+            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
+    store = initial.copy()
+    for _, group in groupby(ordered, key=lambda d: d.batch):
+        batch = list(group)
+        for decision in batch:
+            if (difference := _check(decision, store)) is not None:
+                return difference
+        if insert:
+            for decision in batch:
+                store.insert(decision.score, decision.key)
+    return None
+
+
+def _check(decision: Decision, store: RingStore) -> Difference | None:
+    try:
+        greater, ties, n = store.count(decision.score, decision.key)
+    except CalibrationError as error:
+        raise InputError(f"decision {decision.decision_seq}: {error}") from error
+    takeover = decide(greater, ties, n, decision.level, decision.u)
+    replayed = {
+        "n": n,
+        "count": greater + ties,
+        "ties": ties,
+        "k": decision.level * (n + 1),
+        "p_value": p_value(greater, ties, n, decision.u),
+        "verdict": "takeover" if takeover else "keep",
+    }
+    for field, value in replayed.items():
+        if getattr(decision, field) != value:
+            return Difference(decision.decision_seq, field, getattr(decision, field), value)
+    return None
