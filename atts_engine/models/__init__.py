@@ -8,4 +8,14 @@ from atts_engine.models.detokenizer import Detokenizer
 from atts_engine.models.load import Model, load_model, resolve
 from atts_engine.models.tokenizer import Tokenizer
 
-__all__ = ["Decoder", "Detokenizer", "ForwardBatch", "Model", "ModelConfig", "RopeScaling", "Tokenizer", "load_model", "resolve"]
+__all__ = [
+    "Decoder",
+    "Detokenizer",
+    "ForwardBatch",
+    "Model",
+    "ModelConfig",
+    "RopeScaling",
+    "Tokenizer",
+    "load_model",
+    "resolve",
+]

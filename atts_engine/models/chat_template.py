@@ -26,14 +26,14 @@ class _GenerationBlock(Extension):
         return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Any) -> str:
-        return caller()
+        return str(caller())
 
 
 class ChatTemplate:
     """Compiled once; sandboxed, since it comes with the model file.
 
-    The environment is that of transformers less `strftime_now`: a prompt that holds today's date would give other chains
-    tomorrow, and templates that use it carry a fixed date for engines without it.
+    The environment is that of transformers less `strftime_now`: a prompt that holds today's date would give
+    other chains tomorrow, and templates that use it carry a fixed date for engines without it.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
@@ -51,12 +51,16 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt up to where the assistant's answer begins."""
         try:
-            return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **self._variables)
+            return self._template.render(
+                messages=[dict(m) for m in messages], add_generation_prompt=True, **self._variables
+            )
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from error
 
 
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 

@@ -17,8 +17,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 class RopeScaling:
     """How the rotary frequencies are stretched beyond the trained context.
 
-    kind: "linear" (all frequencies divided by `factor`), "llama3" (low frequencies divided by `factor`, high ones kept,
-    a linear blend between; Llama 3.1), or "divisors" (one divisor per frequency, as GGUF stores them; `divisors` has D/2 of them).
+    kind: "linear" (all frequencies divided by `factor`), "llama3" (low frequencies divided by `factor`, high
+    ones kept, a linear blend between; Llama 3.1), or "divisors" (one divisor per frequency, as GGUF stores
+    them; `divisors` has D/2 of them).
     """
 
     kind: str
@@ -31,7 +32,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes in elements; `rope_scaling` None means plain RoPE; `max_positions` is the longest sequence in tokens."""
+    """Sizes in elements; `rope_scaling` None means plain RoPE; `max_positions` is the longest sequence in
+    tokens."""
 
     family: str
     vocab_size: int
@@ -51,14 +53,27 @@ class ModelConfig:
     qk_norm: bool
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                      "intermediate_size", "max_positions"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_positions",
+        ):
             if getattr(self, field) < 1:
                 raise InputError(f"model config: {field} must be 1 or more, not {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
-            raise InputError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly")
+            raise InputError(
+                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads "
+                "evenly"
+            )
         if self.head_dim % 2:
-            raise InputError(f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}")
+            raise InputError(
+                f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,12 +103,14 @@ def ids_of(value: object) -> tuple[int, ...]:
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Build a ModelConfig from the keys of a Hugging Face config.json.
 
-    Reads `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Optional keys default as in
-    transformers. Raises InputError naming what this decoder does not compute.
+    Reads `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Optional keys
+    default as in transformers. Raises InputError naming what this decoder does not compute.
     """
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise InputError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     _refuse_unsupported(raw, str(family), where)
     hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
     if raw.get("head_dim") is not None:
@@ -107,7 +124,9 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         hidden_size=hidden,
         num_layers=_integer(raw, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=heads if raw.get("num_key_value_heads") is None else _integer(raw, "num_key_value_heads", where),
+        num_kv_heads=heads
+        if raw.get("num_key_value_heads") is None
+        else _integer(raw, "num_key_value_heads", where),
         head_dim=head_dim,
         intermediate_size=_integer(raw, "intermediate_size", where),
         rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
@@ -129,12 +148,17 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str, where: str) -> None
             raise InputError(f"{where}: {key} is not supported for model_type {family!r}")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"{where}: checkpoints quantised with {method!r} are not supported; use a GGUF file or the unquantised model")
+        raise InputError(
+            f"{where}: checkpoints quantised with {method!r} are not supported; use a GGUF file or the "
+            "unquantised model"
+        )
     if float(raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError(f"{where}: partial_rotary_factor {raw['partial_rotary_factor']} is not supported")
     window = raw.get("sliding_window")
     # Qwen keeps a window in its config and switches it off by a flag; Mistral uses it wherever it is set.
-    used = window is not None and (raw.get("use_sliding_window", False) if family.startswith("qwen") else True)
+    used = window is not None and (
+        raw.get("use_sliding_window", False) if family.startswith("qwen") else True
+    )
     if "layer_types" in raw and all(kind == "full_attention" for kind in raw["layer_types"]):
         used = False
     if used and window < raw.get("max_position_embeddings", 0):
@@ -161,7 +185,9 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
             high_freq_factor=_number(parameters, "high_freq_factor", where),
             original_max_positions=_integer(parameters, "original_max_position_embeddings", where),
         )
-    raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported are 'default', 'linear', 'llama3'")
+    raise InputError(
+        f"{where}: RoPE scaling {kind!r} is not supported; supported are 'default', 'linear', 'llama3'"
+    )
 
 
 def _integer(raw: Mapping[str, Any], key: str, where: str) -> int:

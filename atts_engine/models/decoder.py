@@ -1,7 +1,7 @@
 """The decoder: one forward pass over a flattened batch with a paged KV cache.
 
-Llama, Mistral, Qwen2 and Qwen3 are one architecture here: pre-norm blocks of grouped-query attention with rotary positions
-and a SwiGLU MLP; Qwen2 adds biases to q, k and v, Qwen3 a norm per head of q and k.
+Llama, Mistral, Qwen2 and Qwen3 are one architecture here: pre-norm blocks of grouped-query attention with
+rotary positions and a SwiGLU MLP; Qwen2 adds biases to q, k and v, Qwen3 a norm per head of q and k.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from atts_engine.models.rotary import rope_table
 class ForwardBatch:
     """N tokens of B sequences, those of one sequence side by side; every tensor on the decoder's device.
 
-    ids: int64 [N]. positions: int64 [N], below config.max_positions. slots: int64 [N], page_id * page + offset where each
-    token's key and value go. block_table: int32 [B, maxpages]. cu_q: int32 [B+1], row bounds of the sequences.
-    kv_len: int32 [B], tokens of each sequence in the cache once this batch is written (its rows are the last of them).
+    ids: int64 [N]. positions: int64 [N], below config.max_positions. slots: int64 [N], page_id * page +
+    offset where each token's key and value go. block_table: int32 [B, maxpages]. cu_q: int32 [B+1], row
+    bounds of the sequences. kv_len: int32 [B], tokens of each sequence in the cache once this batch is
+    written (its rows are the last of them).
     """
 
     ids: torch.Tensor
@@ -81,7 +82,8 @@ class Decoder:
     def forward(self, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, H] after the final norm; writes the batch's keys and values into kv.
 
-        kv: [L, 2, P, page, Hkv, D] in the decoder's dtype. Rows of one sequence may come in any number of calls, in order.
+        kv: [L, 2, P, page, Hkv, D] in the decoder's dtype. Rows of one sequence may come in any number of
+        calls, in order.
         """
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [N, D/2]
         x = F.embedding(batch.ids, self.weights.embed)
@@ -106,16 +108,19 @@ class Decoder:
         c = self.config
         rows = ops.linear(ops.rms_norm(x, layer.attn_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
         heads = rows.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q.reshape(-1, c.head_dim), layer.q_norm, c.rms_norm_eps).view(q.shape)
             k = ops.rms_norm(k.reshape(-1, c.head_dim), layer.k_norm, c.rms_norm_eps).view(k.shape)
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-        # Written before it is read: a row attends to itself and to earlier rows of the same batch through the cache.
+        # Written before it is read: a row attends to itself and to earlier rows of the same batch.
         ops.kv_append(k, v, kv_layer, batch.slots)
-        mixed = ops.paged_attention(q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5)
+        mixed = ops.paged_attention(
+            q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5
+        )
         return ops.linear(mixed.reshape(-1, c.num_heads * c.head_dim), layer.out)
 
     def _mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        gate, up = ops.linear(ops.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps), layer.gate_up).chunk(2, dim=-1)
+        normed = ops.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        gate, up = ops.linear(normed, layer.gate_up).chunk(2, dim=-1)
         return ops.linear(ops.silu_mul(gate, up), layer.down)

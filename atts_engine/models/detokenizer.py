@@ -8,7 +8,8 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """One per stream. The pushed texts and the flushed one, joined, are the text of all ids decoded at once."""
+    """One per stream. The pushed texts and the flushed one, joined, are the text of all ids decoded at
+    once."""
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -36,7 +37,9 @@ def byte_alphabet() -> dict[str, int]:
     """GPT-2's map of printable characters to the 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + rank): byte for rank, byte in enumerate(hidden)
+    }
 
 
 class ByteLevelDetokenizer:
@@ -48,7 +51,9 @@ class ByteLevelDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip))
+        return self._decoder.decode(
+            b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip)
+        )
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -63,10 +68,12 @@ class TextDecoder(Protocol):
 
 
 class WindowDetokenizer:
-    """For vocabularies whose tokens are characters, perhaps with single bytes as a last resort (SentencePiece's byte fallback).
+    """For vocabularies whose tokens are characters, perhaps with single bytes as a last resort
+    (SentencePiece's byte fallback).
 
-    A run of byte tokens waits for the token after it: one bad byte changes the text of the whole run. Decoding starts one
-    token back, because only the first token of a text loses its leading space. kept_ids: ids that have a text at all.
+    A run of byte tokens waits for the token after it: one bad byte changes the text of the whole run.
+    Decoding starts one token back, because only the first token of a text loses its leading space. kept_ids:
+    ids that have a text at all.
     """
 
     def __init__(self, tokenizer: TextDecoder, kept_ids: frozenset[int], byte_ids: frozenset[int]) -> None:

@@ -14,8 +14,9 @@ BLOCKS = 4096
 def fingerprint(files: Iterable[Path]) -> str:
     """sha256 hex over the content of files, in order.
 
-    A file of more than 16 MiB is sampled: its size, its first MiB and 4096 blocks of 4 KiB at even distances. Other training,
-    another quantisation or another shape is seen; a change of a few single weights may not be.
+    A file of more than 16 MiB is sampled: its size, its first MiB and 4096 blocks of 4 KiB at even distances.
+    Other training, another quantisation or another shape is seen; a change of a few single weights may not
+    be.
     """
     digest = hashlib.sha256()
     for path in files:

@@ -1,7 +1,8 @@
 """Reader of the GGUF container (versions 2 and 3, little-endian).
 
-Written out because the `gguf` package's own reader makes several numpy views per metadata string, which takes seconds for a
-vocabulary, and ends in unrelated numpy errors on a truncated file. Its dequantisers are what is used of it.
+Written out because the `gguf` package's own reader makes several numpy views per metadata string, which takes
+seconds for a vocabulary, and ends in unrelated numpy errors on a truncated file. Its dequantisers are what is
+used of it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ import numpy as np
 
 from atts_engine.errors import InputError
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """shape: outermost dimension first (torch's order); kind: GGML type number; start: byte offset in the file."""
+    """shape: outermost dimension first (torch's order); kind: GGML type number; start: byte offset in the
+    file."""
 
     shape: tuple[int, ...]
     kind: int
@@ -31,7 +45,8 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """`metadata`: key -> value (strings, numbers, lists); `tensors`: name -> TensorInfo; `dequantised(name)`."""
+    """`metadata`: key -> value (strings, numbers, lists); `tensors`: name -> TensorInfo;
+    `dequantised(name)`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,11 +58,14 @@ class GGUFFile:
         try:
             self.metadata, self.tensors = _Header(self._map, path).read()
         except (struct.error, IndexError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not a complete GGUF file: its header ends early or is damaged") from error
+            raise InputError(
+                f"{path} is not a complete GGUF file: its header ends early or is damaged"
+            ) from error
         self._quants = _quantisation(path)
 
     def dequantised(self, name: str) -> np.ndarray:
-        """float32 array of the tensor's shape. InputError for a type without a dequantiser, or data beyond the end of the file."""
+        """float32 array of the tensor's shape. InputError for a type without a dequantiser, or data beyond
+        the end of the file."""
         info = self.tensors[name]
         rows, width = int(np.prod(info.shape[:-1], dtype=np.int64)), info.shape[-1]
         row_bytes = self._quants.row_bytes(info.kind, width, name)
@@ -67,7 +85,9 @@ class _Header:
         self.at = 4
         version = self.scalar("<I")
         if version not in (2, 3):
-            raise InputError(f"{self.path}: GGUF version {version} is not supported, only 2 and 3 (little-endian)")
+            raise InputError(
+                f"{self.path}: GGUF version {version} is not supported, only 2 and 3 (little-endian)"
+            )
         tensor_count, pair_count = self.scalar("<Q"), self.scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(pair_count):
@@ -122,7 +142,9 @@ class _Quantisation:
     def row_bytes(self, kind: int, width: int, name: str) -> int:
         block, size = self.sizes[self._kind(kind, name)]
         if width % block:
-            raise InputError(f"{self.path}: {name} has rows of {width}, not a multiple of its block of {block}")
+            raise InputError(
+                f"{self.path}: {name} has rows of {width}, not a multiple of its block of {block}"
+            )
         return width // block * size
 
     def dequantise(self, packed: np.ndarray, kind: int, name: str) -> np.ndarray:
@@ -130,13 +152,17 @@ class _Quantisation:
         try:
             return self.dequantiser(packed, label)
         except NotImplementedError as error:
-            raise InputError(f"{self.path}: {name} has type {label.name}, which the gguf package cannot dequantise") from error
+            raise InputError(
+                f"{self.path}: {name} has type {label.name}, which the gguf package cannot dequantise"
+            ) from error
 
     def _kind(self, kind: int, name: str) -> Any:
         try:
             return self.kinds(kind)
         except ValueError as error:
-            raise InputError(f"{self.path}: {name} has a type {kind} that the gguf package does not know") from error
+            raise InputError(
+                f"{self.path}: {name} has a type {kind} that the gguf package does not know"
+            ) from error
 
 
 def _quantisation(path: Path) -> _Quantisation:

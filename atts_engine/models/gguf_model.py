@@ -17,7 +17,11 @@ from atts_engine.models.tokenizer import Tokenizer
 from atts_engine.models.weights import load_decoder
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 _BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -35,7 +39,8 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[ModelConfig, Decoder, Tokenizer]:
-    """Weights are dequantised one tensor at a time into `dtype`. InputError names what is damaged or not supported."""
+    """Weights are dequantised one tensor at a time into `dtype`. InputError names what is damaged or not
+    supported."""
     file = GGUFFile(path)
     tokenizer = tokenizer_from_gguf(file)
     config = config_from_gguf(file, tokenizer.eos_token_ids)
@@ -45,8 +50,14 @@ def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Mod
 def config_from_gguf(file: GGUFFile, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     family = file.metadata.get("general.architecture")
     if family not in ARCHITECTURES:
-        raise InputError(f"{file.path}: architecture {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    metadata = {key.removeprefix(f"{family}."): value for key, value in file.metadata.items() if key.startswith(f"{family}.")}
+        raise InputError(
+            f"{file.path}: architecture {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    metadata = {
+        key.removeprefix(f"{family}."): value
+        for key, value in file.metadata.items()
+        if key.startswith(f"{family}.")
+    }
 
     def need(key: str) -> Any:
         if key not in metadata:
@@ -54,12 +65,17 @@ def config_from_gguf(file: GGUFFile, eos_token_ids: tuple[int, ...]) -> ModelCon
         return metadata[key]
 
     if file.metadata.get("split.count", 1) > 1:
-        raise InputError(f"{file.path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
+        raise InputError(
+            f"{file.path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)"
+        )
     if metadata.get("expert_count", 0) > 0:
         raise InputError(f"{file.path}: mixture-of-experts models are not supported")
     window = metadata.get("attention.sliding_window")
     if window and window < need("context_length"):
-        raise InputError(f"{file.path}: sliding-window attention ({family}.attention.sliding_window {window}) is not supported")
+        raise InputError(
+            f"{file.path}: sliding-window attention ({family}.attention.sliding_window {window}) is not "
+            "supported"
+        )
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: tensor token_embd.weight is missing")
     hidden, heads = need("embedding_length"), need("attention.head_count")
@@ -94,7 +110,10 @@ def _rope_scaling(file: GGUFFile, metadata: dict[str, Any]) -> RopeScaling | Non
         return None
     if kind == "linear":
         return RopeScaling("linear", factor=metadata.get("rope.scaling.factor", 1.0))
-    raise InputError(f"{file.path}: RoPE scaling {kind!r} is not supported; supported are 'none', 'linear' and frequency divisors")
+    raise InputError(
+        f"{file.path}: RoPE scaling {kind!r} is not supported; supported are 'none', 'linear' and frequency "
+        "divisors"
+    )
 
 
 class GGUFSource:
@@ -103,7 +122,9 @@ class GGUFSource:
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self.where = str(file.path)
         self._file = file
-        self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
+        self._heads = (
+            {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
+        )
         self._gguf_name = {_hf_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
 
     def names(self) -> frozenset[str]:
@@ -117,7 +138,8 @@ class GGUFSource:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face name of a GGUF tensor; a name this table does not hold stays as it is and is refused by the loader."""
+    """Hugging Face name of a GGUF tensor; a name this table does not hold stays as it is and is refused by
+    the loader."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match and match[2] in _BLOCK:
         return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
@@ -125,6 +147,6 @@ def _hf_name(name: str) -> str:
 
 
 def _halves_first(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order for rotary embeddings of interleaved pairs: rows (0, D/2, 1, D/2+1, ...) of each head become
-    (0, 1, ..., D-1), the "rotate_half" convention."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    """Undo llama.cpp's row order for rotary embeddings of interleaved pairs: rows (0, D/2, 1, D/2+1, ...) of
+    each head become (0, 1, ..., D-1), the "rotate_half" convention."""
+    return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

@@ -12,18 +12,23 @@ from atts_engine.models.gguf_file import GGUFFile
 from atts_engine.models.tokenizer import Tokenizer
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's token types
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The regular expressions of the models' own tokenizer.json; {digits} is how many digits make a piece.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_SPLITS = {"llama-bpe": _SPLIT.format(digits="{1,3}"), "qwen2": _SPLIT.format(digits="")}
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
-    """Vocabulary, merges, special tokens and chat template. InputError for a tokenizer of another kind, by its name."""
+    """Vocabulary, merges, special tokens and chat template. InputError for a tokenizer of another kind, by
+    its name."""
     metadata = file.metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise InputError(f"{file.path}: tokenizer of kind {kind!r} is not supported, only 'gpt2' (byte-level BPE)")
+        raise InputError(
+            f"{file.path}: tokenizer of kind {kind!r} is not supported, only 'gpt2' (byte-level BPE)"
+        )
     tokens, merges = _list(file, "tokenizer.ggml.tokens"), _list(file, "tokenizer.ggml.merges")
     types = _list(file, "tokenizer.ggml.token_type")
     if len(types) != len(tokens):
@@ -39,12 +44,16 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(pre, file)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([_added(t, special=True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
-    backend.add_tokens([_added(t, special=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
-    eos = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    backend.add_special_tokens(
+        [_added(t, special=True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    )
+    backend.add_tokens(
+        [_added(t, special=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    )
+    eos_keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return Tokenizer(
         backend,
-        eos_token_ids=sorted(eos),
+        eos_token_ids=sorted({metadata[key] for key in eos_keys if key in metadata}),
         chat_template=metadata.get("tokenizer.chat_template"),
         special_tokens=_special_tokens(file, tokens),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", False),
@@ -56,12 +65,12 @@ def _pre_tokenizer(pre: str | None, file: GGUFFile) -> pre_tokenizers.PreTokeniz
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    patterns = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
-    if pre not in patterns:
-        raise InputError(f"{file.path}: pre-tokenizer {pre!r} is not supported; supported are smollm, {', '.join(patterns)}")
+    if pre not in _SPLITS:
+        known = ", ".join(("smollm", *_SPLITS))
+        raise InputError(f"{file.path}: pre-tokenizer {pre!r} is not supported; supported are {known}")
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(patterns[pre]), behavior="isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(_SPLITS[pre]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

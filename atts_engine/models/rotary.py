@@ -27,8 +27,8 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def _llama3(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3.1: wavelengths beyond context/low_freq_factor are stretched, those below context/high_freq_factor kept,
-    those between blended linearly in context/wavelength."""
+    """Llama 3.1: wavelengths beyond context/low_freq_factor are stretched, those below
+    context/high_freq_factor kept, those between blended linearly in context/wavelength."""
     context, low, high = scaling.original_max_positions, scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * math.pi / frequency
     blend = (context / wavelength - low) / (high - low)
@@ -40,8 +40,8 @@ def _llama3(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 def rope_table(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), float32 [max_positions, D/2].
 
-    Looked up, never recomputed per batch: a vectorised cosine gives other bits in the tail of an array than in its body,
-    and a token's result must not depend on its place in the batch.
+    Looked up, never recomputed per batch: a vectorised cosine gives other bits in the tail of an array than
+    in its body, and a token's result must not depend on its place in the batch.
     """
     positions = torch.arange(config.max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config))

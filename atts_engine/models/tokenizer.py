@@ -21,16 +21,17 @@ from atts_engine.models.detokenizer import (
     byte_alphabet,
 )
 
-# Decoders under which a token's text follows from the token and the one before it; others cannot be streamed exactly.
+# Decoders under which a token's text follows from the token and the one before it; others cannot be streamed
+# exactly.
 _STREAMABLE = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 
 class Tokenizer:
     """A `tokenizers` tokenizer with its chat template.
 
-    backend: the tokenizer; eos_token_ids: ids that end a text; chat_template: Jinja source or None; special_tokens: the
-    template's variables (`bos_token`, `eos_token`, ...); add_bos: whether a plain prompt starts with `bos_token`, None to do
-    as the backend's post-processor does.
+    backend: the tokenizer; eos_token_ids: ids that end a text; chat_template: Jinja source or None;
+    special_tokens: the template's variables (`bos_token`, `eos_token`, ...); add_bos: whether a plain prompt
+    starts with `bos_token`, None to do as the backend's post-processor does.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Tokenizer:
         self._backend = backend
         self.eos_token_ids = tuple(eos_token_ids)
         self._special_tokens = dict(special_tokens or {})
-        self._template = ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
+        self._template = (
+            ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
+        )
         self._add_bos = add_bos
         self._tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
         added = backend.get_added_tokens_decoder()
@@ -56,9 +59,18 @@ class Tokenizer:
         kinds = _decoder_kinds(backend)
         strange = sorted(kinds - _STREAMABLE)
         if strange or not kinds:
-            raise InputError(f"tokenizer decoder {strange[0] if strange else None!r} is not supported; supported are {sorted(_STREAMABLE)}")
-        self._byte_level = ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
-        self._byte_ids = frozenset(i for i, t in self._tokens.items() if _is_byte(t)) if "ByteFallback" in kinds else frozenset()
+            raise InputError(
+                f"tokenizer decoder {strange[0] if strange else None!r} is not supported; supported are "
+                f"{sorted(_STREAMABLE)}"
+            )
+        self._byte_level = (
+            ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
+        )
+        self._byte_ids = (
+            frozenset(i for i, t in self._tokens.items() if _is_byte(t))
+            if "ByteFallback" in kinds
+            else frozenset()
+        )
         self._missing_bytes = _missing_bytes(self._tokens) if self._byte_level else frozenset()
         self._unknown_id = _unknown_id(backend)
 
@@ -73,7 +85,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex over what decides the text of ids: the token of every id, which are special, the decoder."""
+        """sha256 hex over what decides the text of ids: the token of every id, which are special, the
+        decoder."""
         decoder = "ByteLevel" if self._byte_level else json.loads(self._backend.decoder.__getstate__())
         content = [sorted(self._tokens.items()), sorted(self.special_ids), decoder]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
@@ -117,7 +130,10 @@ class Tokenizer:
             # The backend drops what it cannot spell without a word.
             for character in text:
                 if not self._missing_bytes.isdisjoint(character.encode("utf-8", "surrogatepass")):
-                    raise InputError(f"the tokenizer cannot spell {character!r} (U+{ord(character):04X}); take it out of the prompt")
+                    raise InputError(
+                        f"the tokenizer cannot spell {character!r} (U+{ord(character):04X}); take it out of "
+                        "the prompt"
+                    )
         try:
             encoding = self._backend.encode(text, add_special_tokens=around)
         except (TypeError, UnicodeEncodeError) as error:
@@ -126,7 +142,9 @@ class Tokenizer:
             unknown = self._tokens[self._unknown_id]
             for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
                 if token_id == self._unknown_id and text[start:end] != unknown:
-                    raise InputError(f"the tokenizer has no token for {text[start:end]!r}; take it out of the prompt")
+                    raise InputError(
+                        f"the tokenizer has no token for {text[start:end]!r}; take it out of the prompt"
+                    )
         return encoding.ids
 
 
@@ -137,14 +155,25 @@ def tokenizer_from_folder(folder: Path, eos_token_ids: Sequence[int]) -> Tokeniz
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{path} is missing; save the model's tokenizer in the `tokenizers` format (a fast tokenizer) beside its weights")
+        raise InputError(
+            f"{path} is missing; save the model's tokenizer in the `tokenizers` format (a fast tokenizer) "
+            "beside its weights"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception
         raise InputError(f"{path} cannot be read: {error}") from error
     raw = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    special = {key: text for key in ("bos_token", "eos_token", "pad_token", "unk_token") if (text := _content(raw.get(key)))}
-    eos = {*eos_token_ids, backend.token_to_id(special["eos_token"])} if "eos_token" in special else set(eos_token_ids)
+    special = {
+        key: text
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (text := _content(raw.get(key)))
+    }
+    eos = (
+        {*eos_token_ids, backend.token_to_id(special["eos_token"])}
+        if "eos_token" in special
+        else set(eos_token_ids)
+    )
     return Tokenizer(
         backend,
         eos_token_ids=sorted(i for i in eos if i is not None),
@@ -167,7 +196,9 @@ def _chat_template(folder: Path, value: object) -> str | None:
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         if isinstance(named.get("default"), str):
             return named["default"]
-    raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list with one named 'default'")
+    raise InputError(
+        f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list with one named 'default'"
+    )
 
 
 def _decoder_kinds(backend: tokenizers.Tokenizer) -> set[str]:

@@ -15,7 +15,8 @@ _DERIVED = ("rotary_emb.inv_freq",)
 
 
 class TensorSource(Protocol):
-    """A checkpoint with Hugging Face Llama names. `read` gives a floating tensor on the CPU; InputError if it cannot be had."""
+    """A checkpoint with Hugging Face Llama names. `read` gives a floating tensor on the CPU; InputError if it
+    cannot be had."""
 
     @property
     def where(self) -> str: ...
@@ -25,16 +26,21 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-def load_decoder(config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Decoder:
+def load_decoder(
+    config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype
+) -> Decoder:
     """Read every tensor once, straight into its place on `device` in `dtype`.
 
-    InputError names the first tensor that is missing, misshapen or not floating point, or those this architecture has no place for.
+    InputError names the first tensor that is missing, misshapen or not floating point, or those this
+    architecture has no place for.
     """
     return Decoder(config, _Loader(config, source, device, dtype).weights())
 
 
 class _Loader:
-    def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.config, self.source, self.device, self.dtype = config, source, device, dtype
         self.unread = set(source.names())
 
@@ -51,7 +57,8 @@ class _Loader:
         strange = sorted(name for name in self.unread if not name.endswith(_DERIVED))
         if strange:
             raise InputError(
-                f"{self.source.where}: {len(strange)} tensors have no place in a {c.family} model of {c.num_layers} layers, "
+                f"{self.source.where}: {len(strange)} tensors have no place in a {c.family} model of "
+                f"{c.num_layers} layers, "
                 f"{strange[0]} first; config and weights do not belong together"
             )
         return DecoderWeights(embed, layers, norm, lm_head)
@@ -64,7 +71,9 @@ class _Loader:
         return LayerWeights(
             attn_norm=self.stacked([(prefix + "input_layernorm.weight", (hidden,))]),
             qkv=self.stacked([(f"{attention}{n}_proj.weight", (rows, hidden)) for n, rows in width.items()]),
-            qkv_bias=self.stacked([(f"{attention}{n}_proj.bias", (rows,)) for n, rows in width.items()]) if c.qkv_bias else None,
+            qkv_bias=self.stacked([(f"{attention}{n}_proj.bias", (rows,)) for n, rows in width.items()])
+            if c.qkv_bias
+            else None,
             q_norm=self.stacked([(attention + "q_norm.weight", (head,))]) if c.qk_norm else None,
             k_norm=self.stacked([(attention + "k_norm.weight", (head,))]) if c.qk_norm else None,
             out=self.stacked([(attention + "o_proj.weight", (hidden, width["q"]))]),
@@ -74,7 +83,8 @@ class _Loader:
         )
 
     def stacked(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
-        """The named tensors, one under the other. Each is read and copied into its rows before the next is read."""
+        """The named tensors, one under the other. Each is read and copied into its rows before the next is
+        read."""
         rows = sum(shape[0] for _, shape in parts)
         fused = torch.empty((rows, *parts[0][1][1:]), dtype=self.dtype, device=self.device)
         start = 0
@@ -84,9 +94,15 @@ class _Loader:
             self.unread.remove(name)
             tensor = self.source.read(name)
             if tuple(tensor.shape) != shape:
-                raise InputError(f"{self.source.where}: {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}")
+                raise InputError(
+                    f"{self.source.where}: {name} has shape {list(tensor.shape)}, the config asks for "
+                    f"{list(shape)}"
+                )
             if not tensor.is_floating_point():
-                raise InputError(f"{self.source.where}: {name} is stored as {tensor.dtype}; only floating-point weights are supported")
+                raise InputError(
+                    f"{self.source.where}: {name} is stored as {tensor.dtype}; only floating-point weights "
+                    "are supported"
+                )
             fused[start : start + shape[0]].copy_(tensor)
             start += shape[0]
         return fused
