@@ -17,3 +17,7 @@ class ChainError(AttsError):
 
 class LaneError(AttsError):
     """A lane as a whole has failed; every sequence on it ends with this error."""
+
+
+class ContextFull(ChainError):
+    """A chain has reached the end of a model's context; what it has written stands."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from atts_engine.conformal import GateRequest
@@ -20,15 +20,15 @@ class Lane(Protocol):
     """A model that holds sequences and their KV. Tokens in; tokens, scores and verdicts out.
 
     A sequence is one token behind: its last token is forwarded with whatever comes next, so the first token of
-    an appended span is scored, after a fork or a truncate too. Every method raises `ChainError` when this sequence cannot
-    go on and `LaneError` when the whole lane is gone; closing twice is allowed.
+    an appended span is scored, after a fork or a truncate too. Every method raises `ChainError` when this
+    sequence cannot go on and `LaneError` when the whole lane is gone; closing twice is allowed.
     """
 
     async def open(self, prompt: Sequence[int]) -> Seq: ...
 
     async def fork(self, seq: Seq, n: int) -> list[Seq]: ...
 
-    def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncIterator[TokenChunk]: ...
+    def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncGenerator[TokenChunk, None]: ...
 
     async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None: ...
 

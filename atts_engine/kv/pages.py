@@ -17,7 +17,8 @@ class OutOfPages(AttsError):
 class PagePool:
     """`num_pages` pages of `page_size` tokens, of which one (`PAD_PAGE`) is kept back.
 
-    Invariant: `free + used == num_pages - 1`, and a page is free exactly when its count is 0.
+    Invariant: `free + used == num_pages - 1`. A page is free exactly when its count is 0 and it is not in quarantine:
+    a tainted page (one that may hold NaN) is kept back when its last holder lets go, until `readmit` says it was wiped.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -29,6 +30,8 @@ class PagePool:
         self.page_size = page_size
         self._free = list(range(num_pages - 1, PAD_PAGE, -1))
         self._refs = [0] * num_pages
+        self._tainted: set[int] = set()
+        self._quarantine: list[int] = []
 
     @property
     def capacity(self) -> int:
@@ -58,14 +61,24 @@ class PagePool:
         for page in pages:
             self._refs[page] += 1
 
-    def release(self, pages: Iterable[int]) -> list[int]:
-        """Drop one reference to each page; returns those that became free."""
-        freed = []
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one reference to each page."""
         for page in pages:
             if self._refs[page] <= 0:
                 raise AssertionError(f"page {page} released more often than it was taken")
             self._refs[page] -= 1
             if self._refs[page] == 0:
-                self._free.append(page)
-                freed.append(page)
-        return freed
+                (self._quarantine if page in self._tainted else self._free).append(page)
+
+    def taint(self, pages: Iterable[int]) -> None:
+        self._tainted.update(pages)
+
+    @property
+    def quarantined(self) -> list[int]:
+        """Tainted pages that nobody holds: to be wiped, then readmitted."""
+        return list(self._quarantine)
+
+    def readmit(self) -> None:
+        self._tainted.difference_update(self._quarantine)
+        self._free.extend(self._quarantine)
+        self._quarantine.clear()

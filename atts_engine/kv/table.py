@@ -39,15 +39,14 @@ class BlockTable:
         self._pool.share(self.pages)
         return BlockTable(self._pool, list(self.pages))
 
-    def truncate(self, length: int) -> list[int]:
-        """Keep the pages of positions [0, length); returns pages that became free."""
+    def truncate(self, length: int) -> None:
+        """Keep the pages of positions [0, length)."""
         keep = -(-length // self._pool.page_size)
-        dropped = self.pages[keep:]
+        self._pool.release(self.pages[keep:])
         del self.pages[keep:]
-        return self._pool.release(dropped)
 
-    def release(self) -> list[int]:
-        return self.truncate(0)
+    def release(self) -> None:
+        self.truncate(0)
 
     def slots(self, start: int, end: int) -> list[int]:
         """Flat slot (page * page_size + offset) of each position in [start, end)."""

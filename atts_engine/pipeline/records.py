@@ -1,4 +1,7 @@
-"""Records of a run: problems in, turns, chains and decisions out. Field names follow the trace schema (docs/formats.md)."""
+"""Records of a run: problems in, turns, chains and decisions out.
+
+Field names follow the trace schema (docs/formats.md).
+"""
 
 from __future__ import annotations
 
@@ -64,9 +67,10 @@ class Chain:
 class Decision:
     """One verdict: a line of decisions.jsonl.
 
-    count = #{calibration >= score}, ties = #{calibration == score}, n = calibration scores at the time; the verdict is
-    `takeover` iff (count - ties) * 2**32 + u * (1 + ties) <= level * (n + 1), in integers; k is the right-hand side,
-    level = ceil(alpha * 2**32), u in 1 .. 2**32 (u = 2**32: the plain p-value). Decisions of one `batch` saw the same store.
+    count = #{calibration >= score}, ties = #{calibration == score}, n = calibration scores at the time; the
+    verdict is `takeover` iff (count - ties) * 2**32 + u * (1 + ties) <= level * (n + 1), in integers; k is the
+    right-hand side, level = ceil(alpha * 2**32), u in 1 .. 2**32 (u = 2**32: the plain p-value). Decisions of
+    one `batch` saw the same store.
     """
 
     decision_seq: int

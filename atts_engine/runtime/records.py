@@ -49,22 +49,27 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class SpanResult:
-    """What a lane knows of a scored span.
-
-    sum_logprob: nats, summed over n_tokens in a fixed order; score: -sum_logprob / n_tokens as float32.
-    The gate's fields are None when no gate was asked for: greater = #{calibration > score}, ties = #{calibration == score},
-    n = calibration scores at the time, p_value = (greater + U (1 + ties)) / (n + 1), takeover = p_value <= alpha,
-    decision_seq = order of decisions on this lane, batch = decisions with one number saw the same calibration store.
+class GateOutcome:
+    """What the gate found: greater = #{calibration > score}, ties = #{calibration == score} among n calibration scores,
+    p_value = (greater + U (1 + ties)) / (n + 1), takeover = p_value <= alpha (decided in integers).
+    decision_seq: order of decisions on this lane; batch: decisions with one number saw the same calibration store.
     """
+
+    greater: int
+    ties: int
+    n: int
+    p_value: float
+    takeover: bool
+    decision_seq: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpanResult:
+    """What a lane knows of a scored span. sum_logprob: nats, summed over n_tokens in a fixed order;
+    score: -sum_logprob / n_tokens as float32; outcome: None when no gate was asked for."""
 
     sum_logprob: float
     n_tokens: int
     score: float
-    greater: int | None = None
-    ties: int | None = None
-    n: int | None = None
-    p_value: float | None = None
-    takeover: bool | None = None
-    decision_seq: int | None = None
-    batch: int | None = None
+    outcome: GateOutcome | None = None

@@ -1,0 +1,146 @@
+"""The in-process lane: asyncio on this side, the scheduler thread on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from atts_engine.backends.protocol import Seq
+from atts_engine.conformal import GateRequest
+from atts_engine.errors import InputError, LaneError
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Truncate, Verdict
+from atts_engine.runtime.lane import LaneCore
+from atts_engine.runtime.loop import EngineLoop, Mailbox
+from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+
+
+class InProcessSeq:
+    """Handle of a sequence on an in-process lane."""
+
+    __slots__ = ("id", "length")
+
+    def __init__(self, seq_id: int, length: int) -> None:
+        self.id = seq_id
+        self.length = length
+
+
+class InProcessLane:
+    """Implements `backends.protocol.Lane`. All methods belong to the event loop the lane was made on."""
+
+    def __init__(self, core: LaneCore, loop: EngineLoop, mailbox: Mailbox, *, chunk_tokens: int = 64) -> None:
+        if chunk_tokens < 1:
+            raise InputError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
+        self.core = core
+        self._loop = loop
+        self._mailbox = mailbox
+        self._chunk_tokens = chunk_tokens
+        self._ids = itertools.count()
+
+    async def open(self, prompt: Sequence[int]) -> InProcessSeq:
+        """Hold `prompt`; its forward pass begins at once and is awaited by whatever needs it."""
+        tokens = tuple(int(t) for t in prompt)
+        if not tokens:
+            raise InputError(f"{self.core.name}: the prompt is empty; a sequence needs one token or more")
+        if len(tokens) >= self.core.max_length:
+            raise InputError(
+                f"{self.core.name}: the prompt has {len(tokens)} tokens, and the model's context is "
+                f"{self.core.max_length}; shorten the prompt or choose a model with a longer context"
+            )
+        bad = next((t for t in tokens if not 0 <= t < self.core.model.config.vocab_size), None)
+        if bad is not None:
+            raise InputError(
+                f"{self.core.name}: token id {bad} is outside the vocabulary of {self.core.model.config.vocab_size}; "
+                "was it made by another tokenizer?"
+            )
+        seq = InProcessSeq(next(self._ids), len(tokens))
+        self._post(lambda: self.core.open(seq.id, tokens))
+        return seq
+
+    async def fork(self, seq: Seq, n: int) -> list[Seq]:
+        """`n` sequences that share every page of `seq` until they write."""
+        children = [InProcessSeq(next(self._ids), seq.length) for _ in range(n)]
+        try:
+            await self._ask(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+        except asyncio.CancelledError:
+            # The fork may happen after its caller is gone; nobody else knows the children.
+            for child in children:
+                await self.close(child)
+            raise
+        return list(children)
+
+    async def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncGenerator[TokenChunk, None]:
+        own = self._own(seq)
+        if max_tokens < 1:
+            raise InputError(f"max_tokens must be 1 or more, not {max_tokens}")
+        chunks: asyncio.Queue[TokenChunk | BaseException | None] = asyncio.Queue()
+
+        def emit(chunk: TokenChunk) -> None:
+            self._mailbox.post(lambda: chunks.put_nowait(chunk))
+
+        def reply(_: Any, error: BaseException | None) -> None:
+            self._mailbox.post(lambda: chunks.put_nowait(error))
+
+        command = Decode(max_tokens, sampling, self._chunk_tokens, emit, reply)
+        self._post(lambda: self.core.command(own.id, command))
+        running = True
+        try:
+            while (item := await chunks.get()) is not None:
+                if isinstance(item, BaseException):
+                    running = False
+                    raise item
+                own.length += len(item.tokens)
+                yield item
+            running = False
+        finally:
+            if running:
+                self._loop.post(lambda: self.core.stop_decode(own.id))
+
+    async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None:
+        """Add tokens at the end; with `score` their log-probabilities join the next verdict."""
+        own, added = self._own(seq), tuple(int(t) for t in tokens)
+        await self._ask(seq, lambda reply: Append(added, score, reply))
+        own.length += len(added)
+
+    async def verdict(self, seq: Seq, gate: GateRequest | None) -> SpanResult:
+        result = await self._ask(seq, lambda reply: Verdict(gate, reply))
+        assert isinstance(result, SpanResult)
+        return result
+
+    async def truncate(self, seq: Seq, length: int) -> None:
+        own = self._own(seq)
+        await self._ask(own, lambda reply: Truncate(length, reply))
+        own.length = length
+
+    async def close(self, seq: Seq) -> None:
+        own = self._own(seq)
+        self._loop.post(lambda: self.core.close(own.id))
+
+    def _own(self, seq: Seq) -> InProcessSeq:
+        if not isinstance(seq, InProcessSeq):
+            raise InputError(f"{self.core.name}: this sequence belongs to a lane of another kind")
+        return seq
+
+    def _post(self, call: Callable[[], None]) -> None:
+        if not self._loop.post(call):
+            raise LaneError(f"{self.core.name}: the engine is closed")
+
+    async def _ask(self, seq: Seq, make: Callable[[Reply], Command]) -> Any:
+        own = self._own(seq)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def resolve(value: Any, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(value)
+
+        def reply(value: Any, error: BaseException | None) -> None:
+            self._mailbox.post(lambda: resolve(value, error))
+
+        command = make(reply)
+        self._post(lambda: self.core.command(own.id, command))
+        return await answer

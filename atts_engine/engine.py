@@ -1,0 +1,279 @@
+"""`AsyncEngine`, the public face: two models, their lanes, and the chains that run on them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+from atts_engine.backends import InProcessLane
+from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
+from atts_engine.conformal import Calibrator, GateRequest, Meta, MondrianSmoothed
+from atts_engine.errors import InputError
+from atts_engine.models import Model, load_model
+from atts_engine.pipeline import (
+    ATTSParams,
+    ConformalGate,
+    Decision,
+    Event,
+    Pair,
+    Problem,
+    Prompts,
+    Solution,
+    run_problem,
+)
+from atts_engine.pipeline.events import SolutionEvent
+from atts_engine.pipeline.gate import PlacedRequest
+from atts_engine.runtime import EngineLoop, LaneCore, Mailbox, SpanResult, default_kv_tokens
+
+DecisionListener = Callable[[Decision], None]
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """Made by `await AsyncEngine.create(config)`; belongs to that event loop. Close it or use `async with`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        draft: Model,
+        target: Model,
+        cores: tuple[LaneCore, LaneCore],
+        calibrator: Calibrator | None,
+    ) -> None:
+        self.config = config
+        self.draft_model = draft
+        self.target_model = target
+        self._cores = cores
+        self._calibrator = calibrator
+        self._defaults: dict[tuple[object, ...], Calibrator] = {}
+        self._gates: dict[int, ConformalGate] = {}
+        self._listeners: list[DecisionListener] = []
+        self._prompt = config.prompt if config.prompt is not None else _default_prompt(draft, target)
+        mailbox = Mailbox(asyncio.get_running_loop())
+
+        def decided(request: GateRequest, result: SpanResult) -> None:
+            mailbox.post(lambda: self._decided(request, result))
+
+        self._loop = EngineLoop([(core, decided) for core in cores])
+        lanes = [InProcessLane(core, self._loop, mailbox, chunk_tokens=config.chunk_tokens) for core in cores]
+        ends = frozenset(draft.tokenizer.eos_token_ids) | frozenset(target.tokenizer.eos_token_ids)
+        ends |= frozenset(draft.config.eos_token_ids) | frozenset(target.config.eos_token_ids)
+        self._pair = Pair(lanes[0], lanes[1], target.tokenizer, ends)
+        self._loop.start()
+
+    @classmethod
+    async def create(cls, config: EngineConfig, calibrator: Calibrator | None = None) -> AsyncEngine:
+        """Load both models and start. Raises `InputError` for a model that cannot be had or a pair that does not fit.
+
+        calibrator: used by every request that brings none of its own; None: smoothed Mondrian p-values by turn
+        that start cold and learn online, one calibrator for each setting that changes what scores mean.
+        """
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        draft, target = await asyncio.to_thread(_load_pair, config)
+        if draft.tokenizer.fingerprint != target.tokenizer.fingerprint:
+            raise InputError(
+                f"{config.draft} and {config.target} have different tokenizers; choose a pair that shares one"
+            )
+        cores = (
+            _core("draft", draft, config, config.draft_device),
+            _core("target", target, config, config.target_device),
+        )
+        return cls(config, draft, target, cores, calibrator)
+
+    async def generate(
+        self,
+        problem: Problem | str,
+        params: ATTSParams | None = None,
+        *,
+        calibrator: Calibrator | None = None,
+        chains: Sequence[int] | None = None,
+    ) -> AsyncIterator[Event]:
+        """Events of a problem's chains as they happen; `SolutionEvent` is the last.
+
+        Leaving the iterator cancels every chain and frees its pages in both lanes.
+
+        chains: numbers of the chains to write (all of `range(params.chains)` when None): how a run is resumed.
+        Raises `InputError` for a prompt that does not fit, `LaneError` when a lane has failed.
+        """
+        params = params if params is not None else ATTSParams()
+        problem = problem if isinstance(problem, Problem) else Problem("0", problem)
+        gate = self._gate(params, calibrator)
+        prompts = self._prompts(problem)
+        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                await run_problem(self._pair, prompts, problem, params, gate, events.put_nowait, chains)
+            except Exception as error:
+                events.put_nowait(error)
+
+        task = asyncio.create_task(work())
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, SolutionEvent):
+                    return
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def solve(
+        self,
+        problem: Problem | str,
+        params: ATTSParams | None = None,
+        *,
+        calibrator: Calibrator | None = None,
+    ) -> Solution:
+        """Run a problem to its end and return the vote."""
+        async for event in self.generate(problem, params, calibrator=calibrator):
+            if isinstance(event, SolutionEvent):
+                return event.solution
+        raise AssertionError("generate() ended without a solution")
+
+    def add_decision_listener(self, listener: DecisionListener) -> Callable[[], None]:
+        """Have `listener` called with every verdict in decision_seq order, those of cancelled chains too;
+        returns a function that takes it off again."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def calibration_meta(self, params: ATTSParams) -> Meta:
+        """The conditions that calibration scores of these models, this prompt and these parameters are taken under."""
+        return Meta(
+            draft=self.draft_model.fingerprint,
+            target=self.target_model.fingerprint,
+            prompt=prompt_hash(self._prompt),
+            draft_tokens=params.draft_tokens,
+            temperature=params.temperature,
+        )
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of each lane since it began (see `LaneStats`), its pool's pages, and its open sequences."""
+        return {
+            core.name: asdict(core.stats)
+            | {
+                "free_pages": core.pool.free,
+                "used_pages": core.pool.used,
+                "open_sequences": core.open_sequences,
+            }
+            for core in self._cores
+        }
+
+    async def close(self) -> None:
+        """Stop both lanes; chains that still run end with `LaneError`. Closing twice is allowed."""
+        await asyncio.to_thread(self._loop.stop)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _gate(self, params: ATTSParams, calibrator: Calibrator | None) -> ConformalGate:
+        calibrator = calibrator or self._calibrator or self._default_calibrator(params)
+        if calibrator.alpha != params.alpha and params.strategy == "atts":
+            raise InputError(
+                f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
+            )
+        gate = self._gates.get(id(calibrator))
+        if gate is None:
+            gate = self._gates[id(calibrator)] = ConformalGate(calibrator, self._announce)
+        return gate
+
+    def _default_calibrator(self, params: ATTSParams) -> Calibrator:
+        key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,
+        params.top_p,
+               params.min_p, params.takeover)  # fmt: skip
+        if key not in self._defaults:
+            self._defaults[key] = MondrianSmoothed(params.alpha, meta=self.calibration_meta(params))
+        return self._defaults[key]
+
+    def _decided(self, request: GateRequest, result: SpanResult) -> None:
+        assert isinstance(request, PlacedRequest)
+        request.gate.heard(request, result)
+
+    def _announce(self, decision: Decision) -> None:
+        for listener in tuple(self._listeners):
+            listener(decision)
+
+    def _prompts(self, problem: Problem) -> Prompts:
+        if not problem.problem.strip():
+            raise InputError(f"problem {problem.id!r} has no text")
+        message = [{"role": "user", "content": fill_prompt(self._prompt, problem.problem)}]
+        return Prompts(
+            tuple(self.draft_model.tokenizer.chat_prompt(message)),
+            tuple(self.target_model.tokenizer.chat_prompt(message)),
+        )
+
+
+class Engine:
+    """`AsyncEngine` for code without an event loop: `with Engine(config) as engine: engine.solve("...")`."""
+
+    def __init__(self, config: EngineConfig, calibrator: Calibrator | None = None) -> None:
+        self._runner = asyncio.Runner()
+        try:
+            self._engine = self._run(AsyncEngine.create(config, calibrator))
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def solve(
+        self,
+        problem: Problem | str,
+        params: ATTSParams | None = None,
+        *,
+        calibrator: Calibrator | None = None,
+    ) -> Solution:
+        """As `AsyncEngine.solve`."""
+        return self._run(self._engine.solve(problem, params, calibrator=calibrator))
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        return self._engine.stats()
+
+    def close(self) -> None:
+        self._run(self._engine.close())
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+
+def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
+    dtype = dtype_of(config.dtype)
+    draft = load_model(config.draft, config.draft_device, dtype)
+    if config.target == config.draft and config.target_device == config.draft_device:
+        return draft, draft
+    return draft, load_model(config.target, config.target_device, dtype)
+
+
+def _core(name: str, model: Model, config: EngineConfig, device: str) -> LaneCore:
+    return LaneCore(
+        name,
+        model,
+        kv_tokens=config.kv_tokens if config.kv_tokens is not None else default_kv_tokens(model, config.kv_bytes),
+        page_size=config.page_size,
+        max_batch_tokens=config.max_batch_tokens,
+        device=torch.device(device),
+    )
+
+
+def _default_prompt(draft: Model, target: Model) -> str:
+    return "{problem}" if {draft.name, target.name} <= {"tiny-draft", "tiny-target"} else MATH_PROMPT

@@ -1,0 +1,35 @@
+"""The algorithm: chains, the gate, votes. Knows lanes only by protocol."""
+
+from atts_engine.pipeline.answers import find_answer
+from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
+from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
+from atts_engine.pipeline.params import STRATEGIES, TAKEOVERS, ATTSParams
+from atts_engine.pipeline.problem import Pair, Prompts, run_problem
+from atts_engine.pipeline.records import Chain, Decision, Problem, Turn
+from atts_engine.pipeline.voting import VOTES, tally, winner
+
+__all__ = [
+    "STRATEGIES",
+    "TAKEOVERS",
+    "VOTES",
+    "ATTSParams",
+    "Chain",
+    "ChainEvent",
+    "ConformalGate",
+    "Decision",
+    "Event",
+    "Gate",
+    "Pair",
+    "Problem",
+    "Prompts",
+    "RankingGate",
+    "Solution",
+    "SolutionEvent",
+    "TokensEvent",
+    "Turn",
+    "VerdictEvent",
+    "find_answer",
+    "run_problem",
+    "tally",
+    "winner",
+]

@@ -1,0 +1,241 @@
+"""The algorithm, from top to bottom, as one chain lives it. Everything about batching is hidden behind `await`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from atts_engine.backends import Lane, Seq
+from atts_engine.errors import ChainError, ContextFull
+from atts_engine.pipeline.answers import find_answer, last_boxed
+from atts_engine.pipeline.events import Event, TokensEvent, VerdictEvent
+from atts_engine.pipeline.gate import Gate, Judged, Place
+from atts_engine.pipeline.params import ATTSParams
+from atts_engine.pipeline.records import Chain, Problem, Turn
+from atts_engine.pipeline.streams import stream_key
+
+
+class Codec(Protocol):
+    """Text of token ids, specials left out."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSpec:
+    """What one chain is to do. `ends`: ids that end a text, on whichever lane they were written."""
+
+    problem: Problem
+    chain: int
+    params: ATTSParams
+    codec: Codec
+    ends: frozenset[int]
+    emit: Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class _Span:
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+
+class _Writer:
+    """The text of one chain so far, and the clock it is timed with."""
+
+    def __init__(self, spec: ChainSpec) -> None:
+        self.spec = spec
+        self.history: list[int] = []
+        self.began = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def text(self) -> str:
+        return self.spec.codec.decode(self.history)
+
+    def wrote(self, turn: int, author: str, tokens: Sequence[int]) -> None:
+        spec = self.spec
+        self.history.extend(tokens)
+        text = spec.codec.decode(tokens)
+        spec.emit(TokensEvent(spec.problem.id, spec.chain, turn, author, text, len(tokens)))
+
+    def answered_since(self, length: int) -> bool:
+        """Whether the last box was closed by tokens after the first `length` of the history."""
+        box = last_boxed(self.text())
+        return box is not None and box.end > len(self.spec.codec.decode(self.history[:length]))
+
+    def result(self, turns: list[Turn], finish: str, error: str | None = None) -> Chain:
+        spec = self.spec
+        answer = find_answer(self.text())
+        if finish == "stop" and answer is not None:
+            finish = "answer"
+        return Chain(
+            problem_id=spec.problem.id,
+            problem_index=spec.problem.index,
+            chain=spec.chain,
+            gold=spec.problem.answer,
+            final_answer=answer,
+            duration_s=self.elapsed(),
+            turns=tuple(turns),
+            strategy=spec.params.strategy,
+            finish=finish,
+            error=error,
+        )
+
+
+async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate) -> Chain:
+    """Draft a span while the target scores it, ask the gate, go on or take over, look for an answer, next turn.
+
+    `d` and `t` hold the prompt on either lane. A chain that cannot go on ends with `error` set and harms no other.
+    """
+    params = spec.params
+    writer = _Writer(spec)
+    turns: list[Turn] = []
+    finish, error = "turns", None
+    try:
+        for turn in range(params.turns):
+            before = len(writer.history)
+            span, judged, drafted_at = await _draft_and_judge(writer, turn, draft, d, target, t, gate)
+            record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed())
+            last, last_from, asked = span, before, params.draft_tokens
+            if judged.takeover:
+                last_from = await _hand_over(writer, span, before, draft, d, target, t)
+                # The record of the draft stands even if the target fails in mid-span.
+                turns.append(record)
+                last, held = await _target_span(writer, turn, draft, d, target, t)
+                turns[-1] = replace(
+                    record,
+                    target=spec.codec.decode(last.tokens),
+                    target_tokens=len(last.tokens),
+                    t_target=writer.elapsed(),
+                )
+                asked = params.target_tokens
+            else:
+                turns.append(record)
+                held = ()
+            if last.finish == "stop":
+                finish = "stop"
+                break
+            if writer.answered_since(last_from):
+                finish = "answer"
+                break
+            if len(last.tokens) < asked:
+                finish = "length"
+                break
+            if held and turn + 1 < params.turns:
+                await draft.append(d, held)
+    except ContextFull:
+        finish = "length"
+    except ChainError as failure:
+        finish, error = "error", str(failure)
+    finally:
+        gate.leave(Place(spec.problem.id, spec.chain, len(turns)))
+    return writer.result(turns, finish, error)
+
+
+async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
+    """One model alone writes the whole chain: the draft-only and target-only strategies."""
+    writer = _Writer(spec)
+    span = _Span()
+    finish, error = "length", None
+    sampling = spec.params.sampling(_stream(spec, author))
+    try:
+        async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
+            async for chunk in chunks:
+                span.tokens.extend(chunk.tokens)
+                span.finish = chunk.finish
+                writer.wrote(0, author, chunk.tokens)
+        finish = span.finish or finish
+    except ChainError as failure:
+        finish, error = "error", str(failure)
+    text, n = spec.codec.decode(span.tokens), len(span.tokens)
+    if author == "draft":
+        turn = Turn(0, text, n, t_draft=writer.elapsed())
+    else:
+        turn = Turn(0, "", 0, target=text, target_tokens=n, t_target=writer.elapsed())
+    return writer.result([turn], finish, error)
+
+
+async def _draft_and_judge(
+    writer: _Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
+) -> tuple[_Span, Judged, float]:
+    """The draft's span, its verdict, and when the last draft token came. The target scores while the draft writes."""
+    spec, span = writer.spec, _Span()
+    sampling = spec.params.sampling(_stream(spec, "draft"))
+    async with aclosing(draft.decode(d, spec.params.draft_tokens, sampling)) as chunks:
+        async for chunk in chunks:
+            span.tokens.extend(chunk.tokens)
+            span.finish = chunk.finish
+            await target.append(t, chunk.tokens, score=True)
+            writer.wrote(turn, "draft", chunk.tokens)
+    drafted_at = writer.elapsed()
+    judged = await gate.ask(target, t, Place(spec.problem.id, spec.chain, turn), spec.params.seed)
+    spec.emit(
+        VerdictEvent(spec.problem.id, spec.chain, turn, judged.score, judged.p_value, judged.takeover, judged.decision)
+    )
+    return span, judged, drafted_at
+
+
+async def _hand_over(writer: _Writer, span: _Span, before: int, draft: Lane, d: Seq, target: Lane, t: Seq) -> int:
+    """Leave both lanes where the target is to go on from; returns the length of the history there.
+
+    `continue` keeps the span but for the mark that ended the text: the target must be free to say more, or to end it
+    itself. `replace` takes the whole span back.
+    """
+    if writer.spec.params.takeover == "replace":
+        drop = len(span.tokens)
+    else:
+        drop = int(bool(span.tokens) and span.tokens[-1] in writer.spec.ends)
+    if drop:
+        await target.truncate(t, t.length - drop)
+        await draft.truncate(d, d.length - drop)
+        del writer.history[len(writer.history) - drop :]
+    return len(writer.history)
+
+
+async def _target_span(
+    writer: _Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq
+) -> tuple[_Span, tuple[int, ...]]:
+    """The target's span. The draft follows chunk by chunk; the last chunk is handed back, since only a chain that
+    goes on needs it there."""
+    spec, span = writer.spec, _Span()
+    held: tuple[int, ...] = ()
+    sampling = spec.params.sampling(_stream(spec, "target"))
+    async with aclosing(target.decode(t, spec.params.target_tokens, sampling)) as chunks:
+        async for chunk in chunks:
+            if held:
+                await draft.append(d, held)
+            held = chunk.tokens
+            span.tokens.extend(chunk.tokens)
+            span.finish = chunk.finish
+            writer.wrote(turn, "target", chunk.tokens)
+    return span, held
+
+
+def _stream(spec: ChainSpec, author: str) -> int:
+    return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)
+
+
+def _turn_record(spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafted_at: float, judged_at: float) -> Turn:
+    return Turn(
+        turn=turn,
+        draft=spec.codec.decode(span.tokens),
+        draft_tokens=len(span.tokens),
+        score=judged.score,
+        ppl=_perplexity(judged.score),
+        percentile=judged.percentile,
+        p_value=judged.p_value,
+        takeover=judged.takeover,
+        t_draft=drafted_at,
+        t_verdict=judged_at,
+    )
+
+
+def _perplexity(score: float) -> float:
+    """exp(score), held at the largest double: a record must stay valid JSON however unlikely a span was."""
+    return math.exp(score) if score < math.log(sys.float_info.max) else sys.float_info.max

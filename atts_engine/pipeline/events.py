@@ -1,0 +1,60 @@
+"""What a caller sees while chains are written. All frozen; text is what the tokens of the event say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atts_engine.pipeline.records import Chain, Decision
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of a chain by `author` ("draft" or "target")."""
+
+    problem_id: str
+    chain: int
+    turn: int
+    author: str
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictEvent:
+    """A span was scored and judged. `p_value` and `decision` are None where no calibrated gate decided (atts-sync)."""
+
+    problem_id: str
+    chain: int
+    turn: int
+    score: float
+    p_value: float | None
+    takeover: bool
+    decision: Decision | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEvent:
+    """A chain has ended."""
+
+    chain: Chain
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The vote over a problem's chains. `answer` is None when no chain gave one; votes: weight of each answer."""
+
+    problem_id: str
+    answer: str | None
+    votes: dict[str, float]
+    chains: tuple[Chain, ...]
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SolutionEvent:
+    """The problem is done: always the last event."""
+
+    solution: Solution
+
+
+Event = TokensEvent | VerdictEvent | ChainEvent | SolutionEvent

@@ -1,0 +1,59 @@
+"""Settings of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atts_engine.errors import InputError
+from atts_engine.pipeline.voting import VOTES
+from atts_engine.runtime.records import SamplingParams
+
+STRATEGIES = ("atts", "atts-sync", "draft", "target")
+TAKEOVERS = ("continue", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class ATTSParams:
+    """How the chains of a problem are written.
+
+    chains: m; turns: at most; draft_tokens, target_tokens: span lengths K_d, K_t in tokens; alpha: nominal
+    takeover rate. strategy: "atts" (each chain alone), "atts-sync" (a barrier per turn, softmax ranking, the
+    worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
+    model alone). takeover: the target continues after the draft span, or replaces it. vote: "majority" or "weighted".
+    Raises `InputError` for a value outside its range.
+    """
+
+    chains: int = 8
+    turns: int = 15
+    draft_tokens: int = 500
+    target_tokens: int = 500
+    alpha: float = 0.4
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    strategy: str = "atts"
+    takeover: str = "continue"
+    vote: str = "majority"
+
+    def __post_init__(self) -> None:
+        for name in ("chains", "turns", "draft_tokens", "target_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number, 1 or more, not {value!r}")
+        if not 0.0 < self.alpha < 1.0:
+            raise InputError(f"alpha must be inside (0, 1), not {self.alpha}")
+        for name, known in (("strategy", STRATEGIES), ("takeover", TAKEOVERS), ("vote", VOTES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self.sampling(0)
+
+    def sampling(self, key: int) -> SamplingParams:
+        """Sampling of one chain's spans on one lane; `key` is the chain's stream there."""
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, seed=key)
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens a chain may hold after its prompt: what a single model may write in the place of all turns."""
+        return self.turns * (self.draft_tokens + self.target_tokens)

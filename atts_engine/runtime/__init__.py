@@ -1,0 +1,18 @@
+"""The in-process lane's loop: schedule, run, commit."""
+
+from atts_engine.runtime.lane import LaneCore, LaneStats, default_kv_tokens, kv_bytes_per_token
+from atts_engine.runtime.loop import EngineLoop, Mailbox
+from atts_engine.runtime.records import GateOutcome, SamplingParams, SpanResult, TokenChunk
+
+__all__ = [
+    "EngineLoop",
+    "GateOutcome",
+    "LaneCore",
+    "LaneStats",
+    "Mailbox",
+    "SamplingParams",
+    "SpanResult",
+    "TokenChunk",
+    "default_kv_tokens",
+    "kv_bytes_per_token",
+]

@@ -1,0 +1,342 @@
+"""The in-process lane's core: sequences, their commands, and one loop body, `schedule() -> run() -> commit()`.
+
+Everything here happens on the scheduler thread; other threads reach it through `EngineLoop.post`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atts_engine.conformal import GateRequest
+from atts_engine.errors import AttsError, ChainError, ContextFull, InputError, LaneError
+from atts_engine.kv import BlockTable, PagePool
+from atts_engine.models import Model
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
+from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.records import SpanResult, TokenChunk
+from atts_engine.runtime.runner import Runner, StepOutput
+from atts_engine.runtime.scheduler import Scheduler, Step, Work
+from atts_engine.runtime.sequence import DecodeState, Sequence
+
+DecisionListener = Callable[[GateRequest, SpanResult], None]
+
+
+@dataclass(slots=True)
+class LaneStats:
+    """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps."""
+
+    steps: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    scored_tokens: int = 0
+    sampled_tokens: int = 0
+    preemptions: int = 0
+    busy_s: float = 0.0
+
+
+class LaneCore:
+    """A model, its KV pool and the sequences on it."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        *,
+        kv_tokens: int,
+        page_size: int,
+        max_batch_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.stats = LaneStats()
+        self.max_length = model.config.max_positions
+        num_pages = 1 + -(-kv_tokens // page_size)
+        self.pool = PagePool(num_pages, page_size)
+        self._runner = Runner(model.decoder, num_pages, page_size, device, model.decoder.lm_head.dtype)
+        self._scheduler = Scheduler(self.pool, max_batch_tokens)
+        self._gate = DeviceGate(device)
+        self._eos = frozenset(model.tokenizer.eos_token_ids) | frozenset(model.config.eos_token_ids)
+        self._sequences: dict[int, Sequence] = {}
+        self._ready: list[Sequence] = []
+        self._failure: LaneError | None = None
+
+    # -- commands --
+
+    def open(self, seq_id: int, prompt: tuple[int, ...]) -> None:
+        self._sequences[seq_id] = Sequence(seq_id, list(prompt), BlockTable(self.pool))
+
+    def command(self, seq_id: int, command: Command) -> None:
+        seq = self._sequences.get(seq_id)
+        if self._failure is not None:
+            command.reply(None, self._failure)
+        elif seq is None:
+            command.reply(None, ChainError(f"{self.name}: sequence {seq_id} is closed"))
+        else:
+            seq.pending.append(command)
+            self._advance(seq)
+
+    def stop_decode(self, seq_id: int) -> None:
+        """End the running decode where it stands: its reader is gone."""
+        seq = self._sequences.get(seq_id)
+        if seq is not None and seq.decode is not None:
+            self._end_decode(seq, None)
+            self._advance(seq)
+
+    def close(self, seq_id: int) -> None:
+        seq = self._sequences.get(seq_id)
+        if seq is not None:
+            self._drop(seq, ChainError(f"{self.name}: sequence {seq_id} was closed"))
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences)
+
+    # -- one step --
+
+    def step(self, on_decision: DecisionListener) -> bool:
+        """Do one step's worth of work; False when there is none. A fault of the model fails the whole lane."""
+        if self._failure is not None:
+            return False
+        try:
+            return self._step(on_decision)
+        except Exception as error:
+            self.fail(LaneError(f"{self.name} lane failed: {type(error).__name__}: {error}"), error)
+            return False
+
+    def fail(self, failure: LaneError, cause: BaseException | None = None) -> None:
+        failure.__cause__ = cause
+        self._failure = failure
+        for seq in list(self._sequences.values()):
+            self._drop(seq, failure)
+
+    def _step(self, on_decision: DecisionListener) -> bool:
+        began = time.perf_counter()
+        if self.pool.quarantined:
+            self._runner.wipe(self.pool.quarantined)
+            self.pool.readmit()
+        step = self._scheduler.schedule(self._sequences.values())
+        self.stats.preemptions = self._scheduler.preemptions
+        for seq in step.impossible:
+            self._drop(
+                seq,
+                ChainError(
+                    f"{self.name}: a sequence of {seq.goal} tokens does not fit the KV pool of "
+                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens"
+                ),
+            )
+        if step.work:
+            self._commit(step, self._runner.run(step))
+            self.stats.steps += 1
+        decided = self._decide(on_decision)
+        if not (step.work or step.impossible or decided):
+            return False
+        self.stats.busy_s += time.perf_counter() - began
+        return True
+
+    def _commit(self, step: Step, output: StepOutput) -> None:
+        scores = output.logprobs
+        sampled = iter(output.sampled)
+        offset = 0
+        touched: list[Sequence] = []
+        for work in step.work:
+            seq = work.seq
+            end = work.start + work.count
+            self.stats.computed_tokens += work.count
+            self.stats.recomputed_tokens += max(0, min(end, seq.furthest) - work.start)
+            seq.computed = end
+            seq.furthest = max(seq.furthest, end)
+            if seq.remaining <= 0:
+                seq.preempted = False
+            for first, last in work.score:
+                seq.take_scores(first, scores[offset : offset + last - first])
+                offset += last - first
+                self.stats.scored_tokens += last - first
+            if work.sample:
+                self._take_token(work, next(sampled))
+            touched.append(seq)
+        for seq in touched:
+            if not seq.closed:
+                self._advance(seq)
+
+    def _take_token(self, work: Work, token: int) -> None:
+        seq, state = work.seq, work.seq.decode
+        assert state is not None
+        if token < 0:
+            self._poisoned(seq, "logits are NaN")
+            return
+        self.stats.sampled_tokens += 1
+        seq.tokens.append(token)
+        state.produced += 1
+        state.buffer.append(token)
+        command = state.command
+        sampling = command.sampling
+        finish = None
+        ends = token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
+        if ends or (sampling.stop and self._hit_stop_string(state)):
+            finish = "stop"
+        elif state.produced >= command.max_tokens or seq.total >= self.max_length:
+            finish = "length"
+        if finish is not None:
+            self._end_decode(seq, finish)
+        elif len(state.buffer) >= command.chunk_tokens:
+            command.emit(TokenChunk(tuple(state.buffer)))
+            state.buffer.clear()
+
+    def _hit_stop_string(self, state: DecodeState) -> bool:
+        # A stop string can begin before this token but must end in it, so the last few tokens' text is enough:
+        # every token holds at least one byte except specials, which hold none of a stop string.
+        stops = state.command.sampling.stop
+        reach = max(len(s.encode()) for s in stops) + 1
+        state.recent.append(state.buffer[-1])
+        del state.recent[:-reach]
+        text = self.model.tokenizer.decode(state.recent)
+        return any(s in text for s in stops)
+
+    def _end_decode(self, seq: Sequence, finish: str | None) -> None:
+        state = seq.decode
+        assert state is not None
+        seq.decode = None
+        if finish is not None:
+            state.command.emit(TokenChunk(tuple(state.buffer), finish))
+        state.command.reply(None, None)
+
+    # -- commands of one sequence --
+
+    def _advance(self, seq: Sequence) -> None:
+        """Carry out the commands at the head of the queue as far as they can go without a forward pass."""
+        while seq.pending and seq.decode is None:
+            command = seq.pending[0]
+            match command:
+                case Append():
+                    done = self._append(seq, command)
+                case Decode():
+                    done = self._begin_decode(seq, command)
+                case Truncate():
+                    done = self._truncate(seq, command)
+                case Fork():
+                    done = self._fork(seq, command)
+                case Verdict():
+                    done = not seq.to_score and self._await_verdict(seq)
+            if not done:
+                return
+            # A verdict stays at the head until the gate has answered it; `_decide` takes it off.
+            if seq.pending and seq.pending[0] is command:
+                seq.pending.popleft()
+
+    def _append(self, seq: Sequence, command: Append) -> bool:
+        start, end = seq.total, seq.total + len(command.tokens)
+        if end > self.max_length:
+            command.reply(
+                None,
+                ContextFull(f"{self.name}: {end} tokens are more than the model's context of {self.max_length}"),
+            )
+            return True
+        seq.tokens.extend(command.tokens)
+        if command.score and command.tokens:
+            if seq.to_score and seq.to_score[-1][1] == start:
+                start = seq.to_score.pop()[0]
+            seq.to_score.append((start, end))
+        command.reply(None, None)
+        return True
+
+    def _begin_decode(self, seq: Sequence, command: Decode) -> bool:
+        if seq.total >= self.max_length:
+            command.reply(
+                None,
+                ContextFull(f"{self.name}: the chain has filled the model's context of {self.max_length} tokens"),
+            )
+            return True
+        seq.decode = DecodeState(command)
+        return True
+
+    def _truncate(self, seq: Sequence, command: Truncate) -> bool:
+        if not 1 <= command.length <= seq.total:
+            command.reply(
+                None,
+                InputError(f"truncate to {command.length} tokens: the sequence has {seq.total}, and one must stay"),
+            )
+            return True
+        seq.truncate(command.length)
+        command.reply(None, None)
+        return True
+
+    def _fork(self, seq: Sequence, command: Fork) -> bool:
+        if not seq.settled:
+            return False
+        for child_id in command.ids:
+            self._sequences[child_id] = Sequence(
+                child_id, list(seq.tokens), seq.table.fork(), computed=seq.computed, furthest=seq.computed
+            )
+        command.reply(None, None)
+        return True
+
+    def _await_verdict(self, seq: Sequence) -> bool:
+        if seq not in self._ready:
+            self._ready.append(seq)
+        return False
+
+    def _decide(self, on_decision: DecisionListener) -> bool:
+        """Answer every verdict whose span is scored: one batch, one look at the calibration stores."""
+        ready, self._ready = [s for s in self._ready if not s.closed], []
+        spans: list[ScoredSpan] = []
+        replies: list[tuple[Sequence, Verdict]] = []
+        for seq in ready:
+            command = seq.pending.popleft()
+            assert isinstance(command, Verdict)
+            if not seq.scored:
+                command.reply(None, InputError(f"{self.name}: a verdict was asked for, but nothing was scored"))
+                self._advance(seq)
+                continue
+            logprobs = np.concatenate([s for _, s in seq.scored])
+            seq.scored.clear()
+            if not np.isfinite(logprobs).all():
+                command.reply(None, ChainError(f"{self.name}: the span's log-probabilities hold NaN or infinity"))
+                self._poisoned(seq, "log-probabilities are not finite")
+                continue
+            spans.append(ScoredSpan(logprobs, command.gate))
+            replies.append((seq, command))
+        if not spans:
+            return bool(ready)
+        for (seq, command), result in zip(replies, self._gate.decide(spans), strict=True):
+            if command.gate is not None:
+                on_decision(command.gate, result)
+            command.reply(result, None)
+            self._advance(seq)
+        return True
+
+    # -- ends --
+
+    def _poisoned(self, seq: Sequence, what: str) -> None:
+        """One chain ends with an error; its pages are wiped before anybody else can read a NaN from them."""
+        self.pool.taint(seq.table.pages)
+        self._drop(seq, ChainError(f"{self.name}: {what}; the chain cannot go on"))
+
+    def _drop(self, seq: Sequence, error: AttsError) -> None:
+        if seq.closed:
+            return
+        seq.closed = True
+        self._sequences.pop(seq.id, None)
+        seq.table.release()
+        if seq.decode is not None:
+            seq.decode.command.reply(None, error)
+            seq.decode = None
+        while seq.pending:
+            seq.pending.popleft().reply(None, error)
+
+
+def kv_bytes_per_token(model: Model) -> int:
+    """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
+    c = model.config
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize
+
+
+def default_kv_tokens(model: Model, pool_bytes: int) -> int:
+    """Tokens that fit `pool_bytes`, at least one full context."""
+    return max(model.config.max_positions, math.floor(pool_bytes / kv_bytes_per_token(model)))
