@@ -11,28 +11,54 @@ from atts_engine.cli.tables import Table, check_json_target, human_stream, perce
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `replay` to the commands."""
     parser = subparsers.add_parser(
-        "replay", help="put recorded chains through a calibrator", description="Put recorded chains through a calibrator."
+        "replay",
+        help="put recorded chains through a calibrator",
+        description="Put recorded chains through a calibrator.",
     )
     parser.add_argument("--traces", required=True, metavar="FILE", help="trace file, .jsonl or .jsonl.gz")
-    parser.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
-    parser.add_argument("--calibrator", default="mondrian", metavar="NAME", help="mondrian (default), split or reference")
-    parser.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
     parser.add_argument(
-        "--calibration", metavar="FILE", help=".npz state to start from, or an .npy array of perplexities (reference, split)"
+        "--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)"
     )
-    parser.add_argument("--frozen", action="store_true", help="do not learn from the trace (needs --calibration)")
+    parser.add_argument(
+        "--calibrator", default="mondrian", metavar="NAME", help="mondrian (default), split or reference"
+    )
+    parser.add_argument(
+        "--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help=".npz state to start from, or an .npy array of perplexities (reference, split)",
+    )
+    parser.add_argument(
+        "--frozen", action="store_true", help="do not learn from the trace (needs --calibration)"
+    )
     parser.add_argument("--order", default="arrival", metavar="ORDER", help="arrival (default) or shuffle")
     parser.add_argument(
-        "--outstanding", type=int, default=1, metavar="D", help="decisions in flight, the one being made included (default: 1)"
+        "--outstanding",
+        type=int,
+        default=1,
+        metavar="D",
+        help="decisions in flight, the one being made included (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of uniforms and shuffle (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of uniforms and shuffle (default: %(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON to FILE, or - for stdout")
     parser.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay and report; `InputError` for anything that cannot be used."""
-    from atts_engine.evaluation.replay import CALIBRATORS, POLICIES, check_name, figures, replay, reproduced, scored_spans
+    from atts_engine.evaluation.replay import (
+        CALIBRATORS,
+        POLICIES,
+        check_name,
+        figures,
+        replay,
+        reproduced,
+        scored_spans,
+    )
     from atts_engine.evaluation.traces import read_chains
 
     check_name("calibrator", args.calibrator, CALIBRATORS)
@@ -93,7 +119,7 @@ def _note(found: dict[str, Any]) -> str:
         parts.append(f"per problem {percent(min(rates), 0)} to {percent(max(rates), 0)}")
     if "percentiles_recorded" in found:
         parts.append(
-            f"{found['percentiles_reproduced']:,} of {found['percentiles_recorded']:,} recorded percentiles and "
-            f"{found['verdicts_reproduced']:,} verdicts reproduced exactly"
+            f"{found['percentiles_reproduced']:,} of {found['percentiles_recorded']:,} recorded percentiles "
+            f"and {found['verdicts_reproduced']:,} verdicts reproduced exactly"
         )
     return "; ".join(parts)

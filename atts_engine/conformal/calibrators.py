@@ -16,8 +16,9 @@ from atts_engine.conformal.store import RingStore
 class GateRequest:
     """One test, as a lane runs it on its device.
 
-    store: calibration scores, which a lane mirrors once at the first request and never writes; key: row of the store;
-    level: ceil(alpha * 2**32); u: uniform in 1 .. 2**32 (2**32: the plain p-value); insert: whether the score joins the store.
+    store: calibration scores, which a lane mirrors once at the first request and never writes; key: row of
+    the store; level: ceil(alpha * 2**32); u: uniform in 1 .. 2**32 (2**32: the plain p-value); insert:
+    whether the score joins the store.
     """
 
     store: RingStore
@@ -28,8 +29,8 @@ class GateRequest:
 
 
 class Calibrator(Protocol):
-    """What the pipeline knows of a calibrator. `observe` is called in the order of decisions, which keeps the store on
-    the host equal to the one on the lane's device."""
+    """What the pipeline knows of a calibrator. `observe` is called in the order of decisions, which keeps the
+    store on the host equal to the one on the lane's device."""
 
     name: str
     alpha: float
@@ -46,21 +47,30 @@ class Calibrator(Protocol):
     def save(self, path: str | os.PathLike[str]) -> None: ...
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], expect: Meta | None = None, *, frozen: bool = False) -> Self: ...
+    def load(
+        cls, path: str | os.PathLike[str], expect: Meta | None = None, *, frozen: bool = False
+    ) -> Self: ...
 
 
 class MondrianSmoothed:
-    """Smoothed p-values within a turn: exactly uniform, online too, where the scores of a turn are exchangeable.
+    """Smoothed p-values within a turn: exactly uniform, online too, where the scores of a turn are
+    exchangeable.
 
-    Keys are turns; turns keys - 1 and later share the last key. Before the first score of a key p = U, so a span is taken over
-    with probability alpha. A frozen calibrator learns nothing: the same chains at any concurrency.
-    Source: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World" (2005), sections 2.3 and 4.5.
+    Keys are turns; turns keys - 1 and later share the last key. Before the first score of a key p = U, so a
+    span is taken over with probability alpha. A frozen calibrator learns nothing: the same chains at any
+    concurrency. Source: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World" (2005), sections
+    2.3 and 4.5.
     """
 
     name = "mondrian"
 
     def __init__(
-        self, alpha: float, keys: int = 64, capacity: int = 4096, frozen: bool = False, meta: Meta | None = None
+        self,
+        alpha: float,
+        keys: int = 64,
+        capacity: int = 4096,
+        frozen: bool = False,
+        meta: Meta | None = None,
     ) -> None:
         self.level = level_of(alpha)
         self.alpha = alpha
@@ -80,7 +90,9 @@ class MondrianSmoothed:
 
     def request(self, key: int, u: int) -> GateRequest:
         """The test of one span, for a lane."""
-        return GateRequest(self.store, self.store.check_key(key), self.level, self.uniform(u), not self.frozen)
+        return GateRequest(
+            self.store, self.store.check_key(key), self.level, self.uniform(u), not self.frozen
+        )
 
     def p_value(self, score: float, key: int, u: int) -> float:
         """p-value of the score against the store as it is now (float64). `ScoreError` for NaN or infinity."""
@@ -95,12 +107,14 @@ class MondrianSmoothed:
             self.store.insert(score, key)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write scores and metadata as `.npz` without pickle. The format is described in docs/calibration.md."""
+        """Write scores and metadata as `.npz` without pickle. The format is described in
+        docs/calibration.md."""
         save_state(path, self.store, self.name, replace(self.meta, alpha=self.alpha, keys=self.store.keys))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expect: Meta | None = None, *, frozen: bool = False) -> Self:
-        """A calibrator with the saved scores, at the saved alpha. `StateError` names every field that differs from `expect`."""
+        """A calibrator with the saved scores, at the saved alpha. `StateError` names every field that differs
+        from `expect`."""
         store, name, meta = load_state(path, expect)
         if name != cls.name:
             raise StateError(f"{path} holds a calibration of {name!r}, not of {cls.name!r}")
@@ -120,7 +134,12 @@ class Split(MondrianSmoothed):
     name = "split"
 
     def __init__(
-        self, alpha: float, keys: int = 1, capacity: int = 65536, frozen: bool = False, meta: Meta | None = None
+        self,
+        alpha: float,
+        keys: int = 1,
+        capacity: int = 65536,
+        frozen: bool = False,
+        meta: Meta | None = None,
     ) -> None:
         super().__init__(alpha, keys, capacity, frozen, meta)
 

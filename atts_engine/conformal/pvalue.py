@@ -1,12 +1,13 @@
 """The conformal test in integers, so that host, device and oracle agree to the bit.
 
-A score is nonconformity: higher is worse, so the p-value takes the right tail. With `greater` = #{calibration > score},
-`ties` = #{calibration == score} and `n` calibration scores,
+A score is nonconformity: higher is worse, so the p-value takes the right tail. With
+`greater` = #{calibration > score}, `ties` = #{calibration == score} and `n` calibration scores,
 
     p = (greater + U * (1 + ties)) / (n + 1),        U uniform on (0, 1]
 
-is exactly uniform when score and calibration are exchangeable (Vovk, Gammerman, Shafer 2005, section 2.3). U = 1 gives the plain
-p-value (1 + #{calibration >= score}) / (n + 1), which is never too small. U and alpha are carried as multiples of 2**-32.
+is exactly uniform when score and calibration are exchangeable (Vovk, Gammerman, Shafer, "Algorithmic
+Learning in a Random World", 2005, section 2.3). U = 1 gives the plain p-value
+(1 + #{calibration >= score}) / (n + 1), which is never too small. U and alpha are carried as multiples of 2**-32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LEVEL_ONE = 1 << 32
 def level_of(alpha: float) -> int:
     """ceil(alpha * 2**32), taken on the exact value of the float. `CalibrationError` unless 0 < alpha < 1.
 
-    Rounding up mends decimals whose float lies just below them: with alpha = 0.3 and n + 1 = 10, p = 3/10 is a takeover.
+    Rounding up mends decimals whose float lies just below them: with alpha = 0.3 and n + 1 = 10, p = 3/10 is
+    a takeover.
     """
     if not 0.0 < alpha < 1.0:
         raise CalibrationError(f"alpha must lie strictly between 0 and 1, not {alpha}")

@@ -10,10 +10,12 @@ from atts_engine.conformal.pvalue import level_of
 
 
 class ReferenceATTS:
-    """Take over iff mean(calibration < ppl) >= 1 - alpha, on perplexities in float64, with one fixed calibration.
+    """Take over iff mean(calibration < ppl) >= 1 - alpha, on perplexities in float64, with one fixed
+    calibration.
 
-    No +1 term, so with m calibration draws of the same law the rate is above alpha: (B + 1) / (m + 1) where B = alpha * m.
-    One calibration (of turn 0) serves all turns. Both are kept, as this class reproduces recorded runs.
+    No +1 term, so with m calibration draws of the same law the rate is above alpha: (B + 1) / (m + 1) where B
+    = alpha * m. One calibration (of turn 0) serves all turns. Both are kept, as this class reproduces
+    recorded runs.
     """
 
     name = "reference"

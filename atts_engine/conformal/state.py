@@ -22,11 +22,12 @@ _ARRAYS = ("ring", "size", "head")
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """The conditions under which scores were gathered. Scores gathered under others are not exchangeable with them.
+    """The conditions under which scores were gathered. Scores gathered under others are not exchangeable with
+    them.
 
-    draft, target: fingerprints of the models; prompt: hash of the prompt template; draft_tokens: K_d; temperature: the draft's;
-    score: definition of the score; alpha, keys: of the calibrator, filled in when it is saved. A field that is None in an
-    expectation is not compared.
+    draft, target: fingerprints of the models; prompt: hash of the prompt template; draft_tokens: K_d;
+    temperature: the draft's; score: definition of the score; alpha, keys: of the calibrator, filled in when
+    it is saved. A field that is None in an expectation is not compared.
     """
 
     draft: str | None = None
@@ -61,7 +62,8 @@ def content_hash(store: RingStore, calibrator: str, meta: Meta) -> str:
 
 
 def save_state(path: str | os.PathLike[str], store: RingStore, calibrator: str, meta: Meta) -> None:
-    """Write the store and its metadata. The file appears whole or not at all; `OSError` as the system gives it."""
+    """Write the store and its metadata. The file appears whole or not at all; `OSError` as the system gives
+    it."""
     path = Path(path)
     record = {"format": FORMAT, "calibrator": calibrator, **asdict(meta)}
     record["sha256"] = content_hash(store, calibrator, meta)
@@ -77,8 +79,8 @@ def save_state(path: str | os.PathLike[str], store: RingStore, calibrator: str, 
 
 
 def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tuple[RingStore, str, Meta]:
-    """(store, calibrator's name, metadata). `StateError` for a file that is missing, corrupt or foreign, and for one
-    whose metadata differs from `expect`, naming each field that differs."""
+    """(store, calibrator's name, metadata). `StateError` for a file that is missing, corrupt or foreign, and
+    for one whose metadata differs from `expect`, naming each field that differs."""
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in (*_ARRAYS, "meta") if name not in getattr(file, "files", ())]
@@ -90,8 +92,18 @@ def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tupl
         raise StateError(f"no calibration file at {path}") from error
     except StateError:
         raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise StateError(f"{path} is not a calibration file, or is corrupt ({error})".replace("\n", " ")) from error
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise StateError(
+            f"{path} is not a calibration file, or is corrupt ({error})".replace("\n", " ")
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise StateError(f"{path} is not a calibration file of format {FORMAT}")
     store = _checked_store(path, ring, size, head)
@@ -107,7 +119,13 @@ def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tupl
 def _checked_store(path: str | os.PathLike[str], ring: Any, size: Any, head: Any) -> RingStore:
     """A store from arrays that came from a file, with every index in range and every score finite."""
     typed = ring.dtype == np.float32 and size.dtype == np.int64 and head.dtype == np.int64
-    if not typed or ring.ndim != 2 or 0 in ring.shape or size.shape != ring.shape[:1] or head.shape != size.shape:
+    if (
+        not typed
+        or ring.ndim != 2
+        or 0 in ring.shape
+        or size.shape != ring.shape[:1]
+        or head.shape != size.shape
+    ):
         raise StateError(f"{path} is corrupt: its arrays have the wrong shapes or types")
     capacity = ring.shape[1]
     if ((size < 0) | (size > capacity) | (head < 0) | (head >= capacity)).any():

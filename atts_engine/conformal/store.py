@@ -22,8 +22,9 @@ def as_score(score: float) -> np.float32:
 class RingStore:
     """The last `capacity` scores of each of `keys` keys.
 
-    ring: float32[K, C], valid in [:size[key]]; size: int64[K]; head: int64[K], where the next score goes. A full ring
-    overwrites its oldest score. The layout is the `gate` kernel's, so mirroring to a device is a plain copy.
+    ring: float32[K, C], valid in [:size[key]]; size: int64[K]; head: int64[K], where the next score goes. A
+    full ring overwrites its oldest score. The layout is the `gate` kernel's, so mirroring to a device is a
+    plain copy.
     """
 
     def __init__(self, keys: int, capacity: int) -> None:
@@ -71,8 +72,8 @@ class RingStore:
         return twin
 
     def same_as(self, other: RingStore) -> bool:
-        """The same scores in the same places; what lies in `ring` beyond `size` does not count. Equality and hash stay
-        those of identity, so that a lane can key its mirror by the store."""
+        """The same scores in the same places; what lies in `ring` beyond `size` does not count. Equality and
+        hash stay those of identity, so that a lane can key its mirror by the store."""
         return (
             self.ring.shape == other.ring.shape
             and np.array_equal(self.size, other.size)

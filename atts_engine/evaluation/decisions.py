@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
-from atts_engine.conformal import CalibrationError, RingStore, decide, p_value
+from atts_engine.conformal import CalibrationError, Calibrator, RingStore, decide, p_value
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import Line, read_lines
 from atts_engine.pipeline.records import Decision
@@ -59,18 +59,22 @@ def read_decisions(path: str | os.PathLike[str], *, allow_torn_tail: bool = Fals
 
 
 def check_log(decisions: Iterable[Decision], initial: RingStore, *, insert: bool = True) -> Difference | None:
-    """Replay a log through numpy; the first difference, or None if every count, p-value and verdict comes out to the bit.
+    """Replay a log through numpy; the first difference, or None if every count, p-value and verdict comes out
+    to the bit.
 
-    initial: the store before the first decision, which is left as it is. insert=False: the calibration was frozen. Decisions are taken
-    in the order of decision_seq; all of one `batch` are counted before any of them is inserted, as the lane does. `InputError` for
-    a log that is no log: a decision_seq twice, a batch that comes back, a key or score that no store takes.
+    initial: the store before the first decision, which is left as it is. insert=False: the calibration was
+    frozen. Decisions are taken in the order of decision_seq; all of one `batch` are counted before any of
+    them is inserted, as the lane does. `InputError` for a log that is no log: a decision_seq twice, a batch
+    that comes back, a key or score that no store takes.
     """
     ordered = sorted(decisions, key=lambda d: d.decision_seq)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.decision_seq == after.decision_seq:
             raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
         if after.batch < before.batch:
-            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
+            raise InputError(
+                f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}"
+            )
     store = initial.copy()
     for _, group in groupby(ordered, key=lambda d: d.batch):
         batch = list(group)
@@ -81,6 +85,23 @@ def check_log(decisions: Iterable[Decision], initial: RingStore, *, insert: bool
             for decision in batch:
                 store.insert(decision.score, decision.key)
     return None
+
+
+def restore(calibrator: Calibrator, decisions: Iterable[Decision]) -> None:
+    """Bring a calibrator to where it stood after these decisions, as `--resume` needs it.
+
+    The calibrator must stand where the log began. The log is checked on the way: `InputError` names the first
+    decision that does not come out as recorded, and nothing is learned then.
+    """
+    ordered = sorted(decisions, key=lambda d: d.decision_seq)
+    if not ordered:
+        return
+    first = ordered[0]
+    store = calibrator.request(first.key, first.u).store
+    if (difference := check_log(ordered, store, insert=not calibrator.frozen)) is not None:
+        raise InputError(f"the decision log does not follow from this calibration ({difference})")
+    for decision in ordered:
+        calibrator.observe(decision.score, decision.key)
 
 
 def _check(decision: Decision, store: RingStore) -> Difference | None:

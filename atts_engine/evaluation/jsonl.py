@@ -1,4 +1,5 @@
-"""JSON lines, plain or gzipped: reading with the line number in every error, writing so that a killed run loses at most a line."""
+"""JSON lines, plain or gzipped: reading with the line number in every error, writing so that a killed run
+loses at most a line."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from atts_engine.errors import InputError
 
 
 class Line:
-    """One JSON object of a file, with typed access to its fields. Errors are `InputError` with file and line number."""
+    """One JSON object of a file, with typed access to its fields. Errors are `InputError` with file and line
+    number."""
 
     __slots__ = ("fields", "where")
 
@@ -81,8 +83,8 @@ class Line:
 def read_lines(path: str | os.PathLike[str], *, allow_torn_tail: bool = False) -> Iterator[Line]:
     """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
 
-    allow_torn_tail: drop a last line without its newline, which is what a killed run leaves. `InputError` for a file that
-    cannot be read and for a line that is not a JSON object.
+    allow_torn_tail: drop a last line without its newline, which is what a killed run leaves. `InputError` for
+    a file that cannot be read and for a line that is not a JSON object.
     """
     path = Path(path)
     try:
@@ -117,10 +119,11 @@ def _open_text(path: Path) -> TextIO:
 
 
 class JsonlWriter:
-    """Appends one object a line and flushes each, so a killed process leaves whole lines and at most one torn one.
+    """Appends one object a line and flushes each, so a killed process leaves whole lines and at most one torn
+    one.
 
-    append: keep what the file holds, less a torn last line; otherwise the file is begun anew. `InputError` if the file cannot be
-    written. Use as a context manager or call `close`.
+    append: keep what the file holds, less a torn last line; otherwise the file is begun anew. `InputError` if
+    the file cannot be written. Use as a context manager or call `close`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Recorded chains through a calibrator: what its gate would have decided on real scores, without a model.
 
-The scores after a takeover were recorded under the recorded verdicts; a replay studies calibration and scheduling, not the
-text that other verdicts would have led to.
+The scores after a takeover were recorded under the recorded verdicts; a replay studies calibration and
+scheduling, not the text that other verdicts would have led to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from atts_engine.conformal import (
     ONLINE_CALIBRATORS,
-    LEVEL_ONE,
     CalibrationError,
     Calibrator,
     Meta,
@@ -54,7 +53,8 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Spans in the order they were decided in, and each one's takeover and p-value (the percentile, for `reference`)."""
+    """Spans in the order they were decided in, and each one's takeover and p-value (the percentile, for
+    `reference`)."""
 
     spans: tuple[Scored, ...]
     takeovers: npt.NDArray[np.bool_]
@@ -64,7 +64,8 @@ class Replay:
 def scored_spans(chains: Iterable[Chain], order: str = "arrival", seed: int = 0) -> list[Scored]:
     """The scored spans of a trace.
 
-    arrival: by problem, then turn, then chain, as chains of one problem run side by side; shuffle: a permutation drawn from `seed`.
+    arrival: by problem, then turn, then chain, as chains of one problem run side by side; shuffle: a
+    permutation drawn from `seed`.
     """
     if order not in ORDERS:
         raise InputError(f"no order {order!r}; there are {', '.join(ORDERS)}")
@@ -81,16 +82,20 @@ def scored_spans(chains: Iterable[Chain], order: str = "arrival", seed: int = 0)
 
 
 def uniform_of(span: Scored, seed: int) -> int:
-    """The span's uniform in 1 .. 2**32: a hash of (seed, problem, chain, turn), the same in any order of arrival."""
+    """The span's uniform in 1 .. 2**32: a hash of (seed, problem, chain, turn), the same in any order of
+    arrival."""
     name = f"{seed}\0{span.problem_id}\0{span.chain}\0{span.turn}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little") + 1
 
 
-def replay_online(spans: Sequence[Scored], calibrator: Calibrator, *, outstanding: int = 1, seed: int = 0) -> Replay:
-    """Decide each span against the calibrator's store and let it learn. The calibrator is changed, unless it is frozen.
+def replay_online(
+    spans: Sequence[Scored], calibrator: Calibrator, *, outstanding: int = 1, seed: int = 0
+) -> Replay:
+    """Decide each span against the calibrator's store and let it learn. The calibrator is changed, unless it
+    is frozen.
 
-    outstanding: decisions in flight, the one being made included. A decision does not see the scores of the outstanding - 1
-    decisions before it; those join the store in order.
+    outstanding: decisions in flight, the one being made included. A decision does not see the scores of the
+    outstanding - 1 decisions before it; those join the store in order.
     """
     if outstanding < 1:
         raise InputError(f"the number of outstanding decisions must be 1 or more, not {outstanding}")
@@ -140,15 +145,17 @@ def replay(
 ) -> Replay:
     """Replay with a calibrator by name.
 
-    calibration: for `reference` and `split` an `.npy` array of perplexities, for `mondrian` and `split` an `.npz` state; without
-    it the calibrator starts cold, which `reference` cannot. `InputError` for a name that is not in this version, listing those
-    that are, and for anything else that cannot be used.
+    calibration: for `reference` and `split` an `.npy` array of perplexities, for `mondrian` and `split` an
+    `.npz` state; without it the calibrator starts cold, which `reference` cannot. `InputError` for a name
+    that is not in this version, listing those that are, and for anything else that cannot be used.
     """
     check_name("calibrator", calibrator, CALIBRATORS)
     try:
         if calibrator == "reference":
             if calibration is None:
-                raise InputError("the reference calibrator needs --calibration FILE.npy, an array of perplexities")
+                raise InputError(
+                    "the reference calibrator needs --calibration FILE.npy, an array of perplexities"
+                )
             return replay_reference(spans, ReferenceATTS(load_array(calibration), alpha))
         online = _online(calibrator, alpha, calibration, frozen)
         return replay_online(spans, online, outstanding=outstanding, seed=seed)
@@ -163,7 +170,9 @@ def _online(name: str, alpha: float, calibration: str | os.PathLike[str] | None,
         return make_calibrator(name, alpha)
     if Path(calibration).suffix == ".npy":
         if name != "split":
-            raise InputError(f"an .npy array names no turns: {name} needs an .npz state, which `atts calibrate` writes")
+            raise InputError(
+                f"an .npy array names no turns: {name} needs an .npz state, which `atts calibrate` writes"
+            )
         calibrator = make_calibrator(name, alpha)
         for ppl in load_array(calibration):
             calibrator.observe(float(np.log(ppl)), calibrator.key_of(0))
@@ -198,7 +207,8 @@ def check_name(what: str, name: str, names: Sequence[str]) -> None:
 
 
 def mid_ranks(spans: Sequence[Scored]) -> npt.NDArray[np.float64]:
-    """float64[N]: each span's rank among all scores of its turn, in [0, 1]; ties share the middle of their ranks."""
+    """float64[N]: each span's rank among all scores of its turn, in [0, 1]; ties share the middle of their
+    ranks."""
     ranks = np.zeros(len(spans), dtype=np.float64)
     scores = np.array([s.score for s in spans], dtype=np.float32)
     turns = np.array([s.turn for s in spans], dtype=np.int64)
@@ -214,8 +224,9 @@ def mid_ranks(spans: Sequence[Scored]) -> npt.NDArray[np.float64]:
 def figures(result: Replay, alpha: float) -> dict[str, Any]:
     """The figures of a replay, keys as `atts replay --json` prints them.
 
-    rate: share taken over; selection_power: mean same-turn mid-rank of the spans taken over (a coin gives 0.5), None if there are none;
-    max_abs_dev_by_turn: largest |rate - alpha| over turns with MIN_DECISIONS decisions or more, None if there are none.
+    rate: share taken over; selection_power: mean same-turn mid-rank of the spans taken over (a coin gives
+    0.5), None if there are none; max_abs_dev_by_turn: largest |rate - alpha| over turns with MIN_DECISIONS
+    decisions or more, None if there are none.
     """
     by_turn = _rates(result, lambda s: str(s.turn), key=int)
     chosen = mid_ranks(result.spans)[result.takeovers]
@@ -242,8 +253,11 @@ def _rates(
 
 def reproduced(result: Replay) -> dict[str, int]:
     """For a `reference` replay: recorded percentiles, how many come out exactly, and takeovers that agree."""
-    recorded = [(s, v, t) for s, v, t in zip(result.spans, result.values, result.takeovers, strict=True)
-                if s.percentile is not None]
+    recorded = [
+        (s, v, t)
+        for s, v, t in zip(result.spans, result.values, result.takeovers, strict=True)
+        if s.percentile is not None
+    ]
     return {
         "percentiles_recorded": len(recorded),
         "percentiles_reproduced": sum(s.percentile == v for s, v, _ in recorded),

@@ -16,13 +16,15 @@ _CHAIN_FIELDS = frozenset(
     "problem_id problem_index chain gold final_answer duration_s turns strategy finish error".split()
 )
 TOKENS_RECORDED = "tokens_recorded"
-"""Key of `Chain.extra` that is False for a trace without token counts (the published recordings hold texts only)."""
+"""Key of `Chain.extra` that is False for a trace without token counts (the published recordings hold texts
+only)."""
 
 
 def read_problems(path: str | os.PathLike[str], limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a file, `index` counting from 0.
 
-    `InputError` for a malformed line (with its number), an id seen before, an empty problem, an empty file, limit < 1.
+    `InputError` for a malformed line (with its number), an id seen before, an empty problem, an empty file,
+    limit < 1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"the limit on problems must be 1 or more, not {limit}")
@@ -44,8 +46,9 @@ def read_problems(path: str | os.PathLike[str], limit: int | None = None) -> lis
 
 
 def read_chains(path: str | os.PathLike[str], *, allow_torn_tail: bool = False) -> list[Chain]:
-    """The chains of a trace file, in the file's order. `InputError` for a malformed line (with its number) and an empty file,
-    unless `allow_torn_tail`, which also drops a half-written last line, as for `--resume`."""
+    """The chains of a trace file, in the file's order. `InputError` for a malformed line (with its number)
+    and an empty file, unless `allow_torn_tail`, which also drops a half-written last line, as for
+    `--resume`."""
     chains = [chain_from_line(line) for line in read_lines(path, allow_torn_tail=allow_torn_tail)]
     if not chains and not allow_torn_tail:
         raise InputError(f"{path} holds no chains")
@@ -55,8 +58,8 @@ def read_chains(path: str | os.PathLike[str], *, allow_torn_tail: bool = False) 
 def chain_from_line(line: Line) -> Chain:
     """One line of a trace file. Fields that the schema does not name are kept in `extra`.
 
-    A turn without `score` takes it from `ppl` (score = log ppl, as float32); a turn whose `ppl` is null was not scored. Texts left
-    out (`draft_chars` in place of `draft`) are read as empty.
+    A turn without `score` takes it from `ppl` (score = log ppl, as float32); a turn whose `ppl` is null was
+    not scored. Texts left out (`draft_chars` in place of `draft`) are read as empty.
     """
     turns = line.objects("turns")
     extra = {name: value for name, value in line.fields.items() if name not in _CHAIN_FIELDS}
@@ -105,7 +108,8 @@ def _turn_from_line(line: Line) -> Turn:
 
 
 def chain_to_json(chain: Chain, *, texts: bool = True) -> dict[str, Any]:
-    """The chain as a line of a trace file. texts=False writes `draft_chars` and `target_chars` in place of the texts.
+    """The chain as a line of a trace file. texts=False writes `draft_chars` and `target_chars` in place of
+    the texts.
 
     ppl = exp(score) where only the score is known.
     """
