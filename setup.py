@@ -1,6 +1,7 @@
 """Package list; everything else stands in pyproject.toml.
 
-`triton_kernels/` is installed as `atts_triton`: serving stacks import a top-level package named triton_kernels of their own.
+`triton_kernels/` is installed as `atts_triton`: serving stacks import a top-level package named triton_kernels
+of their own.
 """
 
 from setuptools import find_packages, setup
