@@ -51,7 +51,9 @@ $(DEV_READY): $(RUN_READY)
 
 setup: $(DEV_READY)
 
+# The default folder is the demo's own and starts afresh; a folder that was named is left to the command's own check.
 demo: $(RUN_READY)
+	$(if $(filter demo-out,$(DEMO_OUT)),rm -rf demo-out)
 	$(PY) -m atts_engine.cli.main eval --task registers --steps $(DEMO_STEPS) --problems-count $(DEMO_PROBLEMS) --chains $(DEMO_CHAINS) \
 	    --draft tiny-draft --target tiny-target --strategies draft,target,atts,atts-sync --alpha 0.4 --seed 0 --out $(DEMO_OUT)
 
