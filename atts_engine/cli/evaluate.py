@@ -1,0 +1,177 @@
+"""`atts eval`: several strategies on the same problems, side by side; or the figures of recorded traces."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atts_engine.cli import options
+from atts_engine.cli.interrupt import Interrupted
+from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
+from atts_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from atts_engine.cli.job import CalibrationChoice
+    from atts_engine.config import ATTSParams
+    from atts_engine.evaluation.folder import RunFolder
+    from atts_engine.evaluation.job import JobResult
+    from atts_engine.pipeline.records import Problem
+
+STRATEGIES = ("draft", "target", "atts", "atts-sync")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `eval` to the commands."""
+    text = "Run several strategies on the same problems and compare them; or show the figures of recorded traces."
+    parser = subparsers.add_parser("eval", help="compare strategies on the same problems", description=text)
+    options.add_models(parser)
+    options.add_problems(parser)
+    options.add_sampling(parser, strategy=False)
+    options.add_calibration(parser)
+    options.add_output(parser)
+    parser.add_argument(
+        "--strategies", default="draft,target,atts,atts-sync", metavar="A,B,...", help="default: %(default)s"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
+    parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare strategies, or describe traces."""
+    check_json_target(args.json)
+    return _of_traces(args) if args.traces is not None else _compare(args)
+
+
+def _strategies(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in STRATEGIES:
+            raise InputError(f"no strategy {name!r}; there are {', '.join(STRATEGIES)}")
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"--strategies must name each strategy once, not {text!r}")
+    return names
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from atts_engine.cli.job import CalibrationChoice, resume_hint
+    from atts_engine.evaluation.folder import RunFolder
+    from atts_engine.evaluation.folder import write_json as save_json
+    from atts_engine.evaluation.grading import Grader
+    from atts_engine.evaluation.job import job_settings
+    from atts_engine.evaluation.report import comparison_report, write_report
+    from atts_engine.evaluation.summary import comparison
+
+    options.fill_defaults(args)
+    names = _strategies(args.strategies)
+    params = {name: options.params(args, name) for name in names}
+    options.engine_config(args)
+    if args.out is None:
+        raise InputError("--out is missing: name a folder for the runs and the report")
+    problems = options.problems(args)
+    choice = CalibrationChoice.of(args)
+    folders: dict[str, RunFolder] = {}
+    try:
+        for name in names:
+            settings = job_settings(args.draft, args.target, args.dtype, params[name], choice.settings(), problems)
+            folders[name] = RunFolder.open(Path(args.out) / name, settings, resume=args.resume)
+        results = asyncio.run(_jobs(args, problems, params, choice, folders))
+    except KeyboardInterrupt:
+        saved = sum(folder.saved_chains for folder in folders.values())
+        raise Interrupted(resume_hint(args, f"{saved} chains are saved in {args.out}")) from None
+    finally:
+        for folder in folders.values():
+            folder.close()
+    found = {
+        **comparison(results, params, Grader().equal),
+        "settings": {name: _settings_of(folder) for name, folder in folders.items()},
+    }
+    for name, folder in folders.items():
+        save_json(folder.path / "summary.json", found["strategies"][name])
+    save_json(Path(args.out) / "summary.json", found)
+    page = Path(args.out) / "report.html"
+    write_report(page, comparison_report(results, found))
+    out = human_stream(args.json)
+    show(_table(found, args.chains), out, args.plain)
+    out.write(f"report: {page}\n")
+    write_json(found, args.json)
+    return 0
+
+
+def _settings_of(folder: RunFolder) -> dict[str, Any]:
+    import json
+
+    loaded: dict[str, Any] = json.loads((folder.path / "settings.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+async def _jobs(
+    args: argparse.Namespace,
+    problems: tuple[Problem, ...],
+    params: dict[str, ATTSParams],
+    choice: CalibrationChoice,
+    folders: dict[str, RunFolder],
+) -> dict[str, JobResult]:
+    from atts_engine.cli.job import watched_job
+    from atts_engine.engine import AsyncEngine
+
+    results = {}
+    async with await AsyncEngine.create(options.engine_config(args)) as engine:
+        for name, folder in folders.items():
+            # Each strategy learns from its own scores alone.
+            calibrator = choice.make(engine, params[name]) if name == "atts" else None
+            results[name] = await watched_job(engine, args, problems, params[name], calibrator, folder)
+    return results
+
+
+def _table(found: dict[str, Any], chains: int) -> Table:
+    from atts_engine.cli.job import RESUMED_NOTE, strategy_columns, strategy_row
+
+    each = found["strategies"]
+    notes = [against_line(name, cell) for name, cell in found["against"].items()]
+    if any(figures["restored_chains"] for figures in each.values()):
+        notes.append(RESUMED_NOTE)
+    first = next(iter(each.values()))
+    title = f"{first['problems']} problems x {chains} chains, alpha {first['alpha']:g}"
+    rows = tuple(strategy_row(figures) for figures in each.values())
+    return Table(title, strategy_columns(chains), rows, note="\n".join(notes) or None)
+
+
+def against_line(name: str, cell: dict[str, Any]) -> str:
+    """A strategy against the baseline in one line, with the interval of their difference."""
+    d = cell["difference"]
+    share = cell["target_token_share"]
+    tokens = "" if share is None else f", at {percent(share)} of its target tokens"
+    low, high = 100 * d["low"], 100 * d["high"]
+    return f"{name} - {cell['baseline']}: vote {100 * d['mean']:+.1f} points (95%: {low:+.1f} to {high:+.1f}){tokens}"
+
+
+def _of_traces(args: argparse.Namespace) -> int:
+    from atts_engine.evaluation.measures import summary
+    from atts_engine.evaluation.traces import read_chains
+
+    chains = read_chains(args.traces)
+    found = {"traces": args.traces, **summary(chains)}
+    show(_trace_table(found), human_stream(args.json), args.plain)
+    write_json(found, args.json)
+    return 0
+
+
+def _trace_table(found: dict[str, Any]) -> Table:
+    from atts_engine.cli.job import accuracy_cell
+
+    rows = [
+        ("problems", f"{found['problems']:,}"),
+        ("chains", f"{found['chains']:,}"),
+        ("chain accuracy", accuracy_cell(found["chain_accuracy"])),
+        ("majority", accuracy_cell(found["majority"])),
+        ("weighted vote", accuracy_cell(found["weighted"])),
+        ("any chain", accuracy_cell(found["any_of"])),
+        ("verdicts", f"{found['takeovers']['decisions']:,}"),
+        ("taken over", percent(found["takeovers"]["rate"])),
+    ]
+    if found["tokens"]:
+        rows += [(f"tokens by {author}", f"{n:,}") for author, n in found["tokens"].items()]
+    return Table(f"traces in {found['traces']}", ("", ""), tuple(rows))

@@ -1,0 +1,125 @@
+"""What `atts run`, `atts calibrate` and `atts eval` have in common: one job, watched and saved."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atts_engine.cli.tables import count, human_stream, percent, seconds
+from atts_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from atts_engine.config import ATTSParams
+    from atts_engine.conformal import Calibrator
+    from atts_engine.engine import AsyncEngine
+    from atts_engine.evaluation.folder import RunFolder
+    from atts_engine.evaluation.job import JobResult
+    from atts_engine.pipeline.records import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationChoice:
+    """The calibrator that the user asked for, checked as far as that goes without the models."""
+
+    name: str
+    file: str | None
+    frozen: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> CalibrationChoice:
+        from atts_engine.conformal import load_calibrator, make_calibrator
+
+        if args.policy != "threshold":
+            raise InputError(f"no policy {args.policy!r} in this version; there is threshold")
+        if args.frozen and args.calibration is None:
+            raise InputError(
+                "--frozen needs --calibration FILE: an empty calibration that learns nothing decides nothing"
+            )
+        make_calibrator(args.calibrator, args.alpha)
+        if args.calibration is not None:
+            saved = load_calibrator(args.calibration)
+            if saved.name != args.calibrator:
+                raise InputError(
+                    f"{args.calibration} holds a calibration of {saved.name}: add --calibrator {saved.name}"
+                )
+        return cls(args.calibrator, args.calibration, args.frozen)
+
+    def settings(self) -> dict[str, Any]:
+        """For settings.json: the file by its content, not by its name."""
+        digest = None if self.file is None else hashlib.sha256(Path(self.file).read_bytes()).hexdigest()
+        return {"calibrator": self.name, "frozen": self.frozen, "start_sha256": digest}
+
+    def make(self, engine: AsyncEngine, params: ATTSParams) -> Calibrator:
+        """A fresh calibrator for one job; a saved one must fit the engine's models and the parameters."""
+        from atts_engine.conformal import load_calibrator, make_calibrator
+
+        meta = engine.calibration_meta(params)
+        if self.file is None:
+            return make_calibrator(self.name, params.alpha, meta=meta)
+        return load_calibrator(self.file, replace(meta, alpha=params.alpha), frozen=self.frozen)
+
+
+async def watched_job(
+    engine: AsyncEngine,
+    args: argparse.Namespace,
+    problems: Sequence[Problem],
+    params: ATTSParams,
+    calibrator: Calibrator | None,
+    folder: RunFolder | None,
+) -> JobResult:
+    """Run one job with the view that the user's terminal allows."""
+    from atts_engine.cli.progress import Progress
+    from atts_engine.cli.view import Heading, make_view
+    from atts_engine.evaluation.grading import Grader
+    from atts_engine.evaluation.job import run_job
+    from atts_engine.evaluation.summary import voter
+
+    same = Grader().equal
+    detail = f"{len(problems)} problems x {params.chains} chains, seed {params.seed}"
+    heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
+    progress = Progress(len(problems), len(problems) * params.chains, voter(params, same), same)
+    with make_view(heading, progress, human_stream(args.json), args.plain) as view:
+        return await run_job(
+            engine, problems, params, view, calibrator=calibrator, folder=folder, concurrency=args.concurrency
+        )
+
+
+def resume_hint(args: argparse.Namespace, saved: str) -> str:
+    """One line for a job that Ctrl-C has stopped."""
+    words = ["atts", *args.command_line]
+    if "--resume" not in words:
+        words.append("--resume")
+    return f"interrupted; {saved}; go on with: {shlex.join(words)}"
+
+
+def accuracy_cell(interval: dict[str, float] | None) -> str:
+    """A mean over problems as a percentage; "-" where nothing could be graded."""
+    return "-" if interval is None else percent(interval["mean"])
+
+
+def strategy_row(figures: dict[str, Any]) -> tuple[str, ...]:
+    """The row of one strategy in a table with the columns of `STRATEGY_COLUMNS`."""
+    tokens = figures["tokens"]
+    time = seconds(figures["wall_s"]) + (" *" if figures["restored_chains"] else "")
+    return (
+        figures["strategy"],
+        accuracy_cell(figures["chain_accuracy"]),
+        accuracy_cell(figures[figures["vote"]]),
+        accuracy_cell(figures["any_of"]),
+        percent(figures["takeovers"]["rate"]),
+        count(tokens["target"] if tokens else None),
+        time,
+    )
+
+
+def strategy_columns(chains: int) -> tuple[str, ...]:
+    """Column names for `strategy_row`."""
+    return ("strategy", "chain accuracy", "vote", f"any of {chains}", "taken over", "target tokens", "time")
+
+
+RESUMED_NOTE = "* this process only; chains of an earlier one are among them"

@@ -1,0 +1,111 @@
+"""The `atts` command: parses the line, runs one command, and turns every failure into one line and an exit code.
+
+Exit codes: 0 done; 1 an unexpected failure; 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from atts_engine.cli.interrupt import Interrupted
+from atts_engine.errors import AttsError, InputError
+
+# One module a command; each has add_parser(subparsers) and run(args) -> int, and imports torch only inside run.
+COMMANDS = ("run", "calibrate", "eval", "replay", "doctor")
+MODULES = {"eval": "evaluate"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `InputError`s, so that they end as one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def version() -> str:
+    """The installed version, or "unknown" for a source tree that was never installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("atts-engine")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `atts` with all of its commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--traceback",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="on a failure show the whole Python traceback",
+    )
+    parser = Parser(
+        prog="atts",
+        parents=[common],
+        description="Asynchronous test-time scaling: a draft model writes, a target model scores and takes over.",
+    )
+    parser.add_argument("--version", action="version", version=f"atts-engine {version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for command in COMMANDS:
+        module = importlib.import_module(f"atts_engine.cli.{MODULES.get(command, command)}")
+        module.add_parser(subparsers)
+        subparser = subparsers.choices[command]
+        subparser.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="on a failure show the whole traceback"
+        )
+        subparser.set_defaults(handler=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `atts` with `argv` (the process's own arguments when None) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words
+    try:
+        args = build_parser().parse_args(words)
+        args.command_line = words
+        return int(args.handler(args))
+    except KeyboardInterrupt as stop:
+        return _fail(stop.message if isinstance(stop, Interrupted) else "interrupted; nothing was saved", 130)
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`); what is left in stdout's buffer must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if traceback:
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, InputError) or _of_calibration(error):
+        return _fail(f"error: {error}", 2)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror or error}", 2)
+    if isinstance(error, AttsError):
+        return _fail(f"error: {error}", 1)
+    return _fail(f"unexpected error: {type(error).__name__}: {error} (add --traceback to see where)", 1)
+
+
+def _of_calibration(error: Exception) -> bool:
+    # conformal/ stands apart and raises ValueErrors of its own; asking by module keeps numpy out of `atts --help`.
+    return isinstance(error, ValueError) and type(error).__module__.startswith("atts_engine.conformal")
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"atts: {line}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

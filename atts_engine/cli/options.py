@@ -1,0 +1,211 @@
+"""Options that several commands share, and what is made of them: settings, parameters, problems."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from atts_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from atts_engine.config import ATTSParams, EngineConfig
+    from atts_engine.pipeline.records import Problem
+
+# What a built-in task runs with where a flag is left out: its spans are much shorter than those of real models.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "registers": {
+        "draft": "tiny-draft",
+        "target": "tiny-target",
+        "draft_tokens": 24,
+        "target_tokens": 24,
+        "turns": 16,
+    }
+}
+DEFAULTS: dict[str, Any] = {"draft_tokens": 500, "target_tokens": 500, "turns": 15}
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Which models, where, and in which precision."""
+    group = parser.add_argument_group("models")
+    text = "a Hugging Face folder, a .gguf file, tiny-draft, tiny-target or smollm2-135m"
+    group.add_argument("--draft", metavar="MODEL", help=f"the model that writes: {text}")
+    group.add_argument("--target", metavar="MODEL", help="the model that scores and takes over: as --draft")
+    group.add_argument(
+        "--draft-device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    group.add_argument("--target-device", default="cpu", metavar="DEVICE", help="as --draft-device")
+    group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    group.add_argument(
+        "--page-size", type=int, default=16, metavar="N", help="tokens in a KV page (default: %(default)s)"
+    )
+    group.add_argument("--kv-tokens", type=int, default=None, metavar="N", help="KV capacity of a lane in tokens")
+    group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
+
+
+def add_problems(parser: argparse.ArgumentParser) -> None:
+    """Where the problems come from."""
+    group = parser.add_argument_group("problems")
+    group.add_argument(
+        "--problems", metavar="FILE", help="problem file, one JSON object a line: id, problem, optional answer"
+    )
+    group.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N problems of the file")
+    group.add_argument(
+        "--task", choices=sorted(TASK_DEFAULTS), help="held-out problems of a built-in task in place of a file"
+    )
+    group.add_argument("--steps", default=None, metavar="LO-HI", help="steps of a task's problems (default: 4-6)")
+    group.add_argument("--problems-count", type=int, default=None, metavar="N", help="problems of a task (default: 48)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> None:
+    """How chains are drawn, tested and voted on."""
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--chains", type=int, default=8, metavar="M", help="chains a problem (default: %(default)s)")
+    group.add_argument("--turns", type=int, metavar="N", help="turns a chain has at most (default: 15)")
+    group.add_argument("--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500)")
+    group.add_argument("--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500)")
+    group.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    group.add_argument(
+        "--takeover",
+        choices=("continue", "replace"),
+        default="continue",
+        help="the target goes on after the span, or redoes it",
+    )
+    group.add_argument(
+        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
+    )
+    if strategy:
+        group.add_argument("--strategy", choices=("atts", "atts-sync", "draft", "target"), help="default: atts")
+        group.add_argument(
+            "--mode", choices=("async", "sync"), help="async is --strategy atts, sync is --strategy atts-sync"
+        )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Which calibrator, and from which state it starts."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibrator", default="mondrian", metavar="NAME", help="mondrian (default) or reference")
+    group.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
+    group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
+    group.add_argument(
+        "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What is shown, and how many problems are in flight."""
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--concurrency", type=int, default=8, metavar="N", help="problems in flight (default: %(default)s)"
+    )
+    group.add_argument("--json", metavar="FILE", help="write the figures as JSON to FILE, or - for stdout")
+    group.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Give every flag that was left out its value: the task's, or the general one. Raises InputError for missing models."""
+    task = TASK_DEFAULTS.get(args.task or "", {})
+    for name in ("draft_tokens", "target_tokens", "turns"):
+        if getattr(args, name) is None:
+            setattr(args, name, task.get(name, DEFAULTS[name]))
+    for name in ("draft", "target"):
+        if getattr(args, name) is None:
+            if name not in task:
+                raise InputError(
+                    f"--{name} is missing: name a model folder, a .gguf file or a built-in model such as tiny-{name}"
+                )
+            setattr(args, name, task[name])
+
+
+def strategy_of(args: argparse.Namespace) -> str:
+    """The strategy that --strategy and --mode name together."""
+    of_mode = {"async": "atts", "sync": "atts-sync"}.get(args.mode or "")
+    if args.strategy and of_mode and args.strategy != of_mode:
+        raise InputError(f"--mode {args.mode} is --strategy {of_mode}, but --strategy {args.strategy} was given too")
+    return args.strategy or of_mode or "atts"
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The engine's settings."""
+    from atts_engine.config import EngineConfig
+
+    return EngineConfig(
+        draft=args.draft,
+        target=args.target,
+        draft_device=args.draft_device,
+        target_device=args.target_device,
+        dtype=args.dtype,
+        page_size=args.page_size,
+        kv_tokens=args.kv_tokens,
+        threads=args.threads,
+    )
+
+
+def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
+    """The algorithm's parameters, validated."""
+    from atts_engine.config import ATTSParams
+
+    return ATTSParams(
+        chains=args.chains,
+        turns=args.turns,
+        draft_tokens=args.draft_tokens,
+        target_tokens=args.target_tokens,
+        alpha=args.alpha,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        strategy=strategy,
+        takeover=args.takeover,
+        vote=args.vote,
+    )
+
+
+def problems(args: argparse.Namespace) -> tuple[Problem, ...]:
+    """The problems of --problems or --task, in order; at least one."""
+    if args.concurrency < 1:
+        raise InputError(f"--concurrency must be 1 or more, not {args.concurrency}")
+    if (args.problems is None) == (args.task is None):
+        raise InputError("name the problems by either --problems FILE or --task registers")
+    if args.task is not None:
+        if args.limit is not None:
+            raise InputError("--limit belongs to --problems; a task's problems are counted by --problems-count")
+        return _task_problems(args)
+    for flag, value in (("--steps", args.steps), ("--problems-count", args.problems_count)):
+        if value is not None:
+            raise InputError(f"{flag} belongs to --task, not to --problems")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be 1 or more, not {args.limit}")
+    from atts_engine.evaluation.traces import read_problems
+
+    found = tuple(read_problems(args.problems, args.limit))
+    if not found:
+        raise InputError(f"{args.problems}: no problem in this file")
+    return found
+
+
+def _task_problems(args: argparse.Namespace) -> tuple[Problem, ...]:
+    from atts_engine.evaluation import registers
+    from atts_engine.pipeline.records import Problem
+
+    count = 48 if args.problems_count is None else args.problems_count
+    if count < 1:
+        raise InputError(f"--problems-count must be 1 or more, not {count}")
+    drawn = registers.heldout(count, args.seed, _step_range(args.steps or "4-6"))
+    return tuple(Problem(p.id, p.problem, p.answer, index) for index, p in enumerate(drawn))
+
+
+def _step_range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    try:
+        steps = int(low), int(high or low)
+    except ValueError:
+        raise InputError(f"--steps must be a number or a range such as 4-6, not {text!r}") from None
+    if not 1 <= steps[0] <= steps[1]:
+        raise InputError(f"--steps must be a range such as 4-6 with 1 <= LO <= HI, not {text!r}")
+    return steps

@@ -1,0 +1,112 @@
+"""`atts run`: one strategy over a file of problems, into a folder that can be resumed."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from atts_engine.cli import options
+from atts_engine.cli.interrupt import Interrupted
+from atts_engine.cli.tables import Table, check_json_target, count, human_stream, percent, seconds, show, write_json
+
+if TYPE_CHECKING:
+    from atts_engine.cli.job import CalibrationChoice
+    from atts_engine.config import ATTSParams
+    from atts_engine.evaluation.folder import RunFolder
+    from atts_engine.evaluation.job import JobResult
+    from atts_engine.pipeline.records import Problem
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `run` to the commands."""
+    text = "Solve a file of problems and write decisions, chains, figures and a report into a folder."
+    parser = subparsers.add_parser("run", help="solve problems into a folder", description=text)
+    options.add_models(parser)
+    options.add_problems(parser)
+    options.add_sampling(parser)
+    options.add_calibration(parser)
+    options.add_output(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Solve, save, report. `InputError` before any work for anything that cannot be used."""
+    from atts_engine.cli.job import CalibrationChoice, resume_hint
+    from atts_engine.evaluation.folder import RunFolder
+    from atts_engine.evaluation.folder import write_json as save_json
+    from atts_engine.evaluation.job import job_settings
+    from atts_engine.evaluation.report import run_report, write_report
+    from atts_engine.evaluation.summary import figures
+
+    options.fill_defaults(args)
+    params = options.params(args, options.strategy_of(args))
+    options.engine_config(args)
+    check_json_target(args.json)
+    problems = options.problems(args)
+    choice = CalibrationChoice.of(args)
+    settings = job_settings(args.draft, args.target, args.dtype, params, choice.settings(), problems)
+    folder = RunFolder.open(args.out, settings, resume=args.resume)
+    try:
+        result = asyncio.run(_job(args, problems, params, choice, folder))
+    except KeyboardInterrupt:
+        raise Interrupted(resume_hint(args, f"{folder.saved_chains} chains are saved in {folder.path}")) from None
+    finally:
+        folder.close()
+    found = {**figures(result, params), "settings": settings}
+    save_json(folder.path / "summary.json", found)
+    write_report(folder.path / "report.html", run_report(result, found))
+    out = human_stream(args.json)
+    show(_table(found), out, args.plain)
+    out.write(f"report: {folder.path / 'report.html'}\n")
+    write_json(found, args.json)
+    return 0
+
+
+async def _job(
+    args: argparse.Namespace,
+    problems: tuple[Problem, ...],
+    params: ATTSParams,
+    choice: CalibrationChoice,
+    folder: RunFolder,
+) -> JobResult:
+    from atts_engine.cli.job import watched_job
+    from atts_engine.engine import AsyncEngine
+
+    async with await AsyncEngine.create(options.engine_config(args)) as engine:
+        calibrator = choice.make(engine, params) if params.strategy == "atts" else None
+        return await watched_job(engine, args, problems, params, calibrator, folder)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    """The figures of the run, one a row, with their intervals over problems."""
+    takeovers, tokens = found["takeovers"], found["tokens"]
+    rows: list[tuple[str, str]] = [
+        ("problems", count(found["problems"])),
+        ("chains", f"{count(found['chains'])}, {count(found['answered'])} with an answer"),
+    ]
+    if found["errors"]:
+        rows.append(("chains that failed", count(found["errors"])))
+    for name, key in (
+        ("chain accuracy", "chain_accuracy"),
+        ("vote", found["vote"]),
+        ("any of a problem's chains", "any_of"),
+    ):
+        if (cell := found[key]) is not None:
+            spread = f"{percent(cell['low'])} to {percent(cell['high'])}"
+            rows.append((name, f"{percent(cell['mean'])}  (95%: {spread})"))
+    if takeovers["decisions"]:
+        rows.append(("spans taken over", f"{percent(takeovers['rate'])} of {count(takeovers['decisions'])}"))
+    rows += [
+        ("tokens by draft", count(tokens["draft"])),
+        ("tokens by target", count(tokens["target"])),
+        ("time", seconds(found["wall_s"])),
+    ]
+    note = (
+        f"{count(found['restored_chains'])} chains were saved by an earlier process"
+        if found["restored_chains"]
+        else None
+    )
+    title = f"{found['strategy']}, alpha {found['alpha']:g}"
+    return Table(title, ("", ""), tuple(rows), left=2, note=note)

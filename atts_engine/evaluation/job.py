@@ -1,0 +1,204 @@
+"""Many problems through one engine: a few in flight at a time, every event to an observer, everything that ends to a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from atts_engine.conformal import Calibrator
+from atts_engine.evaluation.folder import RunFolder
+from atts_engine.pipeline.events import ChainEvent, Event, SolutionEvent, TokensEvent, VerdictEvent
+from atts_engine.pipeline.params import ATTSParams
+from atts_engine.pipeline.records import Chain, Decision, Problem
+
+TICK_S = 1 / 6
+"""Time between two looks of an observer at the clock."""
+
+
+class Solver(Protocol):
+    """What the job needs of an engine."""
+
+    def generate(
+        self, problem: Problem, params: ATTSParams, *, calibrator: Calibrator | None, chains: Sequence[int] | None
+    ) -> AsyncGenerator[Event, None]: ...
+
+    def add_decision_listener(self, listener: Callable[[Decision], None]) -> Callable[[], None]: ...
+
+
+class Observer(Protocol):
+    """Somebody who watches a job. Called on the event loop's thread, in the order in which things happen."""
+
+    def started(self, problem: Problem) -> None: ...
+
+    def event(self, event: TokensEvent | VerdictEvent | ChainEvent) -> None: ...
+
+    def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None: ...
+
+    def tick(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
+
+    wall_s: seconds of this process; restored: chains taken over from an earlier, interrupted run, which cost none of them.
+    """
+
+    strategy: str
+    problems: tuple[Problem, ...]
+    chains: tuple[Chain, ...]
+    decisions: tuple[Decision, ...]
+    wall_s: float
+    restored: int
+
+    def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
+        """The problem's chains in order."""
+        return tuple(c for c in self.chains if c.problem_id == problem_id)
+
+
+def job_settings(
+    draft: str,
+    target: str,
+    dtype: str,
+    params: ATTSParams,
+    calibration: dict[str, Any],
+    problems: Sequence[Problem],
+) -> dict[str, Any]:
+    """All that decides what a run's chains are, as JSON. Devices, concurrency and paths are left out: they only decide how fast."""
+    return {
+        "format": "atts-run/1",
+        "models": {"draft": draft, "target": target, "dtype": dtype},
+        "params": asdict(params),
+        "calibration": calibration,
+        "problems": {"count": len(problems), "sha256": _digest(problems)},
+    }
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    text = "\n".join(json.dumps([p.id, p.problem, p.answer]) for p in problems)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+async def run_job(
+    engine: Solver,
+    problems: Sequence[Problem],
+    params: ATTSParams,
+    observer: Observer,
+    *,
+    calibrator: Calibrator | None = None,
+    folder: RunFolder | None = None,
+    concurrency: int = 8,
+) -> JobResult:
+    """Solve the problems with `concurrency` of them in flight, and hand back every chain.
+
+    Chains that an earlier run saved in `folder` are not written again, and its online calibration is learnt first. The
+    synchronous strategy ranks a problem's chains among each other, so there a problem that is not complete is begun anew. The first error
+    of the engine ends the job and is raised as it came; a chain's own error is recorded on the chain. `folder` stays open.
+    """
+    if folder is not None and calibrator is not None and not calibrator.frozen:
+        for decision in folder.restored.decisions:
+            calibrator.observe(decision.score, decision.key)
+    work = _Work(engine, params, observer, calibrator, folder)
+    stop_listening = engine.add_decision_listener(work.decided)
+    began = time.perf_counter()
+    queue = iter(problems)
+    try:
+        async with asyncio.TaskGroup() as group:
+            clock = group.create_task(_tick(observer))
+            workers = [group.create_task(work.run(queue)) for _ in range(min(concurrency, len(problems)))]
+            await asyncio.gather(*workers)
+            clock.cancel()
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from None
+    finally:
+        stop_listening()
+    observer.tick()
+    chains = sorted(work.chains, key=lambda c: (c.problem_index, c.chain))
+    decisions = folder.decisions() if folder else tuple(work.decisions)
+    return JobResult(
+        params.strategy,
+        tuple(problems),
+        tuple(chains),
+        decisions,
+        time.perf_counter() - began,
+        len(folder.restored.chains) if folder else 0,
+    )
+
+
+class _Work:
+    """What the workers of one job share; all of them run on one event loop."""
+
+    def __init__(
+        self,
+        engine: Solver,
+        params: ATTSParams,
+        observer: Observer,
+        calibrator: Calibrator | None,
+        folder: RunFolder | None,
+    ) -> None:
+        self.chains: list[Chain] = []
+        self.decisions: list[Decision] = []
+        self._engine = engine
+        self._params = params
+        self._observer = observer
+        self._calibrator = calibrator
+        self._folder = folder
+        self._saved: dict[str, dict[int, Chain]] = {}
+        for chain in folder.restored.chains if folder else ():
+            self._saved.setdefault(chain.problem_id, {})[chain.chain] = chain
+
+    async def run(self, queue: Iterator[Problem]) -> None:
+        for problem in queue:
+            saved = self._saved.get(problem.id, {})
+            missing = [number for number in range(self._params.chains) if number not in saved]
+            if missing:
+                self._finish(problem, await self._solve(problem, missing) | saved, restored=False)
+            else:
+                self._finish(problem, saved, restored=True)
+
+    async def _solve(self, problem: Problem, missing: list[int]) -> dict[int, Chain]:
+        self._observer.started(problem)
+        chains: dict[int, Chain] = {}
+        # A ranking needs all of a problem's chains present.
+        numbers = None if self._params.strategy == "atts-sync" else missing
+        stream = self._engine.generate(problem, self._params, calibrator=self._calibrator, chains=numbers)
+        async with aclosing(stream) as events:
+            async for event in events:
+                if isinstance(event, SolutionEvent):
+                    continue
+                if isinstance(event, ChainEvent):
+                    chains[event.chain.chain] = event.chain
+                    if self._folder is not None:
+                        self._folder.add_chain(event.chain)
+                self._observer.event(event)
+        return chains
+
+    def decided(self, decision: Decision) -> None:
+        if self._folder is not None:
+            self._folder.add_decision(decision)
+        else:
+            self.decisions.append(decision)
+
+    def _finish(self, problem: Problem, chains: dict[int, Chain], *, restored: bool) -> None:
+        ordered = [chains[number] for number in sorted(chains)]
+        self.chains += ordered
+        self._observer.finished(problem, ordered, restored=restored)
+
+
+async def _tick(observer: Observer) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        observer.tick()
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = failures
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

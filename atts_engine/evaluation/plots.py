@@ -1,0 +1,199 @@
+"""Plots as inline SVG that follows the page's colours, light or dark. matplotlib is imported only when one is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atts_engine.pipeline.records import Chain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# matplotlib takes literal colours only; each of these stands for a CSS variable of the page and is replaced by it in the SVG.
+INK, GRID, DRAFT, TARGET, TAKEN, KEPT, BACK = (f"#0{i}0{i}0{i}" for i in range(1, 8))
+_VARIABLES = {
+    INK: "--ink",
+    GRID: "--line",
+    DRAFT: "--draft",
+    TARGET: "--target",
+    TAKEN: "--taken",
+    KEPT: "--kept",
+    BACK: "--card",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure of a page: `svg` holds markup; `caption` says in words what to look for."""
+
+    svg: str
+    caption: str
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed (the extra `eval` brings it)."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+@contextmanager
+def _drawing(title: str, x: str, y: str, into: list[str]) -> Iterator[Axes]:
+    # Without pyplot there is no global figure list and no backend to choose, so this works in any thread.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.tick_params(length=0)
+        yield axes
+        into.append(_svg(figure, title))
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Groups of two plots have the same ids ("axes_1"), which a page may hold only once; nothing refers to them.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text, count=1
+    )
+
+
+def takeover_by_turn(by_turn: Mapping[str, Mapping[str, Any]], alpha: float) -> Plot:
+    """Rate of takeovers in each turn against alpha."""
+    turns = [int(turn) for turn in by_turn]
+    rates = [100 * cell["rate"] for cell in by_turn.values()]
+    drawn: list[str] = []
+    with _drawing("Spans taken over, by turn", "turn", "%", drawn) as axes:
+        axes.bar(turns, rates, color=TAKEN, width=0.72)
+        axes.axhline(100 * alpha, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(1.0, 100 * alpha + 1.5, f"alpha {alpha:g}", transform=axes.get_yaxis_transform(), ha="right")
+        axes.set_ylim(0, 100)
+        axes.set_xticks(turns if len(turns) <= 20 else turns[:: -(-len(turns) // 15)])
+        for turn, rate, cell in zip(turns, rates, by_turn.values(), strict=True):
+            if len(turns) <= 12:
+                axes.text(turn, rate + 1.5, f"{cell['n']:,}", ha="center", fontsize=8, alpha=0.7)
+    return Plot(
+        drawn[0],
+        "Each turn is calibrated for itself, so every bar should come to the dashed line. Above the bars: verdicts.",
+    )
+
+
+def takeover_by_problem(by_problem: Mapping[str, Mapping[str, Any]], alpha: float) -> Plot:
+    """Rate of takeovers of each problem, sorted: calibration holds on average, not for each problem."""
+    rates = sorted(100 * cell["rate"] for cell in by_problem.values())
+    drawn: list[str] = []
+    with _drawing("Spans taken over, by problem", "problems, sorted", "%", drawn) as axes:
+        axes.fill_between(range(len(rates) + 1), [*rates, rates[-1]], step="post", color=TAKEN, alpha=0.85, linewidth=0)
+        axes.axhline(100 * alpha, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_ylim(0, 100)
+        axes.set_xlim(0, len(rates))
+    return Plot(
+        drawn[0], "The rate is held over all problems together; hard problems get more of the target than easy ones."
+    )
+
+
+def p_values(values: Sequence[float]) -> Plot:
+    """Histogram of p-values; flat when calibration is right."""
+    drawn: list[str] = []
+    with _drawing("p-values", "p-value", "verdicts", drawn) as axes:
+        axes.hist(values, bins=20, range=(0.0, 1.0), color=KEPT, rwidth=0.92)
+        axes.axhline(len(values) / 20, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1)
+    return Plot(
+        drawn[0],
+        f"{len(values):,} smoothed p-values; right calibration makes them uniform, so the bars follow the dashed line.",
+    )
+
+
+def scores(kept: Sequence[float], taken: Sequence[float]) -> Plot:
+    """Scores of the spans that were kept and of those taken over, on a logarithmic axis."""
+    import numpy as np
+
+    floor = 1e-4
+    both = np.maximum(np.asarray([*kept, *taken], dtype=np.float64), floor)
+    edges = np.geomspace(floor, max(float(both.max()) * 1.05, 1.0), 37)
+    clipped = [np.maximum(np.asarray(side, dtype=np.float64), floor) for side in (kept, taken)]
+    drawn: list[str] = []
+    with _drawing("Scores by verdict", "mean negative log-likelihood, nats per token", "spans", drawn) as axes:
+        axes.hist(
+            clipped, bins=list(edges), stacked=True, color=[KEPT, TAKEN], label=["kept", "taken over"], linewidth=0
+        )
+        axes.set_xscale("log")
+        axes.legend(loc="upper right")
+    return Plot(
+        drawn[0],
+        "What the target thinks of the draft's spans: to the right it would not have written them. Below 0.0001 counts as 0.0001.",
+    )
+
+
+def accuracy_against_tokens(strategies: Mapping[str, Mapping[str, Any]]) -> Plot:
+    """Accuracy of the vote of each strategy over the tokens that the target generated for it."""
+    drawn: list[str] = []
+    with _drawing("Accuracy of the vote", "tokens generated by the target, per problem", "%", drawn) as axes:
+        for name, figures in strategies.items():
+            cell, tokens = figures[figures["vote"]], figures["tokens"]
+            if cell is None or tokens is None:
+                continue
+            x, y = tokens["target"] / figures["problems"], 100 * cell["mean"]
+            spread = [[y - 100 * cell["low"]], [100 * cell["high"] - y]]
+            colour = {"draft": DRAFT, "target": TARGET, "atts": TAKEN}.get(name, KEPT)
+            axes.errorbar([x], [y], yerr=spread, color=colour, marker="o", markersize=8, capsize=3, linewidth=1.4)
+            axes.annotate(name, (x, y), xytext=(9, 6), textcoords="offset points", fontweight="bold", color=colour)
+        axes.margins(x=0.18)
+        axes.set_ylim(top=103)
+        axes.set_xlim(left=min(-1.0, axes.get_xlim()[0]))
+    return Plot(drawn[0], "Up and to the left is better. Bars: 95% bootstrap intervals over problems.")
+
+
+def of_chains(chains: Sequence[Chain], takeovers: Mapping[str, Any], alpha: float) -> list[Plot]:
+    """The plots of one strategy; those without data are left out."""
+    turns = [turn for chain in chains for turn in chain.turns if turn.score is not None]
+    if not turns:
+        return []
+    plots = [takeover_by_turn(takeovers["by_turn"], alpha), takeover_by_problem(takeovers["by_problem"], alpha)]
+    found = [turn.p_value for turn in turns if turn.p_value is not None]
+    if found:
+        plots.append(p_values(found))
+    kept = [t.score for t in turns if t.score is not None and not t.takeover]
+    plots.append(scores(kept, [t.score for t in turns if t.score is not None and t.takeover]))
+    return plots

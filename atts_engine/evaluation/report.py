@@ -1,0 +1,194 @@
+"""report.html of a run, and of a comparison of strategies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from atts_engine.evaluation import chains_html, page, plots
+from atts_engine.evaluation.folder import write_text
+from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.job import JobResult
+
+PROBLEMS_SHOWN = 3
+Section = tuple[str | None, str]
+
+
+def write_report(path: Path, html: str) -> None:
+    """Write the page so that it is there whole or not at all."""
+    write_text(path, html)
+
+
+def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
+    """The page of one run. figures: as `summary.figures`, with the run's `settings`."""
+    models = figures["settings"]["models"]
+    lead = (
+        f"{models['draft']} wrote, {models['target']} scored and took over. Strategy {figures['strategy']}, alpha "
+        f"{figures['alpha']:g}; {figures['problems']} problems with {figures['chains_per_problem']} chains each."
+    )
+    sections: list[Section] = [(None, page.cards(_cards(figures)))]
+    sections += _plot_sections(lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"]))
+    sections += _chain_sections(result)
+    sections.append(("Problems", _problem_table(figures)))
+    sections.append(("Settings", _settings(figures["settings"])))
+    return page.page(f"ATTS run: {models['draft']} and {models['target']}", lead, sections)
+
+
+def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, Any]) -> str:
+    """The page of several strategies on the same problems. figures: as `summary.comparison`, with the runs' `settings`."""
+    each = figures["strategies"]
+    first = next(iter(each.values()))
+    models = next(iter(figures["settings"].values()))["models"]
+    lead = (
+        f"{models['draft']} and {models['target']} on {first['problems']} problems with {first['chains_per_problem']} "
+        f"chains each, alpha {first['alpha']:g}. Every strategy had the same problems and the same seed."
+    )
+    sections: list[Section] = [(None, _strategy_table(figures))]
+
+    def draw() -> list[plots.Plot]:
+        drawn = [plots.accuracy_against_tokens(each)] if first["graded"] else []
+        if "atts" in results:
+            drawn += plots.of_chains(results["atts"].chains, each["atts"]["takeovers"], each["atts"]["alpha"])
+        return drawn
+
+    sections += _plot_sections(draw)
+    shown = results.get("atts") or next(iter(results.values()))
+    sections += _chain_sections(shown)
+    sections.append(("Settings", _settings(figures["settings"])))
+    return page.page(f"ATTS compared: {', '.join(each)}", lead, sections)
+
+
+def _cards(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    takeovers, tokens = figures["takeovers"], figures["tokens"]
+    found = []
+    for name, key in (("vote", figures["vote"]), ("chain accuracy", "chain_accuracy"), ("any chain right", "any_of")):
+        if (cell := figures[key]) is not None:
+            found.append(
+                (name, f"{100 * cell['mean']:.1f}%", f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}")
+            )
+    if takeovers["decisions"]:
+        rate = f"{100 * takeovers['rate']:.1f}%"
+        found.append(("taken over", rate, f"of {takeovers['decisions']:,} spans, alpha {figures['alpha']:g}"))
+    if tokens:
+        found.append(("draft tokens", f"{tokens['draft']:,}", "generated"))
+        found.append(("target tokens", f"{tokens['target']:,}", "generated; it scored the draft's besides"))
+    resumed = f"{figures['restored_chains']:,} chains saved earlier" if figures["restored_chains"] else "wall time"
+    found.append(("time", f"{figures['wall_s']:.1f} s", resumed))
+    if figures["tokens_per_s"] is not None:
+        found.append(("tokens per second", f"{figures['tokens_per_s']:,.0f}", "both models"))
+    if figures["errors"]:
+        found.append(("chains failed", f"{figures['errors']:,}", "see the error field in chains.jsonl"))
+    return found
+
+
+def _strategy_table(figures: Mapping[str, Any]) -> str:
+    def mean(cell: Mapping[str, float] | None) -> str:
+        return "-" if cell is None else f"{100 * cell['mean']:.1f}%"
+
+    rows = []
+    for name, f in figures["strategies"].items():
+        cell = f[f["vote"]]
+        spread = "-" if cell is None else f"{100 * cell['low']:.1f} to {100 * cell['high']:.1f}"
+        rate = f["takeovers"]["rate"]
+        rows.append(
+            (
+                name,
+                mean(f["chain_accuracy"]),
+                mean(cell),
+                spread,
+                mean(f["any_of"]),
+                "-" if rate is None else f"{100 * rate:.1f}%",
+                f"{f['tokens']['draft']:,}" if f["tokens"] else "-",
+                f"{f['tokens']['target']:,}" if f["tokens"] else "-",
+                f"{f['wall_s']:.1f} s",
+            )
+        )
+    first = next(iter(figures["strategies"].values()))
+    columns = (
+        "strategy",
+        "chain accuracy",
+        "vote",
+        "95%",
+        f"any of {first['chains_per_problem']}",
+        "taken over",
+        "draft tokens",
+        "target tokens",
+        "time",
+    )
+    notes = [_against(name, cell) for name, cell in figures["against"].items()]
+    if any(f["restored_chains"] for f in figures["strategies"].values()):
+        notes.append("Times are those of the last process; chains that an earlier one saved took none of it.")
+    return page.table(columns, rows, notes)
+
+
+def _against(name: str, cell: Mapping[str, Any]) -> str:
+    d, share, test = cell["difference"], cell["target_token_share"], cell["mcnemar"]
+    text = (
+        f"{name} against {cell['baseline']}: vote {100 * d['mean']:+.1f} points, 95% paired bootstrap "
+        f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+    )
+    if test is not None:
+        text += f"; {test['only_first']} problems only {name} got right, {test['only_second']} only {cell['baseline']}"
+    if share is not None:
+        text += f"; {100 * share:.1f}% of its target tokens"
+    return text + "."
+
+
+def _plot_sections(draw: Callable[[], list[plots.Plot]]) -> list[Section]:
+    if not plots.can_plot():
+        return [("Plots", '<p class="note">Plots need matplotlib: pip install &#x27;atts-engine[eval]&#x27;</p>')]
+    drawn = draw()
+    if not drawn:
+        return []
+    figures = "".join(f"<figure>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in drawn)
+    return [("Plots", f'<div class="plots">{figures}</div>')]
+
+
+def _chain_sections(result: JobResult) -> list[Section]:
+    same = Grader().equal
+    chosen = chains_html.chosen_problems(result.problems, result.chains, PROBLEMS_SHOWN)
+    if not chosen:
+        return []
+    line = chains_html.timeline(chosen[0][1])
+    sections: list[Section] = []
+    if line:
+        legend = '<p class="legend"><span class="draft">draft writes</span><span>waiting for the verdict</span>'
+        legend += '<span class="target">target writes</span></p>'
+        says = f'<p class="note">Chains of problem {escape(chosen[0][0].id)}, seconds since each began.</p>'
+        sections.append((f"Timeline ({result.strategy})", f'<div class="panel">{legend}{line}{says}</div>'))
+    blocks = []
+    for problem, chains in chosen:
+        texts = []
+        for i, chain in enumerate(chains):
+            right = None
+            if problem.answer is not None:
+                right = chain.final_answer is not None and same(problem.answer, chain.final_answer)
+            texts.append(chains_html.chain_text(chain, right, opened=i == 0))
+        gold = "" if problem.answer is None else f" (gold answer {escape(problem.answer)})"
+        blocks.append(
+            f'<div class="panel"><b>{escape(problem.id)}</b>{gold}<p class="problem">{escape(problem.problem)}</p>'
+            f"{''.join(texts)}</div><br>"
+        )
+    sections.append((f"Chains ({result.strategy})", chains_html.LEGEND + "".join(blocks)))
+    return sections
+
+
+def _problem_table(figures: Mapping[str, Any]) -> str:
+    rates = figures["takeovers"]["by_problem"]
+    rows = []
+    for name, cell in figures["answers"].items():
+        right = {True: "right", False: "wrong", None: "-"}[cell["right"]]
+        votes = ", ".join(f"{answer}: {weight:.3g}" for answer, weight in cell["votes"].items())
+        rate = rates.get(name)
+        taken = "-" if rate is None else f"{100 * rate['rate']:.0f}%"
+        rows.append((name, cell["answer"] or "none", cell["gold"] or "-", right, taken, votes))
+    return page.table(("problem", "answer", "gold", "", "taken over", "votes"), rows, [])
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return (
+        f'<details class="panel"><summary>JSON</summary><pre>{escape(json.dumps(settings, indent=2))}</pre></details>'
+    )
