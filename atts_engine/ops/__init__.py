@@ -1,16 +1,21 @@
-"""One public function per kernel. Each docstring is the contract; the torch reference serves every device."""
+"""One public function per kernel. Each docstring is the contract; the torch reference serves every device
+and is the oracle; `chosen` tells which implementation runs. All are also registered as torch.ops.atts.*"""
 
 from __future__ import annotations
 
 from atts_engine.ops.attention import paged_attention
 from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
+from atts_engine.ops.dispatch import available, chosen, use
 from atts_engine.ops.gating import GateResult, gate
+from atts_engine.ops.library import register
 from atts_engine.ops.paging import kv_append, kv_copy_pages
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 
 __all__ = [
     "GateResult",
+    "available",
+    "chosen",
     "gate",
     "kv_append",
     "kv_copy_pages",
@@ -23,4 +28,7 @@ __all__ = [
     "score_tokens",
     "silu_mul",
     "span_mean",
+    "use",
 ]
+
+_LIBRARY = register()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops.dispatch import TRITON, chosen
 
 LEVEL_ONE = 1 << 32
 """The integer that stands for a level, or a uniform, of 1."""
@@ -44,6 +45,9 @@ def gate(
     takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1), in int64; p = (greater + u/2^32 (1 + ties)) / (n + 1),
     the smoothed conformal p-value (Vovk, Gammerman, Shafer 2005, eq. 2.20). A score that is NaN or infinite is not
     inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
+
+    Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that the
+    store does not have.
     """
     batch = score.shape[0]
     if any(t.shape != (batch,) for t in (key, level, u, insert)):
@@ -56,8 +60,12 @@ def gate(
         raise InputError(f"gate: a ring holds at most {MAX_CAPACITY} scores, not {ring.shape[1]}")
     if score.dtype != torch.float32 or ring.dtype != torch.float32:
         raise InputError(f"gate: scores must be float32, not {score.dtype} and {ring.dtype}")
-    if batch and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
+    if batch and not score.is_cuda and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
         raise InputError(f"gate: a key is outside the store's {ring.shape[0]} keys")
+    if chosen("gate", score.device) == TRITON:
+        import atts_triton
+
+        return GateResult(*atts_triton.gate(score, key, ring, size, head, level, u, insert))
     return _reference(score, key, ring, size, head, level, u, insert)
 
 

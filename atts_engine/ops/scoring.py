@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
 from atts_engine.ops.dense import pad_rows
+from atts_engine.ops.dispatch import TRITON, chosen
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -23,7 +26,8 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """log softmax(hidden[T, H] @ weight[V, H].T)[t, ids[t]] -> logprob[T] fp32; ids int64 in [0, V).
 
     Goes through the vocabulary tile by tile; [T, V] never exists. The target's logit comes from the same product as
-    the normaliser. A row that is not finite gives NaN. Raises InputError where shapes do not fit or an id is not a token.
+    the normaliser. A row that is not finite gives NaN. Raises InputError where shapes do not fit or an id is not a
+    token; on a GPU, where the check would wait for the device, such an id gives NaN.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     if hidden.shape[1] != weight.shape[1] or ids.shape != (rows,):
@@ -32,6 +36,10 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         )
     if rows and not hidden.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
         raise InputError(f"score_tokens: an id is outside the vocabulary of {vocab}")
+    if chosen("score_tokens", hidden.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.score_tokens(hidden, weight, ids)
     parts = [
         _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK])
         for at in range(0, rows, _ROW_CHUNK)
@@ -41,14 +49,14 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     rows, vocab = hidden.shape[0], weight.shape[0]
-    hidden = pad_rows(hidden)
+    hidden = pad_rows(hidden.float())  # logits rounded to fp16 or bf16 would lose ranks
     ids = torch.cat((ids, ids.new_zeros(hidden.shape[0] - rows)))
     tile = vocabulary_tile(vocab, weight.shape[1])
     peak = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=torch.float32)
     total = torch.zeros_like(peak)
     target = torch.zeros_like(peak)
     for first in range(0, vocab, tile):
-        logits = torch.nn.functional.linear(hidden, weight[first : first + tile]).float()
+        logits = torch.nn.functional.linear(hidden, weight[first : first + tile].float())
         local = ids - first
         inside = (local >= 0) & (local < logits.shape[1])
         picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
@@ -58,7 +66,8 @@ def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         anchor = new_peak.masked_fill(new_peak == float("-inf"), 0.0)
         total = total * (peak - anchor).exp_() + logits.sub_(anchor[:, None]).exp_().sum(1)
         peak = new_peak
-    return (target - (peak + total.log()))[:rows]
+    known = (ids >= 0) & (ids < vocab)
+    return torch.where(known, target - (peak + total.log()), float("nan"))[:rows]
 
 
 def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
@@ -82,7 +91,7 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     if bounds[0] != 0 or bounds[-1] != len(values):
         raise InputError(f"span_mean: cu_seqlens runs {bounds[0]}..{bounds[-1]} for {len(values)} tokens")
     sums, means = [], []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if end <= start:
             raise InputError("span_mean: a span without tokens has no score")
         total = 0.0

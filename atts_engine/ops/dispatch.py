@@ -1,0 +1,94 @@
+"""Which implementation of an op runs. Decided once per op and device, shown by `atts doctor`, forced by `use`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+
+import torch
+
+from atts_engine.errors import InputError
+
+REFERENCE = "reference"
+TRITON = "triton"
+OPS = (
+    "gate",
+    "kv_append",
+    "kv_copy_pages",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "sample",
+    "score_logits",
+    "score_tokens",
+    "silu_mul",
+    "span_mean",
+)
+TRITON_OPS = frozenset({"gate", "score_tokens"})
+
+
+class _Selection:
+    """The implementation that `use` forces; None leaves the choice to the device. Lanes run in threads of their own
+    and must all see it, so it belongs to the process and not to a context."""
+
+    forced: str | None = None
+
+
+@cache
+def _triton_devices() -> frozenset[str]:
+    if importlib.util.find_spec("triton") is None:
+        return frozenset()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return frozenset({"cpu", "cuda"})
+    return frozenset({"cuda"}) if torch.cuda.is_available() else frozenset()
+
+
+def _has_triton(op: str, device_type: str) -> bool:
+    return op in TRITON_OPS and device_type in _triton_devices()
+
+
+def available() -> dict[str, list[str]]:
+    """Implementations of every op that this machine can run, the reference first."""
+    return {op: [REFERENCE, TRITON] if op in TRITON_OPS and _triton_devices() else [REFERENCE] for op in OPS}
+
+
+def chosen(op: str, device: torch.device | str) -> str:
+    """The implementation of op that runs for tensors on device: "reference" or "triton".
+
+    An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run on
+    that device raises InputError instead of falling back.
+    """
+    if op not in OPS:
+        raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
+    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
+    forced = _Selection.forced
+    if forced is None:
+        return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
+    if forced == TRITON and op in TRITON_OPS and not _has_triton(op, device_type):
+        raise InputError(f"the Triton kernel of {op} cannot run on {device_type}: use a cuda device or use('reference')")
+    return TRITON if forced == TRITON and op in TRITON_OPS else REFERENCE
+
+
+def use(impl: str | None) -> AbstractContextManager[None]:
+    """Force "reference" or "triton" from here on, or leave the choice to the device again (None).
+
+    Also a context manager that restores what was set before. Raises InputError where this machine cannot run it.
+    """
+    if impl not in (None, REFERENCE, TRITON):
+        raise InputError(f"an implementation is 'reference' or 'triton', not {impl!r}")
+    if impl == TRITON and not _triton_devices():
+        raise InputError("Triton kernels need a CUDA device and triton: pip install 'atts-engine[gpu]'")
+    before, _Selection.forced = _Selection.forced, impl
+
+    @contextmanager
+    def restored() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            _Selection.forced = before
+
+    return restored()

@@ -1,0 +1,89 @@
+"""Registration of the ops as torch.ops.atts.*, with fakes, for torch.compile and for callers outside this package.
+
+The engine calls the Python functions themselves: a call through the dispatcher costs it several microseconds, fifty times a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from atts_engine.ops.attention import paged_attention
+from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
+from atts_engine.ops.gating import gate
+from atts_engine.ops.paging import kv_append, kv_copy_pages
+from atts_engine.ops.sampling import sample
+from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+
+_GATE_SCHEMA = (
+    "gate(Tensor score, Tensor key, Tensor(a!) ring, Tensor(b!) size, Tensor(c!) head, Tensor level, Tensor u, "
+    "Tensor insert) -> (Tensor greater, Tensor ties, Tensor n, Tensor takeover, Tensor p)"
+)
+_SAMPLE_SCHEMA = (
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+    "Tensor position) -> Tensor"
+)
+_ATTENTION_SCHEMA = (
+    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale) -> Tensor"
+)
+
+
+def _like_first(first: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(first)
+
+
+def _fp32_per_row(first: Tensor, *_: object) -> Tensor:
+    return first.new_empty(first.shape[0], dtype=torch.float32)
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _span_mean_fake(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    spans = cu_seqlens.shape[0] - 1
+    return logprob.new_empty(spans), logprob.new_empty(spans, dtype=torch.float64)
+
+
+def _gate_fake(score: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = score.shape[0]
+    kinds = (torch.int64, torch.int64, torch.int64, torch.bool, torch.float64)
+    greater, ties, n, takeover, p = (score.new_empty(rows, dtype=kind) for kind in kinds)
+    return greater, ties, n, takeover, p
+
+
+def _sample_fake(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+_REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...] = (
+    ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _linear_fake),
+    ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, _like_first),
+    ("silu_mul(Tensor gate, Tensor up) -> Tensor", silu_mul, _like_first),
+    ("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, _like_first),
+    ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),
+    ("kv_copy_pages(Tensor(a!) kv, Tensor src, Tensor dst) -> ()", kv_copy_pages, _nothing),
+    (_ATTENTION_SCHEMA, paged_attention, _like_first),
+    ("score_tokens(Tensor hidden, Tensor weight, Tensor ids) -> Tensor", score_tokens, _fp32_per_row),
+    ("score_logits(Tensor logits, Tensor ids) -> Tensor", score_logits, _fp32_per_row),
+    ("span_mean(Tensor logprob, Tensor cu_seqlens) -> (Tensor score, Tensor sum_logprob)", span_mean, _span_mean_fake),
+    (_GATE_SCHEMA, gate, _gate_fake),
+    (_SAMPLE_SCHEMA, sample, _sample_fake),
+)
+
+
+def register() -> torch.library.Library:
+    """Define every op in the namespace `atts`. The returned library must be kept: its end takes the ops away."""
+    library = torch.library.Library("atts", "DEF")
+    for schema, function, fake in _REGISTRATIONS:
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"atts::{name}", fake, lib=library)
+    return library
