@@ -1,0 +1,163 @@
+"""A lane under any order of commands, with a list of tokens as oracle and a pool small enough to force preemption."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from tests.fakes import VOCAB, fake_model, greedy, log_probability
+
+from atts_engine.kv.pages import PAD_PAGE
+from atts_engine.runtime.commands import Append, Decode, Fork, Truncate, Verdict
+from atts_engine.runtime.lane import LaneCore
+from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+
+TOKENS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=7)
+PAGE = 4
+
+
+@dataclass
+class Oracle:
+    """What a sequence must hold, and which of its tokens were scored since the last verdict."""
+
+    id: int
+    tokens: list[int]
+    scored: list[int] = field(default_factory=list)
+
+
+class LaneMachine(RuleBasedStateMachine):
+    sequences = Bundle("sequences")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = LaneCore(
+            "fake", fake_model(), kv_tokens=40, page_size=PAGE, max_batch_tokens=6, device=torch.device("cpu")
+        )
+        self.ids = itertools.count()
+        self.live: dict[int, Oracle] = {}
+
+    def ask(self, seq: Oracle, make: Any) -> Any:
+        """Give a command and step the lane until it is answered."""
+        answers: list[tuple[Any, BaseException | None]] = []
+        self.core.command(seq.id, make(lambda value, error: answers.append((value, error))))
+        for _ in range(400):
+            if answers:
+                break
+            self.core.step(lambda request, result: None)
+        assert answers, "the lane did not answer"
+        value, error = answers[0]
+        if error is not None:
+            raise error
+        return value
+
+    @rule(target=sequences, prompt=TOKENS)
+    @precondition(lambda self: len(self.live) < 6)
+    def open(self, prompt: list[int]) -> Oracle:
+        seq = Oracle(next(self.ids), list(prompt))
+        self.core.open(seq.id, tuple(prompt))
+        self.live[seq.id] = seq
+        return seq
+
+    @rule(target=sequences, seq=sequences, n=st.integers(1, 3))
+    @precondition(lambda self: len(self.live) < 6)
+    def fork(self, seq: Oracle, n: int) -> Any:
+        children = [Oracle(next(self.ids), list(seq.tokens)) for _ in range(n)]
+        self.ask(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+        self.live.update({c.id: c for c in children})
+        return multiple(*children)
+
+    @rule(seq=sequences, tokens=TOKENS, score=st.booleans())
+    def append(self, seq: Oracle, tokens: list[int], score: bool) -> None:
+        if len(seq.tokens) + len(tokens) > 30:
+            return
+        if score:
+            seq.scored.extend(range(len(seq.tokens), len(seq.tokens) + len(tokens)))
+        seq.tokens.extend(tokens)
+        self.ask(seq, lambda reply: Append(tuple(tokens), score, reply))
+
+    @rule(seq=sequences, n=st.integers(1, 6))
+    def decode(self, seq: Oracle, n: int) -> None:
+        if len(seq.tokens) + n > 30:
+            return
+        chunks: list[TokenChunk] = []
+        self.ask(seq, lambda reply: Decode(n, SamplingParams(temperature=0.0), 2, chunks.append, reply))
+        written = [t for c in chunks for t in c.tokens]
+        assert written == greedy(seq.tokens, n)
+        assert [c.finish for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        seq.tokens.extend(written)
+
+    @rule(seq=sequences, n=st.integers(2, 9), steps=st.integers(0, 4))
+    def cancel_decode(self, seq: Oracle, n: int, steps: int) -> None:
+        if len(seq.tokens) + n > 30:
+            return
+        command = Decode(n, SamplingParams(temperature=0.0), 64, lambda chunk: None, lambda value, error: None)
+        self.core.command(seq.id, command)
+        for _ in range(steps):
+            self.core.step(lambda request, result: None)
+        self.core.stop_decode(seq.id)
+        self.ask(seq, lambda reply: Truncate(len(seq.tokens), reply))
+
+    @rule(seq=sequences)
+    def verdict(self, seq: Oracle) -> None:
+        if not seq.scored:
+            return
+        result = self.ask(seq, lambda reply: Verdict(None, reply))
+        assert isinstance(result, SpanResult)
+        assert result.n_tokens == len(seq.scored)
+        expected = sum(log_probability(seq.tokens[:p], seq.tokens[p]) for p in seq.scored)
+        assert result.sum_logprob == pytest.approx(expected, abs=1e-5)
+        seq.scored.clear()
+
+    @rule(seq=sequences, data=st.data())
+    def truncate(self, seq: Oracle, data: st.DataObject) -> None:
+        length = data.draw(st.integers(1, len(seq.tokens)))
+        self.ask(seq, lambda reply: Truncate(length, reply))
+        del seq.tokens[length:]
+        seq.scored = [p for p in seq.scored if p < length]
+
+    @rule(seq=consumes(sequences))
+    def close(self, seq: Oracle) -> None:
+        self.core.close(seq.id)
+        del self.live[seq.id]
+
+    @rule(n=st.integers(1, 3))
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.core.step(lambda request, result: None)
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        core = self.core
+        held: dict[int, int] = {}
+        for seq in core._sequences.values():
+            assert len(set(seq.table.pages)) == len(seq.table.pages)
+            for page in seq.table.pages:
+                held[page] = held.get(page, 0) + 1
+        assert PAD_PAGE not in held
+        assert all(core.pool.refs(page) == n for page, n in held.items())
+        assert core.pool.used == len(held)
+        assert core.pool.free + core.pool.used == core.pool.capacity
+
+    @invariant()
+    def only_full_shared_pages_are_final(self) -> None:
+        """What a sequence computed can be read back from its pages whoever shares them."""
+        flat = self.core._runner.kv[0, 0].view(-1, 2)[:, 0]
+        for seq in self.core._sequences.values():
+            slots = seq.table.slots(0, seq.computed)
+            assert [int(flat[s]) for s in slots] == seq.tokens[: seq.computed]
+
+    def teardown(self) -> None:
+        for seq_id in list(self.live):
+            self.core.close(seq_id)
+        assert self.core.pool.used == 0
+        assert self.core.open_sequences == 0
+
+
+LaneMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestLane = LaneMachine.TestCase
