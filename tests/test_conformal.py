@@ -38,9 +38,7 @@ def test_plain_decisions_equal_exact_fractions_of_the_decimal_level(percent: int
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 5000), st.integers(1, LEVEL_ONE - 1), UNIFORMS)
-def test_decision_and_p_value_are_those_of_the_formula(
-    greater: int, ties: int, rest: int, level: int, u: int
-) -> None:
+def test_decision_and_p_value_are_those_of_the_formula(greater: int, ties: int, rest: int, level: int, u: int) -> None:
     n = greater + ties + rest
     exact = (greater + Fraction(u, LEVEL_ONE) * (1 + ties)) / (n + 1)
     assert decide(greater, ties, n, level, u) == (exact <= Fraction(level, LEVEL_ONE))

@@ -26,7 +26,9 @@ def _log(n: int = 60, seed: int = 0, insert: bool = True) -> list[Decision]:
     decisions: list[Decision] = []
     while len(decisions) < n:
         batch = 0 if not decisions else decisions[-1].batch + 1
-        spans = [(int(rng.integers(KEYS)), float(np.float32(round(rng.normal(), 1)))) for _ in range(rng.integers(1, 6))]
+        spans = [
+            (int(rng.integers(KEYS)), float(np.float32(round(rng.normal(), 1)))) for _ in range(rng.integers(1, 6))
+        ]
         for key, score in spans:
             held, u = rings[key], int(rng.integers(1, LEVEL_ONE + 1))
             count, ties = sum(v >= score for v in held), sum(v == score for v in held)

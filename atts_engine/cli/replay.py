@@ -16,23 +16,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Put recorded chains through a calibrator.",
     )
     parser.add_argument("--traces", required=True, metavar="FILE", help="trace file, .jsonl or .jsonl.gz")
-    parser.add_argument(
-        "--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)"
-    )
+    parser.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
     parser.add_argument(
         "--calibrator", default="mondrian", metavar="NAME", help="mondrian (default), split or reference"
     )
-    parser.add_argument(
-        "--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version"
-    )
+    parser.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
     parser.add_argument(
         "--calibration",
         metavar="FILE",
         help=".npz state to start from, or an .npy array of perplexities (reference, split)",
     )
-    parser.add_argument(
-        "--frozen", action="store_true", help="do not learn from the trace (needs --calibration)"
-    )
+    parser.add_argument("--frozen", action="store_true", help="do not learn from the trace (needs --calibration)")
     parser.add_argument("--order", default="arrival", metavar="ORDER", help="arrival (default) or shuffle")
     parser.add_argument(
         "--outstanding",
@@ -41,9 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="D",
         help="decisions in flight, the one being made included (default: 1)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of uniforms and shuffle (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of uniforms and shuffle (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON to FILE, or - for stdout")
     parser.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 

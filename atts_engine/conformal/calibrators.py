@@ -47,9 +47,7 @@ class Calibrator(Protocol):
     def save(self, path: str | os.PathLike[str]) -> None: ...
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], expect: Meta | None = None, *, frozen: bool = False
-    ) -> Self: ...
+    def load(cls, path: str | os.PathLike[str], expect: Meta | None = None, *, frozen: bool = False) -> Self: ...
 
 
 class MondrianSmoothed:
@@ -90,9 +88,7 @@ class MondrianSmoothed:
 
     def request(self, key: int, u: int) -> GateRequest:
         """The test of one span, for a lane."""
-        return GateRequest(
-            self.store, self.store.check_key(key), self.level, self.uniform(u), not self.frozen
-        )
+        return GateRequest(self.store, self.store.check_key(key), self.level, self.uniform(u), not self.frozen)
 
     def p_value(self, score: float, key: int, u: int) -> float:
         """p-value of the score against the store as it is now (float64). `ScoreError` for NaN or infinity."""

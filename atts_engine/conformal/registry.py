@@ -14,9 +14,7 @@ ONLINE_CALIBRATORS = tuple(_BY_NAME)
 """Names of the calibrators that a lane can run."""
 
 
-def make_calibrator(
-    name: str, alpha: float, *, frozen: bool = False, meta: Meta | None = None
-) -> MondrianSmoothed:
+def make_calibrator(name: str, alpha: float, *, frozen: bool = False, meta: Meta | None = None) -> MondrianSmoothed:
     """An empty calibrator by name; `CalibrationError` lists the names there are."""
     if name not in _BY_NAME:
         raise CalibrationError(f"no calibrator {name!r} in this version; there are {', '.join(_BY_NAME)}")

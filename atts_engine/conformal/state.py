@@ -101,9 +101,7 @@ def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tupl
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise StateError(
-            f"{path} is not a calibration file, or is corrupt ({error})".replace("\n", " ")
-        ) from error
+        raise StateError(f"{path} is not a calibration file, or is corrupt ({error})".replace("\n", " ")) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise StateError(f"{path} is not a calibration file of format {FORMAT}")
     store = _checked_store(path, ring, size, head)
@@ -119,13 +117,7 @@ def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tupl
 def _checked_store(path: str | os.PathLike[str], ring: Any, size: Any, head: Any) -> RingStore:
     """A store from arrays that came from a file, with every index in range and every score finite."""
     typed = ring.dtype == np.float32 and size.dtype == np.int64 and head.dtype == np.int64
-    if (
-        not typed
-        or ring.ndim != 2
-        or 0 in ring.shape
-        or size.shape != ring.shape[:1]
-        or head.shape != size.shape
-    ):
+    if not typed or ring.ndim != 2 or 0 in ring.shape or size.shape != ring.shape[:1] or head.shape != size.shape:
         raise StateError(f"{path} is corrupt: its arrays have the wrong shapes or types")
     capacity = ring.shape[1]
     if ((size < 0) | (size > capacity) | (head < 0) | (head >= capacity)).any():

@@ -40,10 +40,7 @@ def decision_from_line(line: Line) -> Decision:
     verdict = line.text("verdict")
     if verdict not in ("takeover", "keep"):
         raise line.error(f"field 'verdict' must be takeover or keep, not {verdict!r}")
-    integers = {
-        name: line.integer(name)
-        for name in "decision_seq batch chain turn key n count ties k level u".split()
-    }
+    integers = {name: line.integer(name) for name in "decision_seq batch chain turn key n count ties k level u".split()}
     return Decision(
         problem=line.text("problem"),
         score=line.number("score"),
@@ -72,9 +69,7 @@ def check_log(decisions: Iterable[Decision], initial: RingStore, *, insert: bool
         if before.decision_seq == after.decision_seq:
             raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
         if after.batch < before.batch:
-            raise InputError(
-                f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}"
-            )
+            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
     store = initial.copy()
     for _, group in groupby(ordered, key=lambda d: d.batch):
         batch = list(group)

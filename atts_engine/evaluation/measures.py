@@ -177,9 +177,7 @@ def _as_json(record: Interval | McNemar) -> dict[str, float]:
     return {name: getattr(record, name) for name in type(record).__slots__}
 
 
-def bootstrap(
-    values: npt.ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def bootstrap(values: npt.ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Mean of one value per problem, with the percentile interval of means of problems drawn again with
     replacement.
 

@@ -88,9 +88,7 @@ def uniform_of(span: Scored, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little") + 1
 
 
-def replay_online(
-    spans: Sequence[Scored], calibrator: Calibrator, *, outstanding: int = 1, seed: int = 0
-) -> Replay:
+def replay_online(spans: Sequence[Scored], calibrator: Calibrator, *, outstanding: int = 1, seed: int = 0) -> Replay:
     """Decide each span against the calibrator's store and let it learn. The calibrator is changed, unless it
     is frozen.
 
@@ -153,9 +151,7 @@ def replay(
     try:
         if calibrator == "reference":
             if calibration is None:
-                raise InputError(
-                    "the reference calibrator needs --calibration FILE.npy, an array of perplexities"
-                )
+                raise InputError("the reference calibrator needs --calibration FILE.npy, an array of perplexities")
             return replay_reference(spans, ReferenceATTS(load_array(calibration), alpha))
         online = _online(calibrator, alpha, calibration, frozen)
         return replay_online(spans, online, outstanding=outstanding, seed=seed)
@@ -170,9 +166,7 @@ def _online(name: str, alpha: float, calibration: str | os.PathLike[str] | None,
         return make_calibrator(name, alpha)
     if Path(calibration).suffix == ".npy":
         if name != "split":
-            raise InputError(
-                f"an .npy array names no turns: {name} needs an .npz state, which `atts calibrate` writes"
-            )
+            raise InputError(f"an .npy array names no turns: {name} needs an .npz state, which `atts calibrate` writes")
         calibrator = make_calibrator(name, alpha)
         for ppl in load_array(calibration):
             calibrator.observe(float(np.log(ppl)), calibrator.key_of(0))
@@ -253,14 +247,11 @@ def _rates(
 
 def reproduced(result: Replay) -> dict[str, int]:
     """For a `reference` replay: recorded percentiles, how many come out exactly, and takeovers that agree."""
-    recorded = [
-        (s, v, t)
-        for s, v, t in zip(result.spans, result.values, result.takeovers, strict=True)
-        if s.percentile is not None
-    ]
+    outcomes = zip(result.spans, result.values.tolist(), result.takeovers.tolist(), strict=True)
+    recorded = [(span, value, taken) for span, value, taken in outcomes if span.percentile is not None]
     return {
         "percentiles_recorded": len(recorded),
-        "percentiles_reproduced": sum(s.percentile == v for s, v, _ in recorded),
-        "takeovers_recorded": sum(s.takeover for s, _, _ in recorded),
-        "verdicts_reproduced": sum(s.takeover == bool(t) for s, _, t in recorded),
+        "percentiles_reproduced": sum(span.percentile == value for span, value, _ in recorded),
+        "takeovers_recorded": sum(span.takeover for span, _, _ in recorded),
+        "verdicts_reproduced": sum(span.takeover == taken for span, _, taken in recorded),
     }
