@@ -1,0 +1,87 @@
+/* C ABI of atts-engine's native kernels. No header of torch or CUDA is needed to include this one. */
+#ifndef ATTS_ATTS_H_
+#define ATTS_ATTS_H_
+
+#include <stdint.h>
+
+#define ATTS_VERSION_MAJOR 0
+#define ATTS_VERSION_MINOR 1
+#define ATTS_VERSION_PATCH 0
+#define ATTS_VERSION (ATTS_VERSION_MAJOR * 10000 + ATTS_VERSION_MINOR * 100 + ATTS_VERSION_PATCH)
+
+/* A level, or a uniform, of 1. */
+#define ATTS_LEVEL_ONE (INT64_C(1) << 32)
+/* Scores of one ring. Keeps every product of the test below 2^62. */
+#define ATTS_GATE_MAX_CAPACITY (INT64_C(1) << 28)
+
+#if defined(_WIN32)
+#define ATTS_API __declspec(dllexport)
+#else
+#define ATTS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum atts_status {
+  ATTS_OK = 0,
+  ATTS_ERROR_ABI = 1,          /* params.struct_size is not this header's */
+  ATTS_ERROR_NULL_POINTER = 2, /* an array is missing */
+  ATTS_ERROR_SHAPE = 3,        /* batch < 0, keys < 1, or capacity outside 1..ATTS_GATE_MAX_CAPACITY */
+  ATTS_ERROR_KEY = 4,          /* a key outside 0..keys-1 */
+  ATTS_ERROR_VALUE = 5,        /* a level or a u outside 1..ATTS_LEVEL_ONE */
+  ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
+  ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
+  ATTS_ERROR_CUDA = 8          /* the launch failed; cudaGetLastError was consumed */
+} atts_status;
+
+/* The conformal gate: count every row of a batch against the ring of its key as it is, decide, then insert in index
+ * order. All arrays are dense; host pointers for atts_gate_cpu, device pointers for atts_gate.
+ *
+ *   greater = #{ring > score}, ties = #{ring == score}, n = filled part of the ring before the call
+ *   takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1)
+ *   p = (greater + u / 2^32 * (1 + ties)) / (n + 1)
+ *
+ * A score that is NaN or infinite is not inserted: greater = -1, ties = 0, takeover = 0, p = NaN. */
+typedef struct atts_gate_params {
+  uint64_t struct_size;   /* sizeof(atts_gate_params) */
+  const float* score;     /* [batch] */
+  const int64_t* key;     /* [batch], 0..keys-1 */
+  const int64_t* level;   /* [batch], ceil(alpha * 2^32) */
+  const int64_t* u;       /* [batch], 1..2^32 */
+  const uint8_t* insert;  /* [batch], 0 or 1 */
+  float* ring;            /* [keys, capacity], changed */
+  int64_t* size;          /* [keys], changed */
+  int64_t* head;          /* [keys], changed: where the next score goes */
+  int64_t* greater;       /* [batch], written */
+  int64_t* ties;          /* [batch], written */
+  int64_t* n;             /* [batch], written */
+  uint8_t* takeover;      /* [batch], written */
+  double* p;              /* [batch], written */
+  int64_t batch;
+  int64_t keys;
+  int64_t capacity;
+} atts_gate_params;
+
+/* ATTS_VERSION of the library that was loaded. */
+ATTS_API int atts_version(void);
+
+/* One line in English for a status; never NULL, never to be freed. */
+ATTS_API const char* atts_strerror(int status);
+
+/* 1 where the library was built with CUDA, else 0. */
+ATTS_API int atts_has_cuda(void);
+
+/* On the host. Checks every argument before it writes anything. */
+ATTS_API int atts_gate_cpu(const atts_gate_params* params);
+
+/* On the device, in one launch on `stream` (a cudaStream_t; NULL is the default stream), without a wait. The arrays cannot
+ * be read here, so keys, levels and sizes are the caller's care: a row whose key does not exist is not written. */
+ATTS_API int atts_gate(const atts_gate_params* params, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* ATTS_ATTS_H_ */
