@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -93,7 +93,7 @@ class AsyncEngine:
         *,
         calibrator: Calibrator | None = None,
         chains: Sequence[int] | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Events of a problem's chains as they happen; `SolutionEvent` is the last.
 
         Leaving the iterator cancels every chain and frees its pages in both lanes.

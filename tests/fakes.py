@@ -1,7 +1,7 @@
 """A model whose every output depends on the whole prefix as it is read back through the pages.
 
-Its KV holds token ids. The next token of a prefix is a checksum of it, so one page that is shared, stale or copied wrong
-shows at once; a list of tokens is oracle enough.
+Its KV holds token ids. The next token of a prefix is a checksum of it, so one page that is shared, stale or copied
+wrong shows at once; a list of tokens is oracle enough.
 """
 
 from __future__ import annotations

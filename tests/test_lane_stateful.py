@@ -11,12 +11,12 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
-from tests.fakes import VOCAB, fake_model, greedy, log_probability
 
 from atts_engine.kv.pages import PAD_PAGE
 from atts_engine.runtime.commands import Append, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+from tests.fakes import VOCAB, fake_model, greedy, log_probability
 
 TOKENS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=7)
 PAGE = 4

@@ -1,0 +1,1 @@
+"""Benchmarks and the scripts that turn their results into the README's tables."""

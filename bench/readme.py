@@ -1,0 +1,74 @@
+"""Put the results under bench/results/ into README.md, between its two markers.
+
+python -m bench.readme [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from bench.provenance import ROOT
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results" / "registers.json"
+BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+NAMES = {"draft": "draft alone", "target": "target alone", "atts": "**ATTS**", "atts-sync": "synchronous ranking"}
+
+
+def section(record: dict[str, Any]) -> str:
+    """The results as Markdown: a table, each strategy against the target alone, and where it was measured."""
+    strategies, where = record["strategies"], record["provenance"]
+    first = next(iter(strategies.values()))
+    lines = [
+        f"The built-in pair on {first['problems']} held-out problems of 5 and 6 steps, "
+        f"{first['chains_per_problem']} chains each, α = {first['alpha']:g}, online calibration from a cold start "
+        "(95% bootstrap intervals over problems):",
+        "",
+        "| | chain | vote | any of 8 | taken over | target tokens | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in strategies.items():
+        rate = f"{cell['takeovers']['rate']:.3f}" if cell["takeovers"]["decisions"] else "–"
+        row = [_share(cell[k]) for k in ("chain_accuracy", "majority", "any_of")]
+        row += [rate, f"{cell['tokens']['target']:,}", f"{cell['wall_s']:.0f} s"]
+        lines.append(f"| {NAMES[name]} | " + " | ".join(row) + " |")
+    lines.append("")
+    for name, cell in record["against"].items():
+        d = cell["difference"]
+        share = f", at {100 * cell['target_token_share']:.0f}% of its target tokens" if name != "draft" else ""
+        lines.append(
+            f"- {NAMES[name]} against target alone: vote {100 * d['mean']:+.1f} points "
+            f"({100 * d['low']:+.1f} to {100 * d['high']:+.1f}){share}."
+        )
+    lines += [
+        "",
+        f"`{where['command']}` · {where['date']} · {where['cpu']}, {where['cores']} cores, torch {where['torch']} · "
+        "[bench/results/registers.json](bench/results/registers.json), written by `python -m bench.registers`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _share(interval: dict[str, float]) -> str:
+    return f"{100 * interval['mean']:.1f}% ({100 * interval['low']:.1f}–{100 * interval['high']:.1f})"
+
+
+def updated(readme: str, record: dict[str, Any]) -> str:
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{section(record)}\n{END}{tail}"
+
+
+def main(check: bool) -> int:
+    old = README.read_text(encoding="utf-8")
+    new = updated(old, json.loads(RESULTS.read_text(encoding="utf-8")))
+    if check:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
