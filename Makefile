@@ -83,7 +83,8 @@ else
 	        -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=compute_90 \
 	        -c $$source -o build/gpu-code/$$(basename $$source).o 2> build/gpu-code/$$(basename $$source).log \
 	        || { cat build/gpu-code/$$(basename $$source).log; exit 1; }; \
-	    grep -E 'registers|spill' build/gpu-code/$$(basename $$source).log | sort | uniq -c; \
+	    sed -nE "s/.*Compiling entry function .* for '(sm_[0-9a-z]+)'.*/  \1/p; s/.*(Used [0-9]+ registers.*)/    \1/p; s/^ *(.*spill stores.*)/    \1/p" \
+	        build/gpu-code/$$(basename $$source).log; \
 	    if grep -qE '[1-9][0-9]* bytes spill' build/gpu-code/$$(basename $$source).log; then echo "$$source spills registers"; exit 1; fi; \
 	done
 endif

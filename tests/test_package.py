@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -128,6 +129,17 @@ def test_relative_links_of_the_docs_exist() -> None:
             if not there.exists() or anchor not in known:
                 broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert broken == []
+
+
+def test_results_in_the_readme_come_from_their_file() -> None:
+    from bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    if readme.RESULTS.exists():
+        assert readme.updated(text, json.loads(readme.RESULTS.read_text())) == text, "run python -m bench.readme"
+    else:
+        between = text.split(readme.BEGIN)[1].split(readme.END)[0]
+        assert between.strip() == "", "figures without the file that they were read from"
 
 
 def test_commands_in_the_docs_exist() -> None:
