@@ -36,7 +36,7 @@ def _draw(
         ({"temperature": 0.5}, 8),
         ({"top_k": 1}, 1),
         ({"top_k": 3}, 4),  # the third place is a tie: both stay
-        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.45}, 1),
         ({"top_p": 0.6}, 2),
         ({"min_p": 0.3}, 2),
         ({"top_k": 2, "top_p": 0.7}, 1),  # top_p of what top_k left
