@@ -113,7 +113,8 @@ def test_bad_arguments_have_a_code_and_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"), [("level", 0, "uniform"), ("u", ONE + 1, "uniform"), ("head", 4, "head"), ("size", -1, "size")]
+    ("name", "value", "message"),
+    [("level", 0, "uniform"), ("u", ONE + 1, "uniform"), ("head", 4, "head"), ("size", -1, "size")],
 )
 def test_bad_values_have_a_code(library: ctypes.CDLL, name: str, value: int, message: str) -> None:
     tensors = _tensors(8, 3, 4, 0)

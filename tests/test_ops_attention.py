@@ -34,9 +34,7 @@ def _case(lengths: list[int], heads: int, kv_heads: int, dim: int, page: int = P
     # What nobody wrote is NaN: none of it may reach a result.
     kv_layer = torch.full((2, total, page, kv_heads, dim), float("nan"))
     table = torch.randperm(total, generator=g).view(len(lengths), pages).int()
-    q, k, v = (
-        [torch.randn(length, h, dim, generator=g) for length in lengths] for h in (heads, kv_heads, kv_heads)
-    )
+    q, k, v = ([torch.randn(length, h, dim, generator=g) for length in lengths] for h in (heads, kv_heads, kv_heads))
     for b, length in enumerate(lengths):
         at = torch.arange(length)
         ops.kv_append(k[b], v[b], kv_layer, table[b].long()[at // page] * page + at % page)
@@ -60,7 +58,9 @@ def _dense(case: Case, b: int) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2).transpose(0, 1)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [(4, 4, 32, 16), (9, 3, 64, 16), (4, 1, 16, 7), (2, 2, 8, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"), [(4, 4, 32, 16), (9, 3, 64, 16), (4, 1, 16, 7), (2, 2, 8, 64)]
+)
 def test_against_dense_attention(heads: int, kv_heads: int, dim: int, page: int) -> None:
     lengths = [1, 5, 64, 65, 130, 17]
     case = _case(lengths, heads, kv_heads, dim, page)

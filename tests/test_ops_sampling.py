@@ -14,7 +14,12 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.5, 0.0, -1.0, -2.0, -30.0])
 
 
 def _draw(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, first_seed: int = 0
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    first_seed: int = 0,
 ) -> Tensor:
     rows = logits.shape[0]
     index = torch.arange(rows)

@@ -1,4 +1,5 @@
-"""Triton kernels of atts-engine. They know tensors and nothing else: `atts_engine.ops` checks shapes and chooses them."""
+"""Triton kernels of atts-engine. They know tensors and nothing else: `atts_engine.ops` checks shapes and chooses
+them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compile every variant that can be dispatched, ahead of time and without a GPU: `python -m atts_triton.aot`.
 
-Prints registers, shared memory and local memory of each kernel for each architecture. Ends with status 1 when one spills
-or wants more shared memory than a block can have there, so that neither is first seen on a serving machine.
+Prints registers, shared memory and local memory of each kernel for each architecture. Ends with status 1 when one
+spills or wants more shared memory than a block can have there, so that neither is first seen on a serving machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one compiled kernel takes: registers a thread, shared bytes a block, local (spill and stack) bytes a thread."""
+    """What one compiled kernel takes: registers a thread, shared bytes a block, local (spill and stack) bytes a
+    thread."""
 
     registers: int
     shared: int

@@ -1,8 +1,8 @@
 """The conformal gate in one launch: count a batch against its calibration rings, decide, insert.
 
-The batch must be counted against the rings as they were before it, so no insert may overtake a count. Program k owns key
-k: it alone reads and writes ring k, it counts every row of its key, waits for its own threads, and then inserts. No order
-between programs is needed, and rows are inserted in index order by their rank among the rows of the key.
+The batch must be counted against the rings as they were before it, so no insert may overtake a count. Program k owns
+key k: it alone reads and writes ring k, it counts every row of its key, waits for its own threads, and then inserts.
+No order between programs is needed, and rows are inserted in index order by their rank among the rows of the key.
 
 Everything that decides is int64. p is fp64 with contraction off, so that it has the bits of the reference.
 """

@@ -11,8 +11,8 @@ never on T, and the splits are merged in one order. T is not specialised on, so 
 
 Numerics: products of the operands' dtype accumulate in fp32 (fp32 operands without TF32). With peak m and total
 s = sum 2^((z - m) log2 e), logprob = (z_target - m) - ln2 log2 s. A tile may be wholly past V, and a row may be -inf
-throughout: then m is -inf, and 0 is subtracted instead of m, so that 2^(-inf) = 0 and never 2^(-inf - -inf) = NaN. A NaN
-logit reaches s and makes the row NaN; an id outside [0, V) makes its row NaN too.
+throughout: then m is -inf, and 0 is subtracted instead of m, so that 2^(-inf) = 0 and never 2^(-inf - -inf) = NaN. A
+NaN logit reaches s and makes the row NaN; an id outside [0, V) makes its row NaN too.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Tiling:
 def tiling(vocab: int, hidden: int, dtype: torch.dtype) -> Tiling:
     """Tiles for a weight [vocab, hidden].
 
-    fp32 operands use no tensor cores, and rows whose length is no multiple of 16 are loaded element by element, which holds
-    pointers in registers: both take small tiles.
+    fp32 operands use no tensor cores, and rows whose length is no multiple of 16 are loaded element by element, which
+    holds pointers in registers: both take small tiles.
     """
     small = dtype == torch.float32 or hidden % 16
     block_t, block_v, block_h = (32, 64, 32) if small else (128, 128, 64)
@@ -164,8 +164,8 @@ def _merge_kernel(
 def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """log softmax(hidden[T, H] @ weight[V, H].T)[t, ids[t]] -> logprob[T] fp32.
 
-    hidden and weight share one of fp32, fp16, bf16 and have rows without gaps; ids int64. An id outside [0, V) gives NaN.
-    Raises ValueError for other dtypes and strides.
+    hidden and weight share one of fp32, fp16, bf16 and have rows without gaps; ids int64. An id outside [0, V) gives
+    NaN. Raises ValueError for other dtypes and strides.
     """
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"score_tokens takes one of fp32, fp16, bf16, not {hidden.dtype} and {weight.dtype}")

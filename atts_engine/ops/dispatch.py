@@ -59,8 +59,8 @@ def available() -> dict[str, list[str]]:
 def chosen(op: str, device: torch.device | str) -> str:
     """The implementation of op that runs for tensors on device: "reference" or "triton".
 
-    An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run on
-    that device raises InputError instead of falling back.
+    An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run
+    on that device raises InputError instead of falling back.
     """
     if op not in OPS:
         raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
@@ -69,7 +69,9 @@ def chosen(op: str, device: torch.device | str) -> str:
     if forced is None:
         return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
     if forced == TRITON and op in TRITON_OPS and not _has_triton(op, device_type):
-        raise InputError(f"the Triton kernel of {op} cannot run on {device_type}: use a cuda device or use('reference')")
+        raise InputError(
+            f"the Triton kernel of {op} cannot run on {device_type}: use a cuda device or use('reference')"
+        )
     return TRITON if forced == TRITON and op in TRITON_OPS else REFERENCE
 
 

@@ -17,7 +17,8 @@ MAX_CAPACITY = 1 << 28
 
 
 class GateResult(NamedTuple):
-    """Per row of the batch: greater = #{calibration > score}, ties = #{==}, n (all int64[B]), takeover bool[B], p fp64[B]."""
+    """Per row of the batch: greater = #{calibration > score}, ties = #{==}, n (all int64[B]), takeover bool[B], p
+    fp64[B]."""
 
     greater: Tensor
     ties: Tensor
@@ -39,15 +40,15 @@ def gate(
     """Test score[B] fp32 of key[B] int64 against ring[K, C] fp32, size[K] int64, head[K] int64, then insert.
 
     level[B] int64 = ceil(alpha * 2^32); u[B] int64 in 1..2^32 (2^32: no randomisation of ties); insert[B] bool.
-    The whole batch is counted against the rings as they are; then rows with `insert` are written in index order, each at
-    its ring's head (oldest out), and ring, size and head are updated in place.
+    The whole batch is counted against the rings as they are; then rows with `insert` are written in index order, each
+    at its ring's head (oldest out), and ring, size and head are updated in place.
 
-    takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1), in int64; p = (greater + u/2^32 (1 + ties)) / (n + 1),
-    the smoothed conformal p-value (Vovk, Gammerman, Shafer 2005, eq. 2.20). A score that is NaN or infinite is not
-    inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
+    takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1), in int64; p = (greater + u/2^32 (1 + ties)) / (n
+    + 1), the smoothed conformal p-value (Vovk, Gammerman, Shafer 2005, eq. 2.20). A score that is NaN or infinite is
+    not inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
 
-    Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that the
-    store does not have.
+    Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that
+    the store does not have.
     """
     batch = score.shape[0]
     if any(t.shape != (batch,) for t in (key, level, u, insert)):

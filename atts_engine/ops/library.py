@@ -1,6 +1,7 @@
 """Registration of the ops as torch.ops.atts.*, with fakes, for torch.compile and for callers outside this package.
 
-The engine calls the Python functions themselves: a call through the dispatcher costs it several microseconds, fifty times a step.
+The engine calls the Python functions themselves: a call through the dispatcher costs it several microseconds, fifty
+times a step.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ def sample(
     """Draw one id per row of logits[B, V] -> ids[B] int64.
 
     temperature[B] fp32 (0: argmax, the first of ties); top_k[B] int64 (0: off); top_p[B] fp32 (1: off); min_p[B] fp32
-    (0: off); seed[B], position[B] int64. Filters act in the order temperature, top_k (ties of the k-th stay), top_p (the
-    smallest set, largest first, lower id first among ties, that reaches top_p of what top_k left), min_p (relative to the
-    largest probability, so its place in the order changes nothing but top_p's base).
+    (0: off); seed[B], position[B] int64. Filters act in the order temperature, top_k (ties of the k-th stay), top_p
+    (the smallest set, largest first, lower id first among ties, that reaches top_p of what top_k left), min_p
+    (relative to the largest probability, so its place in the order changes nothing but top_p's base).
 
     The noise of a token is a hash of (seed, position, token id), so a row's draw does not depend on its place in the
     batch nor on the other rows. A row with NaN or without a finite largest logit gives -1.
