@@ -116,7 +116,7 @@ def _builtin_present(name: str) -> bool:
 def _row_invariance() -> dict[str, Any]:
     """Whether a row of `ops.linear` has the same bits alone and in batches of every size up to 40, at random places.
 
-    Scores that do not depend on who shares a batch rest on this; it is a property of the machine's BLAS, so it is measured.
+    Scores that do not depend on who shares a batch rest on this: a property of the machine's BLAS, so it is measured.
     """
     import torch
 

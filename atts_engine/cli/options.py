@@ -107,7 +107,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """Give every flag that was left out its value: the task's, or the general one. Raises InputError for missing models."""
+    """Give every flag that was left out its value: the task's, or the general one. `InputError` for a missing model."""
     task = TASK_DEFAULTS.get(args.task or "", {})
     for name in ("draft_tokens", "target_tokens", "turns"):
         if getattr(args, name) is None:
@@ -130,9 +130,12 @@ def strategy_of(args: argparse.Namespace) -> str:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's settings."""
+    """The engine's settings. `InputError` for a model that is not there, before anything is written or loaded."""
     from atts_engine.config import EngineConfig
+    from atts_engine.models import resolve
 
+    resolve(args.draft)
+    resolve(args.target)
     return EngineConfig(
         draft=args.draft,
         target=args.target,

@@ -78,9 +78,7 @@ def timeline(chains: Sequence[Chain]) -> str:
             marks.append(_block(left, y, at, turn.t_draft, scale, "--draft", f"turn {turn.turn}: draft"))
             at = max(at, turn.t_draft)
             if turn.score is not None:
-                marks.append(
-                    _block(left, y, at, turn.t_verdict, scale, "--line", f"turn {turn.turn}: waiting for the verdict")
-                )
+                marks.append(_block(left, y, at, turn.t_verdict, scale, "--line", f"turn {turn.turn}: verdict awaited"))
                 at = max(at, turn.t_verdict)
             if turn.t_target > 0.0:
                 marks.append(_block(left, y, at, turn.t_target, scale, "--target", f"turn {turn.turn}: target"))
@@ -90,7 +88,7 @@ def timeline(chains: Sequence[Chain]) -> str:
         f'<text x="{left + width}" y="{height + 14}" text-anchor="end">{longest:.2f} s</text>'
     )
     return (
-        f'<svg class="timeline" viewBox="0 0 {left + width + 4} {height + 20}" role="img" aria-label="timeline of chains">'
+        f'<svg class="timeline" viewBox="0 0 {left + width + 4} {height + 20}" role="img" aria-label="timeline">'
         f"{''.join(marks)}{axis}</svg>"
     )
 

@@ -24,7 +24,9 @@ class Restored:
 
 
 class RunFolder:
-    """Writes one run. decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, so a calibration
+    """Writes one run.
+
+    decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, so a calibration
     restored from it is one that the run really had. A chain's line comes after the lines of its decisions.
     """
 
@@ -48,7 +50,8 @@ class RunFolder:
     def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> RunFolder:
         """Make the folder, or take up the run it holds.
 
-        InputError: it cannot be written; it holds chains and `resume` is off; it was made with other settings, each named.
+        `InputError`: it cannot be written; it holds a run and `resume` is off; it was made with other settings, which
+        are named.
         """
         folder = Path(path)
         try:
@@ -62,7 +65,7 @@ class RunFolder:
         return cls(folder, restored)
 
     def add_decision(self, decision: Decision) -> None:
-        """Log the next decision. An engine counts from its own beginning; the log counts from the run's, across resumes."""
+        """Log the next decision. An engine counts from its own beginning, the log from the run's, across resumes."""
         if decision.batch != self._engine_batch:
             self._engine_batch = decision.batch
             self._batch += 1
@@ -132,7 +135,7 @@ def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
         raise InputError(
             f"{folder} was made with other settings ({'; '.join(found)}): repeat them, or choose another --out"
         )
-    return Restored(
-        tuple(read_chains(chains, allow_torn_tail=True)) if chains.exists() else (),
-        tuple(read_decisions(decisions, allow_torn_tail=True)) if decisions.exists() else (),
-    )
+    for file in (chains, decisions):
+        # A kill can cut a line in the middle of a character, so the torn tail goes before anything is decoded.
+        JsonlWriter(file, append=True).close()
+    return Restored(tuple(read_chains(chains, allow_torn_tail=True)), tuple(read_decisions(decisions)))

@@ -1,4 +1,4 @@
-"""Many problems through one engine: a few in flight at a time, every event to an observer, everything that ends to a folder."""
+"""Many problems through one engine: a few in flight, every event to an observer, all that ends to a folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from atts_engine.conformal import Calibrator
+from atts_engine.evaluation.decisions import restore
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.pipeline.events import ChainEvent, Event, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.params import ATTSParams
@@ -47,7 +48,7 @@ class Observer(Protocol):
 class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
 
-    wall_s: seconds of this process; restored: chains taken over from an earlier, interrupted run, which cost none of them.
+    wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them.
     """
 
     strategy: str
@@ -70,7 +71,7 @@ def job_settings(
     calibration: dict[str, Any],
     problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    """All that decides what a run's chains are, as JSON. Devices, concurrency and paths are left out: they only decide how fast."""
+    """All that decides what a run's chains are, as JSON. Devices and concurrency only decide how fast."""
     return {
         "format": "atts-run/1",
         "models": {"draft": draft, "target": target, "dtype": dtype},
@@ -97,13 +98,13 @@ async def run_job(
 ) -> JobResult:
     """Solve the problems with `concurrency` of them in flight, and hand back every chain.
 
-    Chains that an earlier run saved in `folder` are not written again, and its online calibration is learnt first. The
-    synchronous strategy ranks a problem's chains among each other, so there a problem that is not complete is begun anew. The first error
-    of the engine ends the job and is raised as it came; a chain's own error is recorded on the chain. `folder` stays open.
+    Chains that an earlier run saved in `folder` are not written again, and its decisions are learnt first. The
+    synchronous strategy ranks the chains of a problem among each other, so there an incomplete problem is begun anew.
+    The first error of the engine ends the job and is raised as it came; a chain's own error is recorded on the chain.
+    `folder` stays open.
     """
-    if folder is not None and calibrator is not None and not calibrator.frozen:
-        for decision in folder.restored.decisions:
-            calibrator.observe(decision.score, decision.key)
+    if folder is not None and calibrator is not None:
+        restore(calibrator, folder.restored.decisions)
     work = _Work(engine, params, observer, calibrator, folder)
     stop_listening = engine.add_decision_listener(work.decided)
     began = time.perf_counter()

@@ -15,7 +15,8 @@ main { max-width: 1180px; margin: 0 auto; padding: 28px 18px 60px; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 40px 0 12px; }
 .lead { color: var(--soft); margin: 6px 0 22px; max-width: 78ch; }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.card, figure, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
+.card, figure, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 14px 16px; }
 .card b { display: block; font-size: 1.55rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .card span, .card small { color: var(--soft); font-size: .84rem; display: block; }
 .plots { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
@@ -25,18 +26,21 @@ figcaption { color: var(--soft); font-size: .84rem; margin-top: 8px; }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; font-size: .84rem; } th:first-child, td:first-child { text-align: left; }
 tr:last-child td { border-bottom: 0; } .note { color: var(--soft); font-size: .88rem; margin: 10px 0 0; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.65 ui-monospace, Consolas, monospace; margin: 10px 0 0; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.65 ui-monospace, Consolas, monospace;
+  margin: 10px 0 0; }
 .draft { color: var(--draft); } .target { color: var(--target); }
-.text .target { border-bottom: 2px solid color-mix(in srgb, var(--target) 45%, transparent); }
-.mark { font: 600 11px/1 system-ui, sans-serif; padding: 2px 6px; border-radius: 9px; margin: 0 3px; white-space: nowrap;
-  border: 1px solid currentColor; }
+.text .target {
+  border-bottom: 2px solid color-mix(in srgb, var(--target) 45%, transparent); }
+.mark { font: 600 11px/1 system-ui, sans-serif; padding: 2px 6px; border-radius: 9px; margin: 0 3px;
+  white-space: nowrap; border: 1px solid currentColor; }
 .kept { color: var(--kept); } .taken { color: var(--taken); } .bad { color: var(--bad); }
 details { margin: 10px 0; } summary { cursor: pointer; } summary::marker { color: var(--soft); }
 .problem { color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; margin: 8px 0 0; }
 .legend span { margin-right: 16px; } .legend { color: var(--soft); font-size: .88rem; margin: 0 0 10px; }
 .timeline { width: 100%; height: auto; display: block; } .timeline text { fill: var(--soft); font-size: 11px; }
 pre { overflow-x: auto; font-size: .84rem; color: var(--soft); }
-@media print { body { background: #fff; } main { padding: 0; max-width: none; } .card, figure, .panel { break-inside: avoid; } }
+@media print { body { background: #fff; } main { padding: 0; max-width: none; }
+  .card, figure, .panel { break-inside: avoid; } }
 """
 
 

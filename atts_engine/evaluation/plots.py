@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib takes literal colours only; each of these stands for a CSS variable of the page and is replaced by it in the SVG.
+# matplotlib takes literal colours only; each of these stands for a CSS variable of the page.
 INK, GRID, DRAFT, TARGET, TAKEN, KEPT, BACK = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 _VARIABLES = {
     INK: "--ink",
@@ -162,7 +162,7 @@ def scores(kept: Sequence[float], taken: Sequence[float]) -> Plot:
         axes.legend(loc="upper right")
     return Plot(
         drawn[0],
-        "What the target thinks of the draft's spans: to the right it would not have written them. Below 0.0001 counts as 0.0001.",
+        "What the target thinks of the draft's spans: to the right it would not have written them. Axis cut at 0.0001.",
     )
 
 

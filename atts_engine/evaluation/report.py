@@ -38,7 +38,7 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
 
 
 def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, Any]) -> str:
-    """The page of several strategies on the same problems. figures: as `summary.comparison`, with the runs' `settings`."""
+    """The page of several strategies on the same problems. figures: as `summary.comparison`, with all `settings`."""
     each = figures["strategies"]
     first = next(iter(each.values()))
     models = next(iter(figures["settings"].values()))["models"]
