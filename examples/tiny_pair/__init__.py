@@ -1,0 +1,1 @@
+"""How the built-in pair was made: vocabulary, training data, model, optimiser, sampler and checkpoints."""
