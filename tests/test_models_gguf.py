@@ -15,6 +15,7 @@ import transformers
 
 from atts_engine.errors import InputError
 from atts_engine.models import Model, load_model, resolve
+from atts_engine.models.gguf_file import GGUFFile
 from tests.models_oracle import paged_logits, reference_logits
 from tests.test_models_oracle import CASES, save, sequences, worst
 
@@ -48,14 +49,51 @@ def smollm2() -> Model:
 
 
 def test_smollm2_logits_equal_transformers(smollm2: Model) -> None:
-    path = resolve("smollm2-135m")
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    oracle = transformers_smollm2()
     texts = [smollm2.tokenizer.encode(text) for text in TEXTS]
     expected = reference_logits(oracle, texts)
     assert worst(paged_logits(smollm2.decoder, texts), expected) < 1e-4
     assert worst(paged_logits(smollm2.decoder, texts, chunks=random.Random(1)), expected) < 1e-4
+
+
+def transformers_smollm2() -> torch.nn.Module:
+    """transformers' Llama with the file's tensors, by the definition of llama.cpp's row order: row 2i + half of a head
+    of q or k is row i + half * D/2 of the "rotate_half" convention."""
+    file = GGUFFile(resolve("smollm2-135m"))
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    state = {}
+    for name in model.state_dict():
+        stem, _, kind = name.rpartition(".")
+        layer, inner = (
+            (stem.split(".")[2], ".".join(stem.split(".")[3:])) if ".layers." in stem else ("", stem)
+        )
+        stored = GGUF_NAMES["model.embed_tokens" if stem == "lm_head" else inner]
+        tensor = torch.tensor(file.dequantised((f"blk.{layer}." if layer else "") + f"{stored}.{kind}"))
+        if stored in ("attn_q", "attn_k"):
+            rows = torch.arange(len(tensor))
+            head, place = rows // 64, rows % 64
+            moved = torch.empty_like(tensor)
+            moved[head * 64 + place // 2 + place % 2 * 32] = tensor
+            tensor = moved
+        state[name] = tensor
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
 
 
 def test_smollm2_config(smollm2: Model) -> None:
