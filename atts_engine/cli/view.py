@@ -14,6 +14,7 @@ from atts_engine.pipeline.records import Chain, Problem
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ class LiveView:
         return text
 
 
-def bar(share: float, room: int, style: str, mark: float | None = None) -> RenderableType:
+def bar(share: float, room: int, style: str, mark: float | None = None) -> Text:
     """A bar of `room` cells filled to `share`, with a stroke at `mark`."""
     from rich.text import Text
 

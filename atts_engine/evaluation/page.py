@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 CSS = """
@@ -67,7 +68,7 @@ def cards(items: list[tuple[str, str, str]]) -> str:
     )
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]], notes: list[str]) -> str:
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
     """A table in a panel that scrolls sideways on a phone."""
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
