@@ -188,10 +188,10 @@ class LiveView:
         from rich.text import Text
 
         p = self.progress
-        room = max(10, width - 46)
+        room = max(10, width - 48)
 
         def line(name: str, share: float, said: str, style: str, mark: float | None = None) -> RenderableType:
-            return Text.assemble((f"{name:<10}", "dim"), bar(share, room, style, mark), f"  {said}")
+            return Text.assemble((f"{name:<12}", "dim"), bar(share, room, style, mark), f"  {said}")
 
         right = f", {p.answers_right}/{p.graded} right" if p.graded else ""
         lines = [

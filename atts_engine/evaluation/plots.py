@@ -106,7 +106,7 @@ def takeover_by_turn(by_turn: Mapping[str, Mapping[str, Any]], alpha: float) -> 
     with _drawing("Spans taken over, by turn", "turn", "%", drawn) as axes:
         axes.bar(turns, rates, color=TAKEN, width=0.72)
         axes.axhline(100 * alpha, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(1.0, 100 * alpha + 1.5, f"alpha {alpha:g}", transform=axes.get_yaxis_transform(), ha="right")
+        axes.text(1.01, 100 * alpha, f"alpha\n{alpha:g}", transform=axes.get_yaxis_transform(), va="center")
         axes.set_ylim(0, 100)
         axes.set_xticks(turns if len(turns) <= 20 else turns[:: -(-len(turns) // 15)])
         for turn, rate, cell in zip(turns, rates, by_turn.values(), strict=True):
@@ -159,7 +159,7 @@ def scores(kept: Sequence[float], taken: Sequence[float]) -> Plot:
             clipped, bins=list(edges), stacked=True, color=[KEPT, TAKEN], label=["kept", "taken over"], linewidth=0
         )
         axes.set_xscale("log")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper left")
     return Plot(
         drawn[0],
         "What the target thinks of the draft's spans: to the right it would not have written them. Axis cut at 0.0001.",
