@@ -66,6 +66,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.cos, self.sin = rope_table(config, self.device)
+        self._scratch = ops.Scratch()
 
     @property
     def lm_head(self) -> torch.Tensor:
@@ -116,7 +117,7 @@ class Decoder:
         # Written before it is read: a row attends to itself and to earlier rows of the same batch.
         ops.kv_append(k, v, kv_layer, batch.slots)
         mixed = ops.paged_attention(
-            q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5
+            q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5, self._scratch
         )
         return ops.linear(mixed.reshape(-1, c.num_heads * c.head_dim), layer.out)
 

@@ -3,7 +3,7 @@ and is the oracle; `chosen` tells which implementation runs. All are also regist
 
 from __future__ import annotations
 
-from atts_engine.ops.attention import paged_attention
+from atts_engine.ops.attention import Scratch, paged_attention
 from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
 from atts_engine.ops.dispatch import available, chosen, use
 from atts_engine.ops.gating import GateResult, gate
@@ -14,6 +14,7 @@ from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 
 __all__ = [
     "GateResult",
+    "Scratch",
     "available",
     "chosen",
     "gate",

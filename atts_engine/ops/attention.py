@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,8 +19,30 @@ _WORKSPACE = 1 << 20
 """Scores held at once; what is larger is cut into groups of sequences, which changes no bit."""
 
 
+class Scratch:
+    """Buffers that one caller reuses from call to call: fresh memory costs a page fault for every 4 KiB written, which
+    on a CPU is more than the arithmetic. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """An fp32 tensor of this shape; what it holds is left over from an earlier use, but finite."""
+        size = prod(shape)
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size or held.device != device:
+            held = self._buffers[name] = torch.zeros(size, device=device)
+        return held[:size].view(shape)
+
+
 def paged_attention(
-    q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, scale: float
+    q: Tensor,
+    kv_layer: Tensor,
+    block_table: Tensor,
+    cu_q: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Causal attention of q[N, Hq, D] over pages -> [N, Hq, D].
 
@@ -31,6 +54,7 @@ def paged_attention(
     the chunks a span came in, nor on padding. Keys are taken in fixed blocks, the row maximum (exact in any order)
     first, and the blocks' sums are added in order; a block that is masked for a row adds exact zeros to it.
 
+    scratch: buffers to work in, None for fresh ones.
     Raises InputError where shapes do not fit or a sequence has more query rows than tokens.
     """
     heads, dim = q.shape[1], q.shape[2]
@@ -46,8 +70,9 @@ def paged_attention(
     if max(lengths, default=0) > block_table.shape[1] * kv_layer.shape[2]:
         raise InputError("paged_attention: a sequence is longer than its row of the block table")
     out = torch.empty_like(q)
+    scratch = Scratch() if scratch is None else scratch
     for members in _groups(counts, lengths, heads):
-        _attend(out, q, kv_layer, block_table, starts, counts, lengths, members, scale)
+        _attend(out, q, kv_layer, block_table, starts, counts, lengths, members, scale, scratch)
     return out
 
 
@@ -79,6 +104,7 @@ def _attend(
     lengths: list[int],
     members: list[int],
     scale: float,
+    scratch: Scratch,
 ) -> None:
     """Attention of one group of sequences, longest first, written to their rows of out."""
     device = q.device
@@ -106,35 +132,52 @@ def _attend(
     slots = (pages * page + safe_key % page).view(batch, blocks, KEY_BLOCK)
     flat = kv_layer.view(2, -1, kv_heads * dim)
 
+    def take(name: str, *shape: int) -> Tensor:
+        return scratch.take(name, shape, device)
+
     def tile(which: int, block: int) -> Tensor:
-        rows_of_block = flat[which].index_select(0, slots[: reach[block], block].reshape(-1))
-        return rows_of_block.view(-1, KEY_BLOCK, kv_heads, dim).float()
+        """Keys (0) or values (1) of one block: [reach, KEY_BLOCK, kv_heads, dim] fp32."""
+        index = slots[: reach[block], block].reshape(-1)
+        if flat.dtype == torch.float32:
+            held = take("tile", index.shape[0], kv_heads * dim)
+            torch.index_select(flat[which], 0, index, out=held)
+        else:
+            held = flat[which].index_select(0, index).float()
+        return held.view(-1, KEY_BLOCK, kv_heads, dim)
 
     queries = q[source].float().mul_(scale).view(batch, rows, kv_heads, group, dim)
     queries = queries.permute(2, 0, 1, 3, 4).reshape(kv_heads, batch, rows * group, dim)
-    scores = queries.new_full((blocks, kv_heads, batch, rows * group, KEY_BLOCK), float("-inf"))
+    # Products take whole row blocks; everything else, the exponentials above all, only rows that some sequence has.
+    most = max(counts[index] for index in members)
+    used = most * group
+    scores = take("scores", blocks, kv_heads, batch, used, KEY_BLOCK).fill_(float("-inf"))
+    product = take("product", batch, rows * group, KEY_BLOCK)
     for block, reached in enumerate(reach):
         keys = tile(0, block)
         for head in range(kv_heads):
-            torch.bmm(queries[head, :reached], keys[:, :, head].mT, out=scores[block, head, :reached])
-    scores = scores.view(blocks, kv_heads, batch, rows, group, KEY_BLOCK)
-    masked = key.view(blocks, 1, 1, 1, 1, KEY_BLOCK) > position.view(1, 1, batch, rows, 1, 1)
-    scores.masked_fill_(masked, float("-inf"))
-    peak = scores.amax(dim=(0, 5), keepdim=True)  # finite: every row sees its own key
-    weights = scores.sub_(peak).exp_().view(blocks, kv_heads, batch, rows * group, KEY_BLOCK)
+            torch.bmm(queries[head, :reached], keys[:, :, head].mT, out=product[:reached])
+            scores[block, head, :reached] = product[:reached, :used]
+    shaped = scores.view(blocks, kv_heads, batch, most, group, KEY_BLOCK)
+    masked = key.view(blocks, 1, 1, 1, 1, KEY_BLOCK) > position[:, :most].reshape(1, 1, batch, most, 1, 1)
+    shaped.masked_fill_(masked, float("-inf"))
+    peak = shaped.amax(dim=(0, 5), keepdim=True)  # finite: every row sees its own key
+    weights = shaped.sub_(peak).exp_().view(blocks, kv_heads, batch, used, KEY_BLOCK)
     norms = weights.sum(-1, keepdim=True)
     norm = norms[0]
-    total = torch.empty_like(queries)
+    total = take("total", kv_heads, batch, used, dim)
+    part = take("part", batch, rows * group, dim)
     for block, reached in enumerate(reach):
         values = tile(1, block)
         for head in range(kv_heads):
-            part = torch.bmm(weights[block, head, :reached], values[:, :, head])
+            product[:reached, :used] = weights[block, head, :reached]
+            torch.bmm(product[:reached], values[:, :, head], out=part[:reached])
             if block:
-                total[head, :reached] += part
+                total[head, :reached] += part[:reached, :used]
             else:
-                total[head] = part
+                total[head] = part[:, :used]
         if block:
             norm = norm + norms[block]
-    result = (total / norm).view(kv_heads, batch, rows, group, dim).permute(1, 2, 0, 3, 4)
-    keep = live.view(-1)
-    out[source[keep]] = result.reshape(batch * rows, heads, dim)[keep].to(out.dtype)
+    result = (total / norm).view(kv_heads, batch, most, group, dim).permute(1, 2, 0, 3, 4)
+    keep = live[:, :most].reshape(-1)
+    target = source.view(batch, rows)[:, :most].reshape(-1)
+    out[target[keep]] = result.reshape(batch * most, heads, dim)[keep].to(out.dtype)
