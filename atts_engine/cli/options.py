@@ -88,7 +88,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Which calibrator, and from which state it starts."""
     group = parser.add_argument_group("calibration")
-    group.add_argument("--calibrator", default="mondrian", metavar="NAME", help="mondrian (default) or reference")
+    group.add_argument("--calibrator", default="mondrian", metavar="NAME", help="mondrian (default) or split")
     group.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(

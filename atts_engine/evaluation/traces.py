@@ -99,7 +99,7 @@ def _turn_from_line(line: Line) -> Turn:
         percentile=line.optional_number("percentile"),
         p_value=line.optional_number("p_value"),
         takeover=takeover,
-        target=line.optional_text("target") if takeover else None,
+        target=line.optional_text("target"),
         target_tokens=line.integer("target_tokens", 0),
         t_draft=line.number("t_draft", 0.0),
         t_verdict=line.number("t_verdict", 0.0),
