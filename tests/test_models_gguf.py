@@ -79,9 +79,7 @@ def transformers_smollm2() -> torch.nn.Module:
     state = {}
     for name in model.state_dict():
         stem, _, kind = name.rpartition(".")
-        layer, inner = (
-            (stem.split(".")[2], ".".join(stem.split(".")[3:])) if ".layers." in stem else ("", stem)
-        )
+        layer, inner = (stem.split(".")[2], ".".join(stem.split(".")[3:])) if ".layers." in stem else ("", stem)
         stored = GGUF_NAMES["model.embed_tokens" if stem == "lm_head" else inner]
         tensor = torch.tensor(file.dequantised((f"blk.{layer}." if layer else "") + f"{stored}.{kind}"))
         if stored in ("attn_q", "attn_k"):
@@ -107,14 +105,10 @@ def gguf_tensors(model: torch.nn.Module, case: str) -> Tensors:
     tensors = {}
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")
-        layer, inner = (
-            (stem.split(".")[2], ".".join(stem.split(".")[3:])) if ".layers." in stem else ("", stem)
-        )
+        layer, inner = (stem.split(".")[2], ".".join(stem.split(".")[3:])) if ".layers." in stem else ("", stem)
         weight = tensor.numpy()
         if case.startswith("llama") and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-            heads = (
-                model.config.num_attention_heads if "q_proj" in inner else model.config.num_key_value_heads
-            )
+            heads = model.config.num_attention_heads if "q_proj" in inner else model.config.num_key_value_heads
             shape = (heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
             weight = weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
         if not (stem == "lm_head" and model.config.tie_word_embeddings):
@@ -194,9 +188,7 @@ def test_quantised_weights(kind: QUANTS, tmp_path: Path) -> None:
     oracle = save(config, tmp_path / "hf")
     tensors = gguf_tensors(oracle, "llama")
     write(tmp_path / "m.gguf", config, tensors, kind)
-    rounded = {
-        n: gguf.dequantize(gguf.quantize(t, kind), kind) if t.ndim == 2 else t for n, t in tensors.items()
-    }
+    rounded = {n: gguf.dequantize(gguf.quantize(t, kind), kind) if t.ndim == 2 else t for n, t in tensors.items()}
     write(tmp_path / "rounded.gguf", config, rounded)
     ours, theirs = (load_model(str(tmp_path / name)).decoder for name in ("m.gguf", "rounded.gguf"))
     assert any(not np.array_equal(rounded[name], tensors[name]) for name in tensors)

@@ -142,9 +142,7 @@ def test_half_precision_follows_fp32(dtype: torch.dtype, tmp_path: Path) -> None
 def test_built_in_pair(name: str) -> None:
     model = load_model(name)
     oracle, exact = (
-        transformers.AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=dtype, local_files_only=True
-        ).eval()
+        transformers.AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, local_files_only=True).eval()
         for dtype in (torch.float32, torch.float64)
     )
     encode, prompt = model.tokenizer.encode, model.tokenizer.chat_prompt

@@ -143,9 +143,7 @@ def test_built_in_tokenizer_is_transformers(name: str) -> None:
     ours = tokenizer_from_folder(resolve(name), ())
     theirs = transformers.AutoTokenizer.from_pretrained(resolve(name), local_files_only=True)
     messages = [{"role": "user", "content": "a = 85; b = a-43; c = b+11; c?"}]
-    prompt = theirs.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=False
-    )
+    prompt = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert ours.chat_prompt(messages) == prompt
     text = "b = a-43 = 85-43 = 42\n\nWait, c = b+11 = 42+11 = 53\n\n\\boxed{53}"
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
@@ -224,9 +222,7 @@ def test_llama3_and_qwen2_splits_are_those_of_transformers() -> None:
 
 
 def chat(template: str, **special: str) -> Tokenizer:
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "\n\n": 3}, unk_token="<unk>")
-    )
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "\n\n": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("a|b|\n\n|."), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(["<s>"])
@@ -236,9 +232,7 @@ def chat(template: str, **special: str) -> Tokenizer:
 def test_chat_templates() -> None:
     user = [{"role": "user", "content": "ab"}]
     assert chat("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>").chat_prompt(user) == [4, 1, 2]
-    generation = (
-        "{% generation %}{% for m in messages %}{{ m.content }}{% break %}{% endfor %}{% endgeneration %}"
-    )
+    generation = "{% generation %}{% for m in messages %}{{ m.content }}{% break %}{% endfor %}{% endgeneration %}"
     assert chat(generation).chat_prompt(user * 2) == [1, 2]
     assert chat("", bos_token="<s>").chat_prompt(user) == [4, 1, 2, 3]
     for template, said in (

@@ -58,9 +58,7 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses these messages: {error}") from error
 
 
-def _to_json(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
-) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 

@@ -67,13 +67,10 @@ class ModelConfig:
                 raise InputError(f"model config: {field} must be 1 or more, not {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
-                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads "
-                "evenly"
+                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly"
             )
         if self.head_dim % 2:
-            raise InputError(
-                f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}"
-            )
+            raise InputError(f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,9 +105,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     """
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise InputError(
-            f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+        raise InputError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     _refuse_unsupported(raw, str(family), where)
     hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
     if raw.get("head_dim") is not None:
@@ -124,9 +119,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         hidden_size=hidden,
         num_layers=_integer(raw, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=heads
-        if raw.get("num_key_value_heads") is None
-        else _integer(raw, "num_key_value_heads", where),
+        num_kv_heads=heads if raw.get("num_key_value_heads") is None else _integer(raw, "num_key_value_heads", where),
         head_dim=head_dim,
         intermediate_size=_integer(raw, "intermediate_size", where),
         rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
@@ -156,9 +149,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str, where: str) -> None
         raise InputError(f"{where}: partial_rotary_factor {raw['partial_rotary_factor']} is not supported")
     window = raw.get("sliding_window")
     # Qwen keeps a window in its config and switches it off by a flag; Mistral uses it wherever it is set.
-    used = window is not None and (
-        raw.get("use_sliding_window", False) if family.startswith("qwen") else True
-    )
+    used = window is not None and (raw.get("use_sliding_window", False) if family.startswith("qwen") else True)
     if "layer_types" in raw and all(kind == "full_attention" for kind in raw["layer_types"]):
         used = False
     if used and window < raw.get("max_position_embeddings", 0):
@@ -185,9 +176,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
             high_freq_factor=_number(parameters, "high_freq_factor", where),
             original_max_positions=_integer(parameters, "original_max_position_embeddings", where),
         )
-    raise InputError(
-        f"{where}: RoPE scaling {kind!r} is not supported; supported are 'default', 'linear', 'llama3'"
-    )
+    raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported are 'default', 'linear', 'llama3'")
 
 
 def _integer(raw: Mapping[str, Any], key: str, where: str) -> int:

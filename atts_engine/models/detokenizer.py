@@ -37,9 +37,7 @@ def byte_alphabet() -> dict[str, int]:
     """GPT-2's map of printable characters to the 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + rank): byte for rank, byte in enumerate(hidden)
-    }
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
 
 
 class ByteLevelDetokenizer:
@@ -51,9 +49,7 @@ class ByteLevelDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(
-            b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip)
-        )
+        return self._decoder.decode(b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip))
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)

@@ -58,9 +58,7 @@ class GGUFFile:
         try:
             self.metadata, self.tensors = _Header(self._map, path).read()
         except (struct.error, IndexError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{path} is not a complete GGUF file: its header ends early or is damaged"
-            ) from error
+            raise InputError(f"{path} is not a complete GGUF file: its header ends early or is damaged") from error
         self._quants = _quantisation(path)
 
     def dequantised(self, name: str) -> np.ndarray:
@@ -85,9 +83,7 @@ class _Header:
         self.at = 4
         version = self.scalar("<I")
         if version not in (2, 3):
-            raise InputError(
-                f"{self.path}: GGUF version {version} is not supported, only 2 and 3 (little-endian)"
-            )
+            raise InputError(f"{self.path}: GGUF version {version} is not supported, only 2 and 3 (little-endian)")
         tensor_count, pair_count = self.scalar("<Q"), self.scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(pair_count):
@@ -142,9 +138,7 @@ class _Quantisation:
     def row_bytes(self, kind: int, width: int, name: str) -> int:
         block, size = self.sizes[self._kind(kind, name)]
         if width % block:
-            raise InputError(
-                f"{self.path}: {name} has rows of {width}, not a multiple of its block of {block}"
-            )
+            raise InputError(f"{self.path}: {name} has rows of {width}, not a multiple of its block of {block}")
         return width // block * size
 
     def dequantise(self, packed: np.ndarray, kind: int, name: str) -> np.ndarray:
@@ -160,9 +154,7 @@ class _Quantisation:
         try:
             return self.kinds(kind)
         except ValueError as error:
-            raise InputError(
-                f"{self.path}: {name} has a type {kind} that the gguf package does not know"
-            ) from error
+            raise InputError(f"{self.path}: {name} has a type {kind} that the gguf package does not know") from error
 
 
 def _quantisation(path: Path) -> _Quantisation:

@@ -54,9 +54,7 @@ def config_from_gguf(file: GGUFFile, eos_token_ids: tuple[int, ...]) -> ModelCon
             f"{file.path}: architecture {family!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     metadata = {
-        key.removeprefix(f"{family}."): value
-        for key, value in file.metadata.items()
-        if key.startswith(f"{family}.")
+        key.removeprefix(f"{family}."): value for key, value in file.metadata.items() if key.startswith(f"{family}.")
     }
 
     def need(key: str) -> Any:
@@ -65,16 +63,13 @@ def config_from_gguf(file: GGUFFile, eos_token_ids: tuple[int, ...]) -> ModelCon
         return metadata[key]
 
     if file.metadata.get("split.count", 1) > 1:
-        raise InputError(
-            f"{file.path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)"
-        )
+        raise InputError(f"{file.path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
     if metadata.get("expert_count", 0) > 0:
         raise InputError(f"{file.path}: mixture-of-experts models are not supported")
     window = metadata.get("attention.sliding_window")
     if window and window < need("context_length"):
         raise InputError(
-            f"{file.path}: sliding-window attention ({family}.attention.sliding_window {window}) is not "
-            "supported"
+            f"{file.path}: sliding-window attention ({family}.attention.sliding_window {window}) is not supported"
         )
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: tensor token_embd.weight is missing")
@@ -111,8 +106,7 @@ def _rope_scaling(file: GGUFFile, metadata: dict[str, Any]) -> RopeScaling | Non
     if kind == "linear":
         return RopeScaling("linear", factor=metadata.get("rope.scaling.factor", 1.0))
     raise InputError(
-        f"{file.path}: RoPE scaling {kind!r} is not supported; supported are 'none', 'linear' and frequency "
-        "divisors"
+        f"{file.path}: RoPE scaling {kind!r} is not supported; supported are 'none', 'linear' and frequency divisors"
     )
 
 
@@ -122,9 +116,7 @@ class GGUFSource:
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self.where = str(file.path)
         self._file = file
-        self._heads = (
-            {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
-        )
+        self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
         self._gguf_name = {_hf_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
 
     def names(self) -> frozenset[str]:

@@ -26,9 +26,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     metadata = file.metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise InputError(
-            f"{file.path}: tokenizer of kind {kind!r} is not supported, only 'gpt2' (byte-level BPE)"
-        )
+        raise InputError(f"{file.path}: tokenizer of kind {kind!r} is not supported, only 'gpt2' (byte-level BPE)")
     tokens, merges = _list(file, "tokenizer.ggml.tokens"), _list(file, "tokenizer.ggml.merges")
     types = _list(file, "tokenizer.ggml.token_type")
     if len(types) != len(tokens):

@@ -63,8 +63,7 @@ def resolve(name: str) -> Path:
     if path.is_file():
         raise InputError(f"{name} is not a model: name a folder in the Hugging Face layout or a .gguf file")
     raise InputError(
-        f"no model {name!r}: not a folder, not a .gguf file, and not one of "
-        f"{', '.join([*BUILTIN, 'smollm2-135m'])}"
+        f"no model {name!r}: not a folder, not a .gguf file, and not one of {', '.join([*BUILTIN, 'smollm2-135m'])}"
     )
 
 

@@ -21,8 +21,7 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted({folder / shard for shard in _weight_map(folder).values()})
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise InputError(
-            f"{folder} holds pickled weights only, which run code when read; convert them to safetensors "
-            "first"
+            f"{folder} holds pickled weights only, which run code when read; convert them to safetensors first"
         )
     raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
@@ -46,13 +45,9 @@ class SafetensorsSource:
         self._file_of = {name: path for path, handle in self._handles.items() for name in handle.keys()}
         if not (folder / SINGLE).is_file():
             promised = _weight_map(folder)
-            lost = sorted(
-                name for name, shard in promised.items() if self._file_of.get(name) != folder / shard
-            )
+            lost = sorted(name for name, shard in promised.items() if self._file_of.get(name) != folder / shard)
             if lost:
-                raise InputError(
-                    f"{folder / promised[lost[0]]} does not hold {lost[0]}, which {INDEX} promises"
-                )
+                raise InputError(f"{folder / promised[lost[0]]} does not hold {lost[0]}, which {INDEX} promises")
 
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)

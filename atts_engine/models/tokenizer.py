@@ -49,9 +49,7 @@ class Tokenizer:
         self._backend = backend
         self.eos_token_ids = tuple(eos_token_ids)
         self._special_tokens = dict(special_tokens or {})
-        self._template = (
-            ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
-        )
+        self._template = ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
         self._add_bos = add_bos
         self._tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
         added = backend.get_added_tokens_decoder()
@@ -63,13 +61,9 @@ class Tokenizer:
                 f"tokenizer decoder {strange[0] if strange else None!r} is not supported; supported are "
                 f"{sorted(_STREAMABLE)}"
             )
-        self._byte_level = (
-            ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
-        )
+        self._byte_level = ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
         self._byte_ids = (
-            frozenset(i for i, t in self._tokens.items() if _is_byte(t))
-            if "ByteFallback" in kinds
-            else frozenset()
+            frozenset(i for i, t in self._tokens.items() if _is_byte(t)) if "ByteFallback" in kinds else frozenset()
         )
         self._missing_bytes = _missing_bytes(self._tokens) if self._byte_level else frozenset()
         self._unknown_id = _unknown_id(backend)
@@ -131,8 +125,7 @@ class Tokenizer:
             for character in text:
                 if not self._missing_bytes.isdisjoint(character.encode("utf-8", "surrogatepass")):
                     raise InputError(
-                        f"the tokenizer cannot spell {character!r} (U+{ord(character):04X}); take it out of "
-                        "the prompt"
+                        f"the tokenizer cannot spell {character!r} (U+{ord(character):04X}); take it out of the prompt"
                     )
         try:
             encoding = self._backend.encode(text, add_special_tokens=around)
@@ -142,9 +135,7 @@ class Tokenizer:
             unknown = self._tokens[self._unknown_id]
             for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
                 if token_id == self._unknown_id and text[start:end] != unknown:
-                    raise InputError(
-                        f"the tokenizer has no token for {text[start:end]!r}; take it out of the prompt"
-                    )
+                    raise InputError(f"the tokenizer has no token for {text[start:end]!r}; take it out of the prompt")
         return encoding.ids
 
 
@@ -165,15 +156,9 @@ def tokenizer_from_folder(folder: Path, eos_token_ids: Sequence[int]) -> Tokeniz
         raise InputError(f"{path} cannot be read: {error}") from error
     raw = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     special = {
-        key: text
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (text := _content(raw.get(key)))
+        key: text for key in ("bos_token", "eos_token", "pad_token", "unk_token") if (text := _content(raw.get(key)))
     }
-    eos = (
-        {*eos_token_ids, backend.token_to_id(special["eos_token"])}
-        if "eos_token" in special
-        else set(eos_token_ids)
-    )
+    eos = {*eos_token_ids, backend.token_to_id(special["eos_token"])} if "eos_token" in special else set(eos_token_ids)
     return Tokenizer(
         backend,
         eos_token_ids=sorted(i for i in eos if i is not None),

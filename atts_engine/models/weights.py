@@ -26,9 +26,7 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-def load_decoder(
-    config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype
-) -> Decoder:
+def load_decoder(config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Decoder:
     """Read every tensor once, straight into its place on `device` in `dtype`.
 
     InputError names the first tensor that is missing, misshapen or not floating point, or those this
@@ -38,9 +36,7 @@ def load_decoder(
 
 
 class _Loader:
-    def __init__(
-        self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.source, self.device, self.dtype = config, source, device, dtype
         self.unread = set(source.names())
 
@@ -95,8 +91,7 @@ class _Loader:
             tensor = self.source.read(name)
             if tuple(tensor.shape) != shape:
                 raise InputError(
-                    f"{self.source.where}: {name} has shape {list(tensor.shape)}, the config asks for "
-                    f"{list(shape)}"
+                    f"{self.source.where}: {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
                 )
             if not tensor.is_floating_point():
                 raise InputError(
