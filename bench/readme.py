@@ -22,7 +22,7 @@ def section(record: dict[str, Any]) -> str:
     strategies, where = record["strategies"], record["provenance"]
     first = next(iter(strategies.values()))
     lines = [
-        f"The built-in pair on {first['problems']} held-out problems of 5 and 6 steps, "
+        f"The built-in pair on {first['problems']} held-out problems of 6 steps, "
         f"{first['chains_per_problem']} chains each, α = {first['alpha']:g}, online calibration from a cold start "
         "(95% bootstrap intervals over problems):",
         "",

@@ -3,7 +3,7 @@
     python -m bench.registers            # writes bench/results/registers.json
     python -m bench.readme               # puts it into README.md
 
-The problems (5 and 6 steps) are hard enough for the draft's own vote to fail on many of them.
+The problems (6 steps) are hard enough for the draft's own vote to fail on many of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEPT = (
 
 def run(problems: int, out: Path) -> int:
     flags = [
-        *("eval", "--task", "registers", "--steps", "5-6", "--problems-count", str(problems), "--chains", "8"),
+        *("eval", "--task", "registers", "--steps", "6", "--problems-count", str(problems), "--chains", "8"),
         *("--draft", "tiny-draft", "--target", "tiny-target", "--strategies", "draft,target,atts,atts-sync"),
         *("--alpha", "0.4", "--seed", "1", "--concurrency", "16"),
     ]
