@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -19,12 +20,36 @@ _WORKSPACE = 1 << 20
 """Scores held at once; what is larger is cut into groups of sequences, which changes no bit."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences that are worked on together, and where their queries, keys and results lie.
+
+    M: query rows of a sequence, padded; most: the largest number of them that is live; blocks: key blocks.
+    """
+
+    batch: int
+    padded: int
+    most: int
+    blocks: int
+    source: Tensor  # [batch * M]: row of q for each padded row
+    slots: Tensor  # [batch * Hkv * blocks * KEY_BLOCK]: row of the cache, one per slot and head
+    masked: Tensor  # [batch, 1, blocks, most, 1, KEY_BLOCK]: keys that a row must not see
+    live: Tensor  # [n]: padded rows (of batch * most) that are live
+    target: Tensor  # [n]: their rows of the output
+
+
 class Scratch:
-    """Buffers that one caller reuses from call to call: fresh memory costs a page fault for every 4 KiB written, which
-    on a CPU is more than the arithmetic. Not for two threads at once."""
+    """Buffers and indices that one caller reuses from call to call. Not for two threads at once.
+
+    Fresh memory costs a page fault for every 4 KiB written, which on a CPU is more than the arithmetic. The layers of
+    a forward pass share one set of indices, recognised by the very tensors they were made of, which must not be
+    changed in place between calls.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._planned: tuple[Tensor, Tensor, Tensor] | None = None
+        self._plan: list[_Group] = []
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """An fp32 tensor of this shape; what it holds is left over from an earlier use, but finite."""
@@ -33,6 +58,14 @@ class Scratch:
         if held is None or held.numel() < size or held.device != device:
             held = self._buffers[name] = torch.zeros(size, device=device)
         return held[:size].view(shape)
+
+    def plan(self, q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor) -> list[_Group]:
+        """The groups of a batch, made once for all layers."""
+        key = self._planned
+        if key is None or key[0] is not block_table or key[1] is not cu_q or key[2] is not kv_len:
+            self._plan = _plan(q, kv_layer, block_table, cu_q, kv_len)
+            self._planned = (block_table, cu_q, kv_len)
+        return self._plan
 
 
 def paged_attention(
@@ -61,6 +94,14 @@ def paged_attention(
     kv_heads = kv_layer.shape[3]
     if heads % kv_heads or kv_layer.shape[4] != dim:
         raise InputError(f"paged_attention: q {tuple(q.shape)} does not fit the cache {tuple(kv_layer.shape)}")
+    scratch = Scratch() if scratch is None else scratch
+    out = torch.empty_like(q)
+    for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len):
+        _attend(out, q, kv_layer, group, scale, scratch)
+    return out
+
+
+def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor) -> list[_Group]:
     starts, lengths = cu_q.tolist(), kv_len.tolist()
     if starts[-1] != q.shape[0] or len(starts) != len(lengths) + 1:
         raise InputError(f"paged_attention: cu_q ends at {starts[-1]} for {q.shape[0]} rows, {len(lengths)} sequences")
@@ -69,115 +110,103 @@ def paged_attention(
         raise InputError("paged_attention: a sequence has more query rows than tokens")
     if max(lengths, default=0) > block_table.shape[1] * kv_layer.shape[2]:
         raise InputError("paged_attention: a sequence is longer than its row of the block table")
-    out = torch.empty_like(q)
-    scratch = Scratch() if scratch is None else scratch
-    for members in _groups(counts, lengths, heads):
-        _attend(out, q, kv_layer, block_table, starts, counts, lengths, members, scale, scratch)
-    return out
+    return [
+        _group(members, starts, counts, lengths, block_table, kv_layer.shape[2], kv_layer.shape[3])
+        for members in _members(counts, lengths, q.shape[1])
+    ]
 
 
-def _groups(counts: list[int], lengths: list[int], heads: int) -> list[list[int]]:
-    """Sequences that are worked on together, longest first: alike in rows (to a power of two), bounded in workspace."""
-    by_rows: dict[int, list[int]] = {}
-    for index, count in enumerate(counts):
+def _members(counts: list[int], lengths: list[int], heads: int) -> list[list[int]]:
+    """Sequences to work on together: alike in rows and in key blocks (to a power of two each), bounded in workspace."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         if count:
-            by_rows.setdefault((max(count, ROW_BLOCK) - 1).bit_length(), []).append(index)
+            blocks = -(-length // KEY_BLOCK)
+            alike.setdefault(((max(count, ROW_BLOCK) - 1).bit_length(), (blocks - 1).bit_length()), []).append(index)
     groups = []
-    for bits, members in by_rows.items():
-        members.sort(key=lambda index: -lengths[index])
-        at = 0
-        while at < len(members):
-            span = -(-lengths[members[at]] // KEY_BLOCK) * KEY_BLOCK
-            fit = max(1, _WORKSPACE // (span * heads << bits))
-            groups.append(members[at : at + fit])
-            at += fit
+    for (bits, block_bits), members in alike.items():
+        fit = max(1, _WORKSPACE // (KEY_BLOCK * heads << (bits + block_bits)))
+        groups += [members[at : at + fit] for at in range(0, len(members), fit)]
     return groups
 
 
-def _attend(
-    out: Tensor,
-    q: Tensor,
-    kv_layer: Tensor,
-    block_table: Tensor,
+def _group(
+    members: list[int],
     starts: list[int],
     counts: list[int],
     lengths: list[int],
-    members: list[int],
-    scale: float,
-    scratch: Scratch,
-) -> None:
-    """Attention of one group of sequences, longest first, written to their rows of out."""
-    device = q.device
-    heads, dim = q.shape[1], q.shape[2]
-    page, kv_heads = kv_layer.shape[2], kv_layer.shape[3]
-    group = heads // kv_heads
-    batch = len(members)
-    rows = -(-max(counts[index] for index in members) // ROW_BLOCK) * ROW_BLOCK
-    blocks = -(-lengths[members[0]] // KEY_BLOCK)
-    # Sequences that reach key block j: the first reach[j], as the group is sorted.
-    reach = [sum(lengths[index] > block * KEY_BLOCK for index in members) for block in range(blocks)]
-
+    block_table: Tensor,
+    page: int,
+    kv_heads: int,
+) -> _Group:
+    device = block_table.device
+    most = max(counts[index] for index in members)
+    padded = -(-most // ROW_BLOCK) * ROW_BLOCK
+    blocks = max(-(-lengths[index] // KEY_BLOCK) for index in members)
     facts = torch.tensor([[counts[i], lengths[i], starts[i], i] for i in members], device=device)
     count, length, start, member = facts.unbind(1)
-    row = torch.arange(rows, device=device)
-    live = row < count[:, None]  # [batch, rows]
+    row = torch.arange(padded, device=device)
+    live = row < count[:, None]  # [batch, M]
     offset = torch.where(live, row, 0)  # a row past the end repeats row 0 and is dropped at the end
-    source = (start[:, None] + offset).view(-1)
+    source = start[:, None] + offset
     position = (length - count)[:, None] + offset
-
     key = torch.arange(blocks * KEY_BLOCK, device=device)
     # A key past the end is read from the sequence's first slot: what lies in slots that nobody wrote may be NaN.
     safe_key = torch.where(key < length[:, None], key, 0)
-    pages = block_table[member].long().gather(1, safe_key // page)
-    slots = (pages * page + safe_key % page).view(batch, blocks, KEY_BLOCK)
-    flat = kv_layer.view(2, -1, kv_heads * dim)
+    slots = block_table[member].long().gather(1, safe_key // page) * page + safe_key % page
+    by_head = slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
+    masked = key.view(1, blocks, 1, KEY_BLOCK) > position[:, None, :most, None]
+    keep = live[:, :most].reshape(-1).nonzero().view(-1)
+    return _Group(
+        batch=len(members),
+        padded=padded,
+        most=most,
+        blocks=blocks,
+        source=source.view(-1),
+        slots=by_head.reshape(-1),
+        masked=masked[:, None, :, :, None],
+        live=keep,
+        target=source[:, :most].reshape(-1)[keep],
+    )
+
+
+def _attend(out: Tensor, q: Tensor, kv_layer: Tensor, g: _Group, scale: float, scratch: Scratch) -> None:
+    """Attention of one group of sequences, written to their rows of out."""
+    heads, dim = q.shape[1], q.shape[2]
+    kv_heads = kv_layer.shape[3]
+    group = heads // kv_heads
+    used, tiles = g.most * group, g.batch * kv_heads * g.blocks
+    flat = kv_layer.view(2, -1, dim)
 
     def take(name: str, *shape: int) -> Tensor:
-        return scratch.take(name, shape, device)
+        return scratch.take(name, shape, q.device)
 
-    def tile(which: int, block: int) -> Tensor:
-        """Keys (0) or values (1) of one block: [reach, KEY_BLOCK, kv_heads, dim] fp32."""
-        index = slots[: reach[block], block].reshape(-1)
-        if flat.dtype == torch.float32:
-            held = take("tile", index.shape[0], kv_heads * dim)
-            torch.index_select(flat[which], 0, index, out=held)
-        else:
-            held = flat[which].index_select(0, index).float()
-        return held.view(-1, KEY_BLOCK, kv_heads, dim)
+    def tile(which: int) -> Tensor:
+        """Keys (0) or values (1): [tiles, KEY_BLOCK, dim] fp32, a tile for each sequence, head and block."""
+        if flat.dtype != torch.float32:
+            return flat[which].index_select(0, g.slots).float().view(tiles, KEY_BLOCK, dim)
+        held = take("tile", tiles * KEY_BLOCK, dim)
+        torch.index_select(flat[which], 0, g.slots, out=held)
+        return held.view(tiles, KEY_BLOCK, dim)
 
-    queries = q[source].float().mul_(scale).view(batch, rows, kv_heads, group, dim)
-    queries = queries.permute(2, 0, 1, 3, 4).reshape(kv_heads, batch, rows * group, dim)
     # Products take whole row blocks; everything else, the exponentials above all, only rows that some sequence has.
-    most = max(counts[index] for index in members)
-    used = most * group
-    scores = take("scores", blocks, kv_heads, batch, used, KEY_BLOCK).fill_(float("-inf"))
-    product = take("product", batch, rows * group, KEY_BLOCK)
-    for block, reached in enumerate(reach):
-        keys = tile(0, block)
-        for head in range(kv_heads):
-            torch.bmm(queries[head, :reached], keys[:, :, head].mT, out=product[:reached])
-            scores[block, head, :reached] = product[:reached, :used]
-    shaped = scores.view(blocks, kv_heads, batch, most, group, KEY_BLOCK)
-    masked = key.view(blocks, 1, 1, 1, 1, KEY_BLOCK) > position[:, :most].reshape(1, 1, batch, most, 1, 1)
-    shaped.masked_fill_(masked, float("-inf"))
-    peak = shaped.amax(dim=(0, 5), keepdim=True)  # finite: every row sees its own key
-    weights = shaped.sub_(peak).exp_().view(blocks, kv_heads, batch, used, KEY_BLOCK)
-    norms = weights.sum(-1, keepdim=True)
-    norm = norms[0]
-    total = take("total", kv_heads, batch, used, dim)
-    part = take("part", batch, rows * group, dim)
-    for block, reached in enumerate(reach):
-        values = tile(1, block)
-        for head in range(kv_heads):
-            product[:reached, :used] = weights[block, head, :reached]
-            torch.bmm(product[:reached], values[:, :, head], out=part[:reached])
-            if block:
-                total[head, :reached] += part[:reached, :used]
-            else:
-                total[head] = part[:, :used]
-        if block:
-            norm = norm + norms[block]
-    result = (total / norm).view(kv_heads, batch, most, group, dim).permute(1, 2, 0, 3, 4)
-    keep = live[:, :most].reshape(-1)
-    target = source.view(batch, rows)[:, :most].reshape(-1)
-    out[target[keep]] = result.reshape(batch * most, heads, dim)[keep].to(out.dtype)
+    queries = q[g.source].float().mul_(scale).view(g.batch, g.padded, kv_heads, 1, group, dim)
+    queries = queries.permute(0, 2, 3, 1, 4, 5).expand(-1, -1, g.blocks, -1, -1, -1)
+    product = take("product", tiles, g.padded * group, KEY_BLOCK)
+    torch.bmm(queries.reshape(tiles, g.padded * group, dim), tile(0).mT, out=product)
+    scores = take("scores", g.batch, kv_heads, g.blocks, g.most, group, KEY_BLOCK)
+    flat_scores = scores.view(tiles, used, KEY_BLOCK)
+    flat_scores.copy_(product[:, :used])
+    scores.masked_fill_(g.masked, float("-inf"))
+    peak = scores.amax(dim=(2, 5), keepdim=True)  # finite: every row sees its own key
+    scores.sub_(peak).exp_()
+    norms = scores.sum(-1, keepdim=True).unbind(2)
+    product[:, :used] = flat_scores
+    part = take("part", tiles, g.padded * group, dim)
+    torch.bmm(product, tile(1), out=part)
+    parts = part.view(g.batch, kv_heads, g.blocks, g.padded, group, dim)[:, :, :, : g.most].unbind(2)
+    total, norm = parts[0], norms[0]
+    for block in range(1, g.blocks):
+        total, norm = total + parts[block], norm + norms[block]
+    result = (total / norm).permute(0, 2, 1, 3, 4)  # [batch, most, kv_heads, group, dim]
+    out[g.target] = result.reshape(g.batch * g.most, heads, dim)[g.live].to(out.dtype)
