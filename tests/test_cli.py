@@ -206,6 +206,8 @@ def test_ctrl_c_says_what_was_saved_and_how_to_go_on(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background of a shell has SIGINT ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         chains = out / "chains.jsonl"
