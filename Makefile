@@ -55,7 +55,7 @@ setup: $(DEV_READY)
 demo: $(RUN_READY)
 	$(if $(filter demo-out,$(DEMO_OUT)),rm -rf demo-out)
 	$(PY) -m atts_engine.cli.main eval --task registers --steps $(DEMO_STEPS) --problems-count $(DEMO_PROBLEMS) --chains $(DEMO_CHAINS) \
-	    --draft tiny-draft --target tiny-target --strategies draft,target,atts,atts-sync --alpha 0.4 --seed 0 --concurrency 16 --out $(DEMO_OUT)
+	    --draft tiny-draft --target tiny-target --strategies draft,target,atts,atts-sync --alpha 0.4 --seed 0 --concurrency 16 --threads 1 --out $(DEMO_OUT)
 
 test: $(DEV_READY)
 	$(PY) -m pytest -q
