@@ -12,7 +12,7 @@ import torch
 
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
-from atts_engine.conformal import Calibrator, GateRequest, Meta, MondrianSmoothed
+from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, make_policy
 from atts_engine.errors import InputError
 from atts_engine.models import Model, load_model
 from atts_engine.pipeline import (
@@ -51,7 +51,7 @@ class AsyncEngine:
         self._cores = cores
         self._calibrator = calibrator
         self._defaults: dict[tuple[object, ...], Calibrator] = {}
-        self._gates: dict[int, ConformalGate] = {}
+        self._gates: dict[tuple[int, str], ConformalGate] = {}
         self._listeners: list[DecisionListener] = []
         self._prompt = config.prompt if config.prompt is not None else _default_prompt(draft, target)
         mailbox = Mailbox(asyncio.get_running_loop())
@@ -70,8 +70,8 @@ class AsyncEngine:
     async def create(cls, config: EngineConfig, calibrator: Calibrator | None = None) -> AsyncEngine:
         """Load both models and start. Raises `InputError` for a model that cannot be had or a pair that does not fit.
 
-        calibrator: used by every request that brings none of its own; None: smoothed Mondrian p-values by turn
-        that start cold and learn online, one calibrator for each setting that changes what scores mean.
+        calibrator: used by every request that brings none of its own; None: `Adaptive`, smoothed p-values by turn at
+        an adaptive level that start cold and learn online, one for each setting that changes what scores mean.
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -185,9 +185,11 @@ class AsyncEngine:
             raise InputError(
                 f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
             )
-        gate = self._gates.get(id(calibrator))
+        name = (id(calibrator), params.policy)
+        gate = self._gates.get(name)
         if gate is None:
-            gate = self._gates[id(calibrator)] = ConformalGate(calibrator, self._announce)
+            policy = None if params.policy == "threshold" else make_policy(params.policy, params.alpha)
+            gate = self._gates[name] = ConformalGate(calibrator, self._announce, policy)
         return gate
 
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
@@ -195,7 +197,7 @@ class AsyncEngine:
         params.top_p,
                params.min_p, params.takeover)  # fmt: skip
         if key not in self._defaults:
-            self._defaults[key] = MondrianSmoothed(params.alpha, meta=self.calibration_meta(params))
+            self._defaults[key] = Adaptive(params.alpha, meta=self.calibration_meta(params))
         return self._defaults[key]
 
     def _decided(self, request: GateRequest, result: SpanResult) -> None:

@@ -9,7 +9,7 @@ namespace {
 atts_status check_values(const atts_gate_params& g) {
   for (int64_t row = 0; row < g.batch; ++row) {
     if (g.key[row] < 0 || g.key[row] >= g.keys) return ATTS_ERROR_KEY;
-    if (g.level[row] < 1 || g.level[row] > ATTS_LEVEL_ONE) return ATTS_ERROR_VALUE;
+    if (g.level[row] < 0 || g.level[row] > ATTS_LEVEL_ONE) return ATTS_ERROR_VALUE;
     if (g.u[row] < 1 || g.u[row] > ATTS_LEVEL_ONE) return ATTS_ERROR_VALUE;
     const int64_t key = g.key[row];
     if (g.size[key] < 0 || g.size[key] > g.capacity) return ATTS_ERROR_STORE;

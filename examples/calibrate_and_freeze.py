@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from atts_engine import AsyncEngine, ATTSParams, Chain, EngineConfig, Problem
-from atts_engine.conformal import MondrianSmoothed, load_calibrator
+from atts_engine.conformal import Mondrian, load_calibrator
 from atts_engine.evaluation.registers import heldout
 
 
@@ -29,7 +29,7 @@ async def main(path: Path) -> None:
     params = ATTSParams(chains=4, turns=16, draft_tokens=24, target_tokens=24, alpha=0.4)
     async with await AsyncEngine.create(EngineConfig(draft="tiny-draft", target="tiny-target")) as engine:
         meta = engine.calibration_meta(params)
-        learning = MondrianSmoothed(params.alpha, meta=meta)
+        learning = Mondrian(params.alpha, meta=meta)
         await asyncio.gather(*(engine.solve(p, params, calibrator=learning) for p in problems(6, seed=1)))
         learning.save(path)
         print(f"{path.name}: {int(learning.store.size.sum())} scores, by turn {learning.store.size[:6].tolist()} ...")

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import numpy as np
 
-from atts_engine.conformal import Calibrator, decide, p_value
+from atts_engine.conformal import Calibrator
 from atts_engine.pipeline import (
     ATTSParams,
     Chain,
@@ -121,17 +121,16 @@ class FakeEngine:
         self, problem: Problem, number: int, turn: int, score: float, params: ATTSParams, calibrator: Calibrator
     ) -> Decision:
         key = calibrator.key_of(turn)
-        request = calibrator.request(key, gate_uniform(params.seed, problem.id, number, turn))
-        greater, ties, n = request.store.count(score, key)
-        verdict = "takeover" if decide(greater, ties, n, request.level, request.u) else "keep"
+        u = gate_uniform(params.seed, problem.id, number, turn)
+        ruling = calibrator.decide(score, key, u, problem.id)
+        seen, level = ruling.assessment, ruling.level
         decision = Decision(
             decision_seq=self._seq, batch=self._seq, problem=problem.id, chain=number, turn=turn, key=key, score=score,
-            n=n, count=greater + ties, ties=ties, k=request.level * (n + 1), level=request.level, u=request.u,
-            p_value=p_value(greater, ties, n, request.u), verdict=verdict,
+            n=seen.n, count=seen.greater + seen.ties, ties=seen.ties, k=level * (seen.n + 1), level=level, u=u,
+            p_value=seen.p_value, verdict="takeover" if ruling.takeover else "keep", threshold=ruling.threshold,
         )  # fmt: skip
         self._seq += 1
-        if request.insert:
-            calibrator.observe(score, key)
+        calibrator.observe(score, key, ruling.takeover, problem.id, seen.p_value)
         for listener in self._listeners:
             listener(decision)
         return decision

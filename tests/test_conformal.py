@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from atts_engine.conformal import (
     LEVEL_ONE,
     CalibrationError,
-    MondrianSmoothed,
+    Mondrian,
     ReferenceATTS,
     RingStore,
     ScoreError,
@@ -88,18 +88,18 @@ def test_copy_is_independent() -> None:
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf"), 1e39])
 def test_scores_that_are_not_finite_float32_are_refused(score: float) -> None:
-    calibrator = MondrianSmoothed(0.4)
+    calibrator = Mondrian(0.4)
     for attempt in (calibrator.observe, calibrator.store.count, calibrator.store.insert):
         with pytest.raises(ScoreError, match="score must"):
             attempt(score, 0)
-    assert calibrator.store.same_as(MondrianSmoothed(0.4).store)
+    assert calibrator.store.same_as(Mondrian(0.4).store)
     with pytest.raises(ScoreError):
-        MondrianSmoothed(0.4, frozen=True).observe(score, 0)
+        Mondrian(0.4, frozen=True).observe(score, 0)
 
 
 @pytest.mark.parametrize("key", [-1, 4])
 def test_unknown_key_is_refused(key: int) -> None:
-    calibrator = MondrianSmoothed(0.4, keys=4)
+    calibrator = Mondrian(0.4, keys=4)
     for attempt in (calibrator.observe, calibrator.store.count):
         with pytest.raises(CalibrationError, match=f"unknown calibration key {key}"):
             attempt(0.5, key)
@@ -113,13 +113,13 @@ def test_other_settings_that_cannot_be_used_are_refused() -> None:
             RingStore(keys, capacity)
     for u in (0, LEVEL_ONE + 1):
         with pytest.raises(CalibrationError, match="u must lie in"):
-            MondrianSmoothed(0.4).p_value(0.5, 0, u)
+            Mondrian(0.4).p_value(0.5, 0, u)
         with pytest.raises(CalibrationError, match="u must lie in"):
             Split(0.4).request(0, u)
     with pytest.raises(CalibrationError, match="a turn must be 0 or more"):
-        MondrianSmoothed(0.4).key_of(-1)
-    with pytest.raises(CalibrationError, match="there are mondrian, split"):
-        make_calibrator("window", 0.4)
+        Mondrian(0.4).key_of(-1)
+    with pytest.raises(CalibrationError, match="no calibrator 'best'; there are adaptive, aci, mondrian"):
+        make_calibrator("best", 0.4)
     with pytest.raises(CalibrationError, match="not empty"):
         ReferenceATTS([], 0.4)
     with pytest.raises(CalibrationError, match="not finite"):
@@ -129,25 +129,25 @@ def test_other_settings_that_cannot_be_used_are_refused() -> None:
 
 
 def test_late_turns_share_the_last_key() -> None:
-    calibrator = MondrianSmoothed(0.4, keys=4)
+    calibrator = Mondrian(0.4, keys=4)
     assert [calibrator.key_of(turn) for turn in range(7)] == [0, 1, 2, 3, 3, 3, 3]
     assert Split(0.4).key_of(9) == 0
 
 
 @given(UNIFORMS)
 def test_cold_start_takes_over_with_probability_alpha(u: int) -> None:
-    calibrator = MondrianSmoothed(0.4)
+    calibrator = Mondrian(0.4)
     assert calibrator.p_value(0.7, 0, u) == u / LEVEL_ONE
     request = calibrator.request(0, u)
     assert decide(*request.store.count(0.7, 0), request.level, request.u) == (u <= request.level)
 
 
 def test_frozen_calibrator_learns_nothing_and_says_so_to_the_lane() -> None:
-    calibrator = MondrianSmoothed(0.4, frozen=True)
+    calibrator = Mondrian(0.4, frozen=True)
     calibrator.observe(0.3, 0)
     assert calibrator.store.size.sum() == 0
     assert calibrator.request(0, 1).insert is False
-    assert MondrianSmoothed(0.4).request(0, 1).insert is True
+    assert Mondrian(0.4).request(0, 1).insert is True
 
 
 def test_split_asks_for_the_plain_p_value() -> None:
@@ -184,7 +184,7 @@ def test_plain_p_values_equal_crepes_exactly(n: int) -> None:
 def test_smoothed_p_values_equal_crepes_within_the_resolution_of_the_uniform() -> None:
     rng = np.random.default_rng(5)
     calibration, test = _tied_scores(rng, 300), _tied_scores(rng, 200)
-    calibrator = MondrianSmoothed(0.4)
+    calibrator = Mondrian(0.4)
     for score in calibration:
         calibrator.observe(score, 0)
     expected = _crepes_p_values(calibration, test, smoothing=True, seed=7)
@@ -199,7 +199,7 @@ def test_p_values_within_a_key_equal_crepes_within_a_bin() -> None:
     rng = np.random.default_rng(6)
     calibration, test = _tied_scores(rng, 400), _tied_scores(rng, 100)
     keys, test_keys = rng.integers(0, 5, 400), rng.integers(0, 5, 100)
-    calibrator = MondrianSmoothed(0.4, keys=5)
+    calibrator = Mondrian(0.4, keys=5)
     for score, key in zip(calibration, keys, strict=True):
         calibrator.observe(score, int(key))
     expected = _crepes_p_values(calibration, test, keys, test_keys, smoothing=False)

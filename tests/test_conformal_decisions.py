@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atts_engine.conformal import LEVEL_ONE, MondrianSmoothed, RingStore, level_of
+from atts_engine.conformal import LEVEL_ONE, Mondrian, RingStore, level_of
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import Difference, check_log, decision_to_json, read_decisions, restore
 from atts_engine.evaluation.jsonl import JsonlWriter
 from atts_engine.pipeline.records import Decision
 
 KEYS, CAPACITY = 3, 7
+
+
+def _cold(frozen: bool = False) -> Mondrian:
+    return Mondrian(0.4, KEYS, CAPACITY, frozen)
 
 
 def _log(n: int = 60, seed: int = 0, insert: bool = True) -> list[Decision]:
@@ -66,10 +70,10 @@ def test_a_log_is_reproduced_to_the_bit_through_its_file(tmp_path: Path, insert:
         for decision in log:
             writer.write(decision_to_json(decision))
     assert read_decisions(path) == log
-    initial = RingStore(KEYS, CAPACITY)
+    initial = _cold(frozen=not insert)
     shuffled = [log[i] for i in np.random.default_rng(1).permutation(len(log))]
-    assert check_log(shuffled, initial, insert=insert) is None
-    assert initial.size.sum() == 0
+    assert check_log(shuffled, initial) is None
+    assert initial.store.size.sum() == 0
 
 
 @pytest.mark.parametrize("field", ["n", "count", "ties", "k", "p_value", "verdict"])
@@ -79,7 +83,7 @@ def test_the_first_difference_is_found(field: str) -> None:
         old = getattr(log[at], field)
         new = {"keep": "takeover", "takeover": "keep"}[old] if field == "verdict" else np.nextafter(old, 9.0)
         log[at] = replace(log[at], **{field: new if field in ("p_value", "verdict") else old + 1})
-    found = check_log(log, RingStore(KEYS, CAPACITY))
+    found = check_log(log, _cold())
     assert isinstance(found, Difference)
     assert (found.decision_seq, found.field, found.recorded) == (31, field, getattr(log[31], field))
     assert str(found).startswith(f"decision 31: {field} was recorded as")
@@ -88,23 +92,23 @@ def test_the_first_difference_is_found(field: str) -> None:
 def test_batches_are_counted_before_they_are_inserted() -> None:
     log = _log()
     one_by_one = [replace(d, batch=d.decision_seq) for d in log]
-    assert check_log(one_by_one, RingStore(KEYS, CAPACITY)) is not None
+    assert check_log(one_by_one, _cold()) is not None
 
 
 def test_a_log_from_another_start_differs() -> None:
-    warm = RingStore(KEYS, CAPACITY)
-    warm.insert(0.0, 0)
+    warm = _cold()
+    warm.observe(0.0, 0)
     assert check_log(_log(), warm) is not None
 
 
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     log = _log()
     with pytest.raises(InputError, match="decision_seq 5 twice"):
-        check_log([*log, log[5]], RingStore(KEYS, CAPACITY))
+        check_log([*log, log[5]], _cold())
     with pytest.raises(InputError, match="goes back to batch 0"):
-        check_log([*log, replace(log[5], decision_seq=999, batch=0)], RingStore(KEYS, CAPACITY))
+        check_log([*log, replace(log[5], decision_seq=999, batch=0)], _cold())
     with pytest.raises(InputError, match="unknown calibration key 2"):
-        check_log(log, RingStore(2, CAPACITY))
+        check_log(log, Mondrian(0.4, 2, CAPACITY))
     path = tmp_path / "decisions.jsonl"
     for name, value, reason in (
         ("verdict", "maybe", "takeover or keep"),
@@ -120,7 +124,7 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
 
 def test_restore_brings_a_calibrator_to_where_the_run_stood() -> None:
     log = _log()
-    calibrator = MondrianSmoothed(0.4, keys=KEYS, capacity=CAPACITY)
+    calibrator = Mondrian(0.4, keys=KEYS, capacity=CAPACITY)
     restore(calibrator, log[:30])
     oracle = RingStore(KEYS, CAPACITY)
     for decision in log[:30]:
@@ -133,13 +137,13 @@ def test_restore_brings_a_calibrator_to_where_the_run_stood() -> None:
 def test_restore_refuses_a_log_of_another_calibration_and_learns_nothing() -> None:
     log = _log()
     log[3] = replace(log[3], count=log[3].count + 1)
-    calibrator = MondrianSmoothed(0.4, keys=KEYS, capacity=CAPACITY)
+    calibrator = Mondrian(0.4, keys=KEYS, capacity=CAPACITY)
     with pytest.raises(InputError, match="does not follow from this calibration .decision 3: count"):
         restore(calibrator, log)
     assert calibrator.store.size.sum() == 0
 
 
 def test_restoring_a_frozen_calibrator_checks_the_log_only() -> None:
-    calibrator = MondrianSmoothed(0.4, keys=KEYS, capacity=CAPACITY, frozen=True)
+    calibrator = Mondrian(0.4, keys=KEYS, capacity=CAPACITY, frozen=True)
     restore(calibrator, _log(insert=False))
     assert calibrator.store.size.sum() == 0

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from atts_engine.conformal import LEVEL_ONE, MondrianSmoothed, ReferenceATTS, Split, decide, level_of
+from atts_engine.conformal import LEVEL_ONE, Mondrian, ReferenceATTS, Split, decide, level_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -25,7 +25,7 @@ def _uniforms(rng: np.random.Generator, n: int) -> Ints:
 def test_online_smoothed_p_values_are_uniform_with_ties() -> None:
     rng = np.random.default_rng(1)
     n = 5000
-    calibrator = MondrianSmoothed(0.4, keys=1, capacity=n)
+    calibrator = Mondrian(0.4, keys=1, capacity=n)
     scores, uniforms = rng.normal(size=n).round(1), _uniforms(rng, n)
     p_values = []
     for score, u in zip(scores.tolist(), uniforms.tolist(), strict=True):
@@ -92,7 +92,7 @@ def test_reference_rule_over_rejects(
 
 def test_each_turn_holds_alpha_though_turns_differ() -> None:
     rng = np.random.default_rng(9)
-    calibrator = MondrianSmoothed(0.3, keys=3, capacity=4000)
+    calibrator = Mondrian(0.3, keys=3, capacity=4000)
     taken = np.zeros(3)
     for _ in range(2000):
         for turn in range(3):

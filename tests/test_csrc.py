@@ -53,7 +53,7 @@ def _tensors(batch: int, keys: int, capacity: int, seed: int) -> dict[str, torch
     return {
         "score": score,
         "key": torch.randint(0, keys, (batch,), generator=g),
-        "level": torch.randint(1, ONE + 1, (batch,), generator=g),
+        "level": torch.randint(0, ONE + 1, (batch,), generator=g),
         "u": torch.randint(1, ONE + 1, (batch,), generator=g),
         "insert": torch.rand(batch, generator=g) < 0.7,
         "ring": torch.zeros(keys, capacity),
@@ -114,7 +114,7 @@ def test_bad_arguments_have_a_code_and_change_nothing(
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("level", 0, "uniform"), ("u", ONE + 1, "uniform"), ("head", 4, "head"), ("size", -1, "size")],
+    [("level", -1, "uniform"), ("u", ONE + 1, "uniform"), ("head", 4, "head"), ("size", -1, "size")],
 )
 def test_bad_values_have_a_code(library: ctypes.CDLL, name: str, value: int, message: str) -> None:
     tensors = _tensors(8, 3, 4, 0)

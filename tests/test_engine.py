@@ -26,7 +26,7 @@ from atts_engine import (
     TokensEvent,
     VerdictEvent,
 )
-from atts_engine.conformal import MondrianSmoothed
+from atts_engine.conformal import Mondrian
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.registers import heldout
 
@@ -60,8 +60,8 @@ def content(chain: Chain) -> Chain:
     return replace(chain, duration_s=0.0, turns=turns)
 
 
-def frozen_calibrator(alpha: float = 0.4) -> MondrianSmoothed:
-    calibrator = MondrianSmoothed(alpha)
+def frozen_calibrator(alpha: float = 0.4) -> Mondrian:
+    calibrator = Mondrian(alpha)
     generator = torch.Generator().manual_seed(0)
     for key in range(6):
         for score in torch.rand(50, generator=generator).square().tolist():
@@ -151,7 +151,7 @@ def test_scores_and_greedy_text_equal_transformers() -> None:
 
 def test_decision_log_replays_to_the_bit_and_keeps_the_host_store_equal() -> None:
     log: list[Decision] = []
-    calibrator = MondrianSmoothed(0.4)
+    calibrator = Mondrian(0.4)
 
     async def work(engine: AsyncEngine) -> None:
         engine.add_decision_listener(log.append)
@@ -160,10 +160,10 @@ def test_decision_log_replays_to_the_bit_and_keeps_the_host_store_equal() -> Non
     with_engine(work)
     assert [d.decision_seq for d in log] == list(range(len(log)))
     assert {d.verdict for d in log} == {"takeover", "keep"}
-    assert check_log(log, MondrianSmoothed(0.4).store) is None
+    assert check_log(log, Mondrian(0.4)) is None
     assert sum(int(n) for n in calibrator.store.size) == len(log)
     forged = [*log[:-1], replace(log[-1], count=log[-1].count + 1)]
-    assert check_log(forged, MondrianSmoothed(0.4).store) is not None
+    assert check_log(forged, Mondrian(0.4)) is not None
 
 
 def test_each_lane_computes_each_token_once() -> None:
@@ -244,7 +244,7 @@ def test_bad_requests_are_refused_by_name() -> None:
         with pytest.raises(InputError, match="context"):
             await engine.solve("; ".join(["a = 85"] * 400), PARAMS)
         with pytest.raises(InputError, match="alpha 0.4.*0.3"):
-            await engine.solve(problems(1)[0], replace(PARAMS, alpha=0.3), calibrator=MondrianSmoothed(0.4))
+            await engine.solve(problems(1)[0], replace(PARAMS, alpha=0.3), calibrator=Mondrian(0.4))
         # One bad request harms nobody else.
         assert len((await engine.solve(problems(1)[0], PARAMS)).chains) == PARAMS.chains
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atts_engine.conformal import MondrianSmoothed
+from atts_engine.conformal import Mondrian
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.folder import RunFolder, differences
@@ -26,8 +26,8 @@ def settings_of(params: ATTSParams = PARAMS) -> dict[str, object]:
     return job_settings("d", "t", "float32", params, {"calibrator": "mondrian"}, PROBLEMS)
 
 
-def frozen() -> MondrianSmoothed:
-    calibrator = MondrianSmoothed(0.4)
+def frozen() -> Mondrian:
+    calibrator = Mondrian(0.4)
     for turn in range(3):
         for i in range(20):
             calibrator.observe(i / 8, turn)
@@ -40,7 +40,7 @@ def run(
     *,
     engine: FakeEngine | None = None,
     params: ATTSParams = PARAMS,
-    calibrator: MondrianSmoothed | None = None,
+    calibrator: Mondrian | None = None,
     concurrency: int = 3,
     resume: bool = False,
     observer: Silent | None = None,
@@ -52,7 +52,7 @@ def run(
             PROBLEMS,
             params,
             observer or Silent(),
-            calibrator=calibrator or MondrianSmoothed(0.4),
+            calibrator=calibrator or Mondrian(0.4),
             folder=folder,
             concurrency=concurrency,
         )
@@ -68,7 +68,7 @@ def test_every_chain_and_decision_is_saved(tmp_path: Path) -> None:
     assert len(lines) == 24
     assert len(result.decisions) == sum(len(c.turns) for c in result.chains)
     assert [d.decision_seq for d in result.decisions] == list(range(len(result.decisions)))
-    assert check_log(result.decisions, MondrianSmoothed(0.4).store) is None
+    assert check_log(result.decisions, Mondrian(0.4)) is None
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 5])
@@ -103,7 +103,7 @@ def test_online_calibration_survives_kills(tmp_path: Path, kills: tuple[int, ...
     result = run(tmp_path, resume=True)
     assert len(result.chains) == 24
     assert [d.decision_seq for d in result.decisions] == list(range(len(result.decisions)))
-    assert check_log(result.decisions, MondrianSmoothed(0.4).store) is None
+    assert check_log(result.decisions, Mondrian(0.4)) is None
 
 
 def test_a_problem_of_the_synchronous_strategy_is_begun_anew(tmp_path: Path) -> None:

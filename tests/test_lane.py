@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atts_engine.conformal import MondrianSmoothed, RingStore, decide
+from atts_engine.conformal import Mondrian, RingStore, decide
 from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
@@ -209,7 +209,7 @@ def test_a_fault_of_the_model_fails_the_lane_with_one_error(monkeypatch: pytest.
 
 def test_gate_decides_a_batch_against_one_store_and_mirrors_the_host() -> None:
     """Verdicts of a step see the store as it was; the oracle counts in plain Python."""
-    calibrator = MondrianSmoothed(0.4, keys=2, capacity=8)
+    calibrator = Mondrian(0.4, keys=2, capacity=8)
     bench = Bench()
     rng = np.random.default_rng(3)
     stores: dict[int, list[float]] = {0: [], 1: []}
@@ -249,7 +249,7 @@ def test_gate_decides_a_batch_against_one_store_and_mirrors_the_host() -> None:
 
 def test_the_lane_never_writes_the_calibrators_store() -> None:
     store = RingStore(1, 4)
-    calibrator = MondrianSmoothed(0.5, keys=1, capacity=4)
+    calibrator = Mondrian(0.5, keys=1, capacity=4)
     calibrator.store = store
     bench = Bench()
     bench.core.open(0, (1, 2))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from atts_engine.cli.main import main
-from atts_engine.conformal import LEVEL_ONE, Meta, MondrianSmoothed, Split, level_of
+from atts_engine.conformal import LEVEL_ONE, Meta, Mondrian, Split, level_of
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import JsonlWriter
 from atts_engine.evaluation.replay import (
@@ -78,15 +78,15 @@ def test_uniforms_belong_to_the_span_not_to_its_place() -> None:
 
 
 @pytest.mark.parametrize("outstanding", [1, 2, 5, 1000])
-@pytest.mark.parametrize("make", [MondrianSmoothed, Split])
-def test_online_replay_is_the_plain_loop(outstanding: int, make: Callable[[float], MondrianSmoothed]) -> None:
+@pytest.mark.parametrize("make", [Mondrian, Split])
+def test_online_replay_is_the_plain_loop(outstanding: int, make: Callable[[float], Mondrian]) -> None:
     spans = scored_spans(_chains(), "shuffle", 1)
     found = replay_online(spans, make(0.4), outstanding=outstanding, seed=2)
     for i, span in enumerate(spans):
         seen = spans[: max(0, i - outstanding + 1)]
-        if make is MondrianSmoothed:
+        if make is Mondrian:
             seen = [s for s in seen if s.turn == span.turn]
-        u = uniform_of(span, 2) if make is MondrianSmoothed else LEVEL_ONE
+        u = uniform_of(span, 2) if make is Mondrian else LEVEL_ONE
         scores, score = [np.float32(s.score) for s in seen], np.float32(span.score)
         greater, ties = sum(s > score for s in scores), sum(s == score for s in scores)
         exact = (int(greater) * LEVEL_ONE + u * (1 + int(ties)), level_of(0.4) * (len(seen) + 1))
@@ -96,7 +96,7 @@ def test_online_replay_is_the_plain_loop(outstanding: int, make: Callable[[float
 
 def test_all_scores_are_learnt_in_the_end() -> None:
     spans = scored_spans(_chains())
-    one, many = MondrianSmoothed(0.4), MondrianSmoothed(0.4)
+    one, many = Mondrian(0.4), Mondrian(0.4)
     replay_online(spans, one)
     replay_online(spans, many, outstanding=7)
     assert one.store.same_as(many.store)
@@ -146,7 +146,7 @@ def test_selection_power_of_the_best_share_in_hindsight_and_of_a_coin() -> None:
 def test_a_saved_calibration_starts_a_replay(tmp_path: Path) -> None:
     spans = scored_spans(_chains())
     path = tmp_path / "state.npz"
-    calibrator = MondrianSmoothed(0.4, keys=8, meta=Meta(draft="d"))
+    calibrator = Mondrian(0.4, keys=8, meta=Meta(draft="d"))
     replay_online(scored_spans(_chains(seed=9)), calibrator)
     calibrator.save(path)
     warm = replay(spans, "mondrian", 0.4, calibration=path)
@@ -195,7 +195,7 @@ def test_command_prints_json_alone_on_stdout(traces: Path, capsys: pytest.Captur
 def test_command_prints_a_plain_table_elsewhere(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--traces", str(traces)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("mondrian at alpha 0.4, arrival order\n")
+    assert text.startswith("adaptive at alpha 0.4, arrival order\n")
     assert "turn 0" in text
     assert "selection power" in text
     assert "\x1b" not in text
@@ -205,10 +205,17 @@ def test_command_prints_a_plain_table_elsewhere(traces: Path, capsys: pytest.Cap
     ("words", "reason"),
     [
         (
-            ["--calibrator", "adaptive"],
-            "no calibrator 'adaptive' in this version; there are: reference, mondrian, split",
+            ["--calibrator", "best"],
+            "no calibrator 'best'; there are: reference, adaptive, aci, mondrian, window, weighted, hierarchical",
         ),
-        (["--policy", "exact-count"], "no policy 'exact-count' in this version; there are: threshold"),
+        (["--policy", "greedy"], "no policy 'greedy'; there are: threshold, exact-count"),
+        (["--compare", "mondrian,best"], "no calibrator 'best'"),
+        (["--compare", "tracker+exact-count"], "the tracker has no p-value"),
+        (["--calibrator", "reference", "--policy", "top-b"], "takes no policy but threshold"),
+        (["--cold-start", "accept"], "must be RULE:N"),
+        (["--cold-start", "guess:3"], "no cold start 'guess'"),
+        (["--plot", "rates.txt"], "must end in .svg, .png, .pdf"),
+        (["--plot", "no-such-folder/rates.svg"], "no such folder"),
         (["--calibrator", "reference"], "reference calibrator needs --calibration FILE.npy"),
         (["--alpha", "1.5"], "alpha must lie strictly between 0 and 1"),
         (["--alpha", "0"], "alpha must lie strictly between 0 and 1"),
@@ -251,3 +258,74 @@ def test_shuffled_recording_holds_alpha_online(shared: Path) -> None:
     for cell in found["by_turn"].values():
         assert abs(cell["rate"] - 0.4) <= 5 * math.sqrt(0.24 / cell["n"])
     assert found["selection_power"] > 0.75
+
+
+@pytest.mark.parametrize(("order", "seed"), [("arrival", 0), ("arrival", 1), ("shuffle", 0), ("shuffle", 3)])
+def test_the_default_holds_every_turn_of_the_recording_and_still_selects(shared: Path, order: str, seed: int) -> None:
+    """Bounds of the band, which hold for any scores (docs/calibration.md); the power is a measurement of this file."""
+    spans = scored_spans(read_chains(shared / TRACES), order, seed)
+    found = figures(replay(spans, "adaptive", 0.4, seed=seed), 0.4)
+    assert abs(found["rate"] - 0.4) <= 0.005
+    assert found["max_abs_dev_by_turn"] <= 0.02
+    assert found["selection_power"] >= 0.75
+
+
+def test_the_default_holds_with_decisions_in_flight(shared: Path) -> None:
+    spans = scored_spans(read_chains(shared / TRACES))
+    for outstanding in (16, 128):
+        found = figures(replay(spans, "adaptive", 0.4, outstanding=outstanding), 0.4)
+        assert abs(found["rate"] - 0.4) <= 0.005
+        for cell in found["by_turn"].values():
+            assert abs(cell["rate"] - 0.4) * cell["n"] <= max(1, 0.02 * cell["n"]) + 2 * (outstanding - 1)
+        assert found["selection_power"] >= 0.75
+
+
+def test_exact_count_keeps_every_problem_within_one_chain_at_every_turn(shared: Path) -> None:
+    spans = scored_spans(read_chains(shared / TRACES))
+    power = {}
+    for policy in ("exact-count", "top-b"):
+        result = replay(spans, "adaptive", 0.4, policy)
+        power[policy] = figures(result, 0.4)["selection_power"]
+        excess: dict[str, float] = {}
+        for i, (span, taken) in enumerate(zip(result.spans, result.takeovers, strict=True)):
+            excess[span.problem_id] = excess.get(span.problem_id, 0.0) + float(taken) - 0.4
+            last = i + 1 == len(spans) or (spans[i + 1].problem_id, spans[i + 1].turn) != (span.problem_id, span.turn)
+            if last:
+                assert abs(excess[span.problem_id]) <= 0.5 + 1e-9
+    assert 0.5 < power["exact-count"] < power["top-b"]
+
+
+def test_out_of_order_the_count_stays_within_one_chain_of_a_problem(shared: Path) -> None:
+    spans = scored_spans(read_chains(shared / TRACES), "shuffle", 0)
+    found = figures(replay(spans, "adaptive", 0.4, "exact-count"), 0.4)
+    for cell in found["by_problem"].values():
+        assert abs(cell["rate"] - 0.4) * cell["n"] <= 1 + 1e-9
+
+
+def test_command_sets_calibrators_side_by_side_and_draws_them(
+    traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "rates.svg"
+    names = "mondrian,tracker,adaptive+exact-count,adaptive+top-b"
+    found = _json(capsys, "--traces", str(traces), "--compare", names, "--plot", str(plot))
+    assert list(found["compared"]) == names.split(",")
+    for name, cell in found["compared"].items():
+        calibrator, _, policy = name.partition("+")
+        alone = _json(capsys, "--traces", str(traces), "--calibrator", calibrator, "--policy", policy or "threshold")
+        assert alone == cell
+    text = plot.read_text(encoding="utf-8")
+    assert all(name in text for name in ["adaptive", *names.split(",")])
+    assert main(["replay", "--traces", str(traces), "--compare", names]) == 0
+    assert "side by side" in capsys.readouterr().out
+
+
+def test_sets_are_those_of_a_hand_count() -> None:
+    spans = tuple(
+        Scored(problem, 0, chain, 0, score, None, None, False)
+        for problem, scores in (("a", [0.1, 0.9, 0.5]), ("b", [0.3, 0.2]))
+        for chain, score in enumerate(scores)
+    )
+    found = figures(Replay(spans, np.array([True, True, False, False, True]), np.zeros(5)), 0.4)
+    assert (found["coverage"], found["set_size"]) == (0.5, 1.5)
+    assert found["problem_off"] == pytest.approx((abs(2 / 3 - 0.4) + 0.1) / 2)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from atts_engine.conformal import MondrianSmoothed
+from atts_engine.conformal import Mondrian
 from atts_engine.evaluation import plots
 from atts_engine.evaluation.chains_html import chain_text, chosen_problems, timeline
 from atts_engine.evaluation.job import JobResult, job_settings, run_job
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 def job(strategy: str) -> JobResult:
     params = replace(PARAMS, strategy=strategy)
-    calibrator = MondrianSmoothed(0.4)
+    calibrator = Mondrian(0.4)
     return asyncio.run(run_job(FakeEngine(), PROBLEMS, params, Silent(), calibrator=calibrator))
 
 

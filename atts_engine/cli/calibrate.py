@@ -74,8 +74,7 @@ async def _job(
         calibrator = choice.make(engine, params)
         result = await watched_job(engine, args, problems, params, calibrator, None)
         calibrator.save(args.out)
-        store = calibrator.request(0, 1).store
-        return result, [int(n) for n in store.size]
+        return result, [int(n) for n in calibrator.arrays()["size"]]
 
 
 def _figures(result: JobResult, scores: list[int], params: ATTSParams, out: str) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atts_engine.cli import options
 from atts_engine.cli.tables import count, human_stream, percent, seconds
 from atts_engine.errors import InputError
 
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams
-    from atts_engine.conformal import Calibrator
+    from atts_engine.conformal import Calibrator, ColdStart
     from atts_engine.engine import AsyncEngine
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
@@ -29,30 +30,35 @@ class CalibrationChoice:
     name: str
     file: str | None
     frozen: bool
+    cold: ColdStart | None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> CalibrationChoice:
         from atts_engine.conformal import load_calibrator, make_calibrator
 
-        if args.policy != "threshold":
-            raise InputError(f"no policy {args.policy!r} in this version; there is threshold")
         if args.frozen and args.calibration is None:
             raise InputError(
                 "--frozen needs --calibration FILE: an empty calibration that learns nothing decides nothing"
             )
-        make_calibrator(args.calibrator, args.alpha)
+        cold = options.cold_start(args)
+        make_calibrator(args.calibrator, args.alpha, cold=cold)
         if args.calibration is not None:
+            if cold is not None:
+                raise InputError("a saved calibration brings its own cold start: leave --cold-start out")
             saved = load_calibrator(args.calibration)
             if saved.name != args.calibrator:
                 raise InputError(
                     f"{args.calibration} holds a calibration of {saved.name}: add --calibrator {saved.name}"
                 )
-        return cls(args.calibrator, args.calibration, args.frozen)
+        if args.policy != "threshold" and args.calibrator == "tracker":
+            raise InputError("the tracker tests scores, not p-values: it takes no policy but threshold")
+        return cls(args.calibrator, args.calibration, args.frozen, cold)
 
     def settings(self) -> dict[str, Any]:
         """For settings.json: the file by its content, not by its name."""
         digest = None if self.file is None else hashlib.sha256(Path(self.file).read_bytes()).hexdigest()
-        return {"calibrator": self.name, "frozen": self.frozen, "start_sha256": digest}
+        cold = None if self.cold is None else [self.cold.rule, self.cold.minimum]
+        return {"calibrator": self.name, "cold_start": cold, "frozen": self.frozen, "start_sha256": digest}
 
     def make(self, engine: AsyncEngine, params: ATTSParams) -> Calibrator:
         """A fresh calibrator for one job; a saved one must fit the engine's models and the parameters."""
@@ -60,7 +66,7 @@ class CalibrationChoice:
 
         meta = engine.calibration_meta(params)
         if self.file is None:
-            return make_calibrator(self.name, params.alpha, meta=meta)
+            return make_calibrator(self.name, params.alpha, meta=meta, cold=self.cold)
         return load_calibrator(self.file, replace(meta, alpha=params.alpha), frozen=self.frozen)
 
 

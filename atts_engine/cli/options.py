@@ -9,6 +9,7 @@ from atts_engine.errors import InputError
 
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams, EngineConfig
+    from atts_engine.conformal import ColdStart
     from atts_engine.pipeline.records import Problem
 
 # What a built-in task runs with where a flag is left out: its spans are much shorter than those of real models.
@@ -88,12 +89,44 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Which calibrator, and from which state it starts."""
     group = parser.add_argument_group("calibration")
-    group.add_argument("--calibrator", default="mondrian", metavar="NAME", help="mondrian (default) or split")
-    group.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
+    add_calibrator(group)
+    group.add_argument(
+        "--policy", default="threshold", metavar="NAME", help="threshold (default) or exact-count (per problem)"
+    )
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(
         "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"
     )
+
+
+def add_calibrator(group: argparse._ActionsContainer, further: str = "") -> None:
+    """The calibrator, and what it does before it has scores."""
+    group.add_argument(
+        "--calibrator",
+        default="adaptive",
+        metavar="NAME",
+        help="adaptive (default), aci, mondrian, window, weighted, hierarchical, tracker or split" + further,
+    )
+    group.add_argument(
+        "--cold-start",
+        metavar="RULE:N",
+        help="while a key has fewer than N scores: coin, accept, takeover, or borrow those of other keys",
+    )
+
+
+def cold_start(args: argparse.Namespace) -> ColdStart | None:
+    """What --cold-start names; None where it was left out, which leaves the calibrator its own."""
+    if args.cold_start is None:
+        return None
+    from atts_engine.conformal import CalibrationError, ColdStart
+
+    rule, colon, minimum = args.cold_start.partition(":")
+    if not colon or not minimum.isdecimal():
+        raise InputError(f"--cold-start must be RULE:N, such as accept:16, not {args.cold_start!r}")
+    try:
+        return ColdStart(rule, int(minimum))
+    except CalibrationError as error:
+        raise InputError(str(error)) from error
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +197,7 @@ def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
         min_p=args.min_p,
         seed=args.seed,
         strategy=strategy,
+        policy=args.policy,
         takeover=args.takeover,
         vote=args.vote,
     )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from atts_engine.cli import options
 from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
+
+if TYPE_CHECKING:
+    from atts_engine.evaluation.replay import Scored
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,10 +22,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--traces", required=True, metavar="FILE", help="trace file, .jsonl or .jsonl.gz")
     parser.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
+    options.add_calibrator(parser, "; reference: the paper's published rule")
     parser.add_argument(
-        "--calibrator", default="mondrian", metavar="NAME", help="mondrian (default), split or reference"
+        "--policy",
+        default="threshold",
+        metavar="NAME",
+        help="threshold (default), exact-count, or top-b, the synchronous oracle",
     )
-    parser.add_argument("--policy", default="threshold", metavar="NAME", help="threshold, the only one of this version")
+    parser.add_argument(
+        "--compare",
+        default="",
+        metavar="NAME,...",
+        help="further calibrators, or calibrator+policy, set beside it (cold start)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the rates by turn and by problem: .svg, .png or .pdf")
     parser.add_argument(
         "--calibration",
         metavar="FILE",
@@ -42,44 +57,105 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Replay and report; `InputError` for anything that cannot be used."""
-    from atts_engine.evaluation.replay import (
-        CALIBRATORS,
-        POLICIES,
-        check_name,
-        figures,
-        replay,
-        reproduced,
-        scored_spans,
-    )
+    from atts_engine.conformal import POLICIES
+    from atts_engine.evaluation.replay import CALIBRATORS, check_name, scored_spans
+    from atts_engine.evaluation.replay_plot import check_plot_target, draw_rates
     from atts_engine.evaluation.traces import read_chains
 
-    check_name("calibrator", args.calibrator, CALIBRATORS)
-    check_name("policy", args.policy, POLICIES)
+    others = [name.strip() for name in args.compare.split(",") if name.strip()]
+    for name in [f"{args.calibrator}+{args.policy}", *others]:
+        calibrator, policy = _parts(name)
+        check_name("calibrator", calibrator, CALIBRATORS)
+        check_name("policy", policy, POLICIES)
     check_json_target(args.json)
+    check_plot_target(args.plot)
     spans = scored_spans(read_chains(args.traces), args.order, args.seed)
+    found = _replayed(args, spans, args.calibrator, args.policy, args.calibration, args.frozen)
+    compared = {name: _replayed(args, spans, *_parts(name), None, False) for name in others}
+    out = human_stream(args.json)
+    show(_table(found), out, args.plain)
+    if compared:
+        found["compared"] = compared
+        show(_comparison({_label(found): found} | compared), out, args.plain)
+    if args.plot is not None:
+        draw_rates({_label(found): found} | compared, args.alpha, args.plot)
+        out.write(f"plot: {args.plot}\n")
+    write_json(found, args.json)
+    return 0
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """ "adaptive" or "adaptive+exact-count" as (calibrator, policy)."""
+    calibrator, _, policy = name.partition("+")
+    return calibrator, policy or "threshold"
+
+
+def _label(found: dict[str, Any]) -> str:
+    name: str = found["calibrator"]
+    return name if found["policy"] == "threshold" else f"{name}+{found['policy']}"
+
+
+def _replayed(
+    args: argparse.Namespace,
+    spans: Sequence[Scored],
+    calibrator: str,
+    policy: str,
+    calibration: str | None,
+    frozen: bool,
+) -> dict[str, Any]:
+    from atts_engine.evaluation.replay import figures, replay, reproduced
+
     result = replay(
         spans,
-        args.calibrator,
+        calibrator,
         args.alpha,
-        calibration=args.calibration,
-        frozen=args.frozen,
-        outstanding=args.outstanding,
+        policy,
+        calibration=calibration,
+        frozen=frozen,
+        outstanding=1 if policy == "top-b" else args.outstanding,
         seed=args.seed,
+        cold=options.cold_start(args),
     )
-    found: dict[str, Any] = {
-        "calibrator": args.calibrator,
-        "policy": args.policy,
+    found = {
+        "calibrator": calibrator,
+        "policy": policy,
         "alpha": args.alpha,
         "order": args.order,
         "outstanding": args.outstanding,
         "seed": args.seed,
         **figures(result, args.alpha),
     }
-    if args.calibrator == "reference":
-        found |= reproduced(result)
-    show(_table(found), human_stream(args.json), args.plain)
-    write_json(found, args.json)
-    return 0
+    return found | (reproduced(result) if calibrator == "reference" else {})
+
+
+def _comparison(replays: dict[str, dict[str, Any]]) -> Table:
+    """One line per replay."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = []
+    for name, found in replays.items():
+        rates = [cell["rate"] for cell in found["by_problem"].values()]
+        rows.append(
+            (
+                name,
+                number(found["rate"]),
+                number(found["max_abs_dev_by_turn"]),
+                number(found["problem_off"]),
+                f"{number(min(rates, default=None), 2)} to {number(max(rates, default=None), 2)}",
+                number(found["selection_power"]),
+                number(found["coverage"]),
+                number(found["set_size"], 2),
+            )
+        )
+    return Table(
+        "side by side",
+        ("calibrator", "rate", "worst turn off", "problems off", "by problem", "power", "coverage", "set size"),
+        tuple(rows),
+        note="problems off: mean |rate - alpha| of a problem; coverage: how often the set of spans taken over in a "
+        "problem's turn holds its worst span; set size: spans in that set",
+    )
 
 
 def _table(found: dict[str, Any]) -> Table:
@@ -93,7 +169,7 @@ def _table(found: dict[str, Any]) -> Table:
     if found["n"]:
         rows.append(row("all", found))
     return Table(
-        f"{found['calibrator']} at alpha {alpha:g}, {found['order']} order",
+        f"{_label(found)} at alpha {alpha:g}, {found['order']} order",
         ("span", "decisions", "taken over", "off by"),
         tuple(rows),
         note=_note(found),
@@ -106,6 +182,8 @@ def _note(found: dict[str, Any]) -> str:
         parts.append(f"selection power {found['selection_power']:.3f} (a coin: 0.500)")
     if found["max_abs_dev_by_turn"] is not None:
         parts.append(f"worst turn off by {100 * found['max_abs_dev_by_turn']:.1f}")
+    if found["coverage"] is not None:
+        parts.append(f"coverage {found['coverage']:.3f} at set size {found['set_size']:.2f}")
     if found["by_problem"]:
         rates = [cell["rate"] for cell in found["by_problem"].values()]
         parts.append(f"per problem {percent(min(rates), 0)} to {percent(max(rates), 0)}")

@@ -7,17 +7,18 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from atts_engine.conformal.errors import StateError
 from atts_engine.conformal.store import RingStore
 
-FORMAT = "atts-calibration/1"
-_ARRAYS = ("ring", "size", "head")
+FORMAT = "atts-calibration/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,45 +50,59 @@ class Meta:
         return found
 
 
-def content_hash(store: RingStore, calibrator: str, meta: Meta) -> str:
-    """sha256 (hex) over the valid scores, their order and the metadata."""
-    digest = hashlib.sha256()
-    record = {"format": FORMAT, "calibrator": calibrator, "capacity": store.capacity, **asdict(meta)}
-    digest.update(json.dumps(record, sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(store.size, dtype="<i8").tobytes())
-    digest.update(np.ascontiguousarray(store.head, dtype="<i8").tobytes())
-    for key, n in enumerate(store.size):
-        digest.update(np.ascontiguousarray(store.ring[key, :n], dtype="<f4").tobytes())
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a calibration file holds: the calibrator's name, its options, its arrays and its conditions."""
+
+    calibrator: str
+    options: dict[str, Any]
+    arrays: dict[str, npt.NDArray[Any]]
+    meta: Meta
+
+
+def content_hash(state: State) -> str:
+    """sha256 (hex) over the arrays, their names, types and shapes, and the record."""
+    digest = hashlib.sha256(json.dumps(_record(state), sort_keys=True).encode())
+    for name, array in sorted(state.arrays.items()):
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(f"{name} {little.dtype.str} {little.shape}".encode())
+        digest.update(little.tobytes())
     return digest.hexdigest()
 
 
-def save_state(path: str | os.PathLike[str], store: RingStore, calibrator: str, meta: Meta) -> None:
-    """Write the store and its metadata. The file appears whole or not at all; `OSError` as the system gives
-    it."""
+def _record(state: State) -> dict[str, Any]:
+    return {"format": FORMAT, "calibrator": state.calibrator, "options": state.options, **asdict(state.meta)}
+
+
+def save_state(
+    path: str | os.PathLike[str],
+    calibrator: str,
+    options: dict[str, Any],
+    arrays: dict[str, npt.NDArray[Any]],
+    meta: Meta,
+) -> None:
+    """Write a state. The file appears whole or not at all; `OSError` as the system gives it."""
     path = Path(path)
-    record = {"format": FORMAT, "calibrator": calibrator, **asdict(meta)}
-    record["sha256"] = content_hash(store, calibrator, meta)
+    state = State(calibrator, options, arrays, meta)
+    record = _record(state) | {"sha256": content_hash(state)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez_compressed(
-                file, ring=store.ring, size=store.size, head=store.head, meta=np.array(json.dumps(record))
-            )
+            np.savez_compressed(file, allow_pickle=False, meta=np.array(json.dumps(record)), **arrays)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tuple[RingStore, str, Meta]:
-    """(store, calibrator's name, metadata). `StateError` for a file that is missing, corrupt or foreign, and
-    for one whose metadata differs from `expect`, naming each field that differs."""
+def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> State:
+    """The state in the file. `StateError` for one that is missing, corrupt or foreign, and for one whose
+    metadata differs from `expect`, naming each field that differs."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in (*_ARRAYS, "meta") if name not in getattr(file, "files", ())]
-            if missing:
-                raise StateError(f"{path} is not a calibration file: it holds no {', '.join(missing)}")
+            if "meta" not in getattr(file, "files", ()):
+                raise StateError(f"{path} is not a calibration file: it holds no meta")
             record: dict[str, Any] = json.loads(str(file["meta"]))
-            ring, size, head = (file[name] for name in _ARRAYS)
+            arrays = {name: file[name] for name in file.files if name != "meta"}
     except FileNotFoundError as error:
         raise StateError(f"no calibration file at {path}") from error
     except StateError:
@@ -103,27 +118,34 @@ def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> tupl
     ) as error:
         raise StateError(f"{path} is not a calibration file, or is corrupt ({error})".replace("\n", " ")) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise StateError(f"{path} is not a calibration file of format {FORMAT}")
-    store = _checked_store(path, ring, size, head)
+        raise StateError(f"{path} is not a calibration file of format {FORMAT}; make it anew with atts calibrate")
+    options = record.get("options")
+    if not isinstance(options, dict):
+        raise StateError(f"{path} is corrupt: its options are not an object")
     meta = Meta(**{f.name: record.get(f.name) for f in fields(Meta)})
-    name = str(record.get("calibrator"))
-    if record.get("sha256") != content_hash(store, name, meta):
+    state = State(str(record.get("calibrator")), options, arrays, meta)
+    if record.get("sha256") != content_hash(state):
         raise StateError(f"{path} is corrupt: its contents do not match their sha256")
     if expect is not None and (differences := meta.differences(expect)):
         raise StateError(f"calibration {path} was made under other conditions ({'; '.join(differences)})")
-    return store, name, meta
+    return state
 
 
-def _checked_store(path: str | os.PathLike[str], ring: Any, size: Any, head: Any) -> RingStore:
-    """A store from arrays that came from a file, with every index in range and every score finite."""
+def store_arrays(store: RingStore) -> dict[str, npt.NDArray[Any]]:
+    """ring, size and head of a store; what is not valid in the ring is zero."""
+    valid = np.arange(store.capacity) < store.size[:, None]
+    return {"ring": np.where(valid, store.ring, np.float32(0)), "size": store.size, "head": store.head}
+
+
+def checked_store(arrays: Mapping[str, npt.NDArray[Any]], keys: int, capacity: int) -> RingStore:
+    """A store from arrays that came from a file, with every index in range and every score finite; `ValueError` or
+    `KeyError` otherwise."""
+    ring, size, head = arrays["ring"], arrays["size"], arrays["head"]
     typed = ring.dtype == np.float32 and size.dtype == np.int64 and head.dtype == np.int64
-    if not typed or ring.ndim != 2 or 0 in ring.shape or size.shape != ring.shape[:1] or head.shape != size.shape:
-        raise StateError(f"{path} is corrupt: its arrays have the wrong shapes or types")
-    capacity = ring.shape[1]
+    if not typed or ring.shape != (keys, capacity) or size.shape != (keys,) or head.shape != (keys,):
+        raise ValueError("its arrays have the wrong shapes or types")
     if ((size < 0) | (size > capacity) | (head < 0) | (head >= capacity)).any():
-        raise StateError(f"{path} is corrupt: a size or head lies outside its ring")
+        raise ValueError("a size or head lies outside its ring")
     if not all(np.isfinite(ring[key, :n]).all() for key, n in enumerate(size)):
-        raise StateError(f"{path} is corrupt: it holds a score that is not finite")
-    store = RingStore(1, 1)
-    store.ring, store.size, store.head = ring, size, head
-    return store
+        raise ValueError("it holds a score that is not finite")
+    return RingStore.of(ring.copy(), size.copy(), head.copy())

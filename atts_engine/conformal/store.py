@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 import numpy.typing as npt
 
 from atts_engine.conformal.errors import CalibrationError, ScoreError
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-def as_score(score: float) -> np.float32:
-    """The score as the float32 that is compared and stored; `ScoreError` if it is not finite (in float32)."""
+
+def as_score(score: float) -> float:
+    """The score rounded to float32, which is what is compared and stored; `ScoreError` if it is not finite there."""
     if not math.isfinite(score):
         raise ScoreError(f"a score must be finite, not {score}")
-    if abs(score) > float(np.finfo(np.float32).max):
+    if abs(score) > _FLOAT32_MAX:
         raise ScoreError(f"a score must fit in float32, not {score}")
-    return np.float32(score)
+    return float(np.float32(score))
 
 
 class RingStore:
@@ -24,7 +28,7 @@ class RingStore:
 
     ring: float32[K, C], valid in [:size[key]]; size: int64[K]; head: int64[K], where the next score goes. A
     full ring overwrites its oldest score. The layout is the `gate` kernel's, so mirroring to a device is a
-    plain copy.
+    plain copy. A sorted copy of each key that was counted makes a count two binary searches, O(log n).
     """
 
     def __init__(self, keys: int, capacity: int) -> None:
@@ -35,6 +39,14 @@ class RingStore:
         self.ring: npt.NDArray[np.float32] = np.zeros((keys, capacity), dtype=np.float32)
         self.size: npt.NDArray[np.int64] = np.zeros(keys, dtype=np.int64)
         self.head: npt.NDArray[np.int64] = np.zeros(keys, dtype=np.int64)
+        self._sorted: dict[int, array[float]] = {}
+
+    @classmethod
+    def of(cls, ring: npt.NDArray[np.float32], size: npt.NDArray[np.int64], head: npt.NDArray[np.int64]) -> RingStore:
+        """A store that owns these arrays from now on."""
+        store = cls(1, 1)
+        store.ring, store.size, store.head = ring, size, head
+        return store
 
     @property
     def keys(self) -> int:
@@ -46,30 +58,52 @@ class RingStore:
 
     def check_key(self, key: int) -> int:
         """`key` itself if it is one of this store's; otherwise `CalibrationError`."""
-        if not 0 <= key < self.keys:
+        if not 0 <= key < self.ring.shape[0]:
             raise CalibrationError(f"unknown calibration key {key}: this store has keys 0 .. {self.keys - 1}")
         return key
+
+    def _sorted_of(self, key: int) -> array[float]:
+        held = self._sorted.get(key)
+        if held is None:
+            held = self._sorted[self.check_key(key)] = array("f")
+            held.frombytes(np.sort(self.ring[key, : self.size[key]]).tobytes())
+        return held
 
     def count(self, score: float, key: int) -> tuple[int, int, int]:
         """(#{calibration > score}, #{calibration == score}, n) for the key, compared in float32."""
         value = as_score(score)
-        n = int(self.size[self.check_key(key)])
-        held = self.ring[key, :n]
-        return int(np.count_nonzero(held > value)), int(np.count_nonzero(held == value)), n
+        held = self._sorted_of(key)
+        n = len(held)
+        upper = bisect_right(held, value)
+        return n - upper, upper - bisect_left(held, value, 0, upper), n
+
+    def count_many(
+        self, scores: npt.NDArray[np.float32], key: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+        """`count` for float32[N] scores of one key: (greater int64[N], ties int64[N], n)."""
+        if not np.isfinite(scores).all():
+            raise ScoreError("every score must be finite, and one is not")
+        held = np.array(self._sorted_of(key), dtype=np.float32)
+        upper = np.searchsorted(held, scores, side="right")
+        lower = np.searchsorted(held, scores, side="left")
+        return held.size - upper, upper - lower, held.size
 
     def insert(self, score: float, key: int) -> None:
         """Store one score under the key, in place of the oldest when the ring is full."""
         value = as_score(score)
-        at = int(self.head[self.check_key(key)])
+        held = self._sorted_of(key)
+        at = int(self.head[key])
+        if len(held) == self.ring.shape[1]:
+            del held[bisect_left(held, float(self.ring[key, at]))]
+        else:
+            self.size[key] += 1
+        held.insert(bisect_right(held, value), value)
         self.ring[key, at] = value
-        self.head[key] = (at + 1) % self.capacity
-        self.size[key] = min(int(self.size[key]) + 1, self.capacity)
+        self.head[key] = (at + 1) % self.ring.shape[1]
 
     def copy(self) -> RingStore:
         """An independent store with the same contents."""
-        twin = RingStore(1, 1)
-        twin.ring, twin.size, twin.head = self.ring.copy(), self.size.copy(), self.head.copy()
-        return twin
+        return RingStore.of(self.ring.copy(), self.size.copy(), self.head.copy())
 
     def same_as(self, other: RingStore) -> bool:
         """The same scores in the same places; what lies in `ring` beyond `size` does not count. Equality and

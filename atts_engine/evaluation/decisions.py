@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
-from atts_engine.conformal import CalibrationError, Calibrator, RingStore, decide, p_value
+from atts_engine.conformal import CalibrationError, Calibrator
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import Line, read_lines
 from atts_engine.pipeline.records import Decision
@@ -46,6 +47,7 @@ def decision_from_line(line: Line) -> Decision:
         score=line.number("score"),
         p_value=line.number("p_value"),
         verdict=verdict,
+        threshold=line.optional_number("threshold"),
         **integers,
     )
 
@@ -55,31 +57,16 @@ def read_decisions(path: str | os.PathLike[str], *, allow_torn_tail: bool = Fals
     return [decision_from_line(line) for line in read_lines(path, allow_torn_tail=allow_torn_tail)]
 
 
-def check_log(decisions: Iterable[Decision], initial: RingStore, *, insert: bool = True) -> Difference | None:
-    """Replay a log through numpy; the first difference, or None if every count, p-value and verdict comes out
-    to the bit.
+def check_log(decisions: Iterable[Decision], calibrator: Calibrator) -> Difference | None:
+    """Replay a log from the calibrator's state; the first difference, or None if every count, p-value and verdict comes
+    out to the bit.
 
-    initial: the store before the first decision, which is left as it is. insert=False: the calibration was
-    frozen. Decisions are taken in the order of decision_seq; all of one `batch` are counted before any of
-    them is inserted, as the lane does. `InputError` for a log that is no log: a decision_seq twice, a batch
-    that comes back, a key or score that no store takes.
+    calibrator: as it stood before the first decision; it is left as it is. Levels are taken from the log: they were
+    set when a verdict was asked for. Decisions are taken in the order of decision_seq; all of one `batch` are decided
+    before any of them is learnt, as the lane does. `InputError` for a log that is no log: a decision_seq twice, a
+    batch that comes back, a key or score that no store takes.
     """
-    ordered = sorted(decisions, key=lambda d: d.decision_seq)
-    for before, after in pairwise(ordered):
-        if before.decision_seq == after.decision_seq:
-            raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
-        if after.batch < before.batch:
-            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
-    store = initial.copy()
-    for _, group in groupby(ordered, key=lambda d: d.batch):
-        batch = list(group)
-        for decision in batch:
-            if (difference := _check(decision, store)) is not None:
-                return difference
-        if insert:
-            for decision in batch:
-                store.insert(decision.score, decision.key)
-    return None
+    return _replayed(decisions, deepcopy(calibrator))
 
 
 def restore(calibrator: Calibrator, decisions: Iterable[Decision]) -> None:
@@ -88,30 +75,49 @@ def restore(calibrator: Calibrator, decisions: Iterable[Decision]) -> None:
     The calibrator must stand where the log began. The log is checked on the way: `InputError` names the first
     decision that does not come out as recorded, and nothing is learned then.
     """
-    ordered = sorted(decisions, key=lambda d: d.decision_seq)
-    if not ordered:
-        return
-    first = ordered[0]
-    store = calibrator.request(first.key, first.u).store
-    if (difference := check_log(ordered, store, insert=not calibrator.frozen)) is not None:
+    log = list(decisions)
+    if (difference := check_log(log, calibrator)) is not None:
         raise InputError(f"the decision log does not follow from this calibration ({difference})")
-    for decision in ordered:
-        calibrator.observe(decision.score, decision.key)
+    for decision in sorted(log, key=lambda d: d.decision_seq):
+        _learn(calibrator, decision)
 
 
-def _check(decision: Decision, store: RingStore) -> Difference | None:
+def _replayed(decisions: Iterable[Decision], calibrator: Calibrator) -> Difference | None:
+    ordered = sorted(decisions, key=lambda d: d.decision_seq)
+    for before, after in pairwise(ordered):
+        if before.decision_seq == after.decision_seq:
+            raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
+        if after.batch < before.batch:
+            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
+    for _, group in groupby(ordered, key=lambda d: d.batch):
+        batch = list(group)
+        for decision in batch:
+            if (difference := _check(decision, calibrator)) is not None:
+                return difference
+        for decision in batch:
+            _learn(calibrator, decision)
+    return None
+
+
+def _learn(calibrator: Calibrator, decision: Decision) -> None:
+    takeover = decision.verdict == "takeover"
+    calibrator.observe(decision.score, decision.key, takeover, decision.problem, decision.p_value)
+
+
+def _check(decision: Decision, calibrator: Calibrator) -> Difference | None:
     try:
-        greater, ties, n = store.count(decision.score, decision.key)
+        ruling = calibrator.decide(decision.score, decision.key, decision.u, decision.problem, level=decision.level)
     except CalibrationError as error:
         raise InputError(f"decision {decision.decision_seq}: {error}") from error
-    takeover = decide(greater, ties, n, decision.level, decision.u)
+    seen = ruling.assessment
     replayed = {
-        "n": n,
-        "count": greater + ties,
-        "ties": ties,
-        "k": decision.level * (n + 1),
-        "p_value": p_value(greater, ties, n, decision.u),
-        "verdict": "takeover" if takeover else "keep",
+        "n": seen.n,
+        "count": seen.greater + seen.ties,
+        "ties": seen.ties,
+        "k": decision.level * (seen.n + 1),
+        "p_value": seen.p_value,
+        "threshold": ruling.threshold,
+        "verdict": "takeover" if ruling.takeover else "keep",
     }
     for field, value in replayed.items():
         if getattr(decision, field) != value:

@@ -39,7 +39,8 @@ def gate(
 ) -> GateResult:
     """Test score[B] fp32 of key[B] int64 against ring[K, C] fp32, size[K] int64, head[K] int64, then insert.
 
-    level[B] int64 = ceil(alpha * 2^32); u[B] int64 in 1..2^32 (2^32: no randomisation of ties); insert[B] bool.
+    level[B] int64 = ceil(alpha * 2^32), 0 (never) .. 2^32 (always); u[B] int64 in 1..2^32 (2^32: no randomisation of
+    ties); insert[B] bool.
     The whole batch is counted against the rings as they are; then rows with `insert` are written in index order, each
     at its ring's head (oldest out), and ring, size and head are updated in place.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.conformal import Calibrator, GateRequest
+from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy
 from atts_engine.pipeline.records import Decision
 from atts_engine.pipeline.streams import gate_uniform
 from atts_engine.runtime.records import SpanResult
@@ -35,10 +36,18 @@ class Judged:
 
 
 class Gate(Protocol):
+    def begin(self, problem_id: str, chains: Sequence[int]) -> None:
+        """These chains of the problem start."""
+        ...
+
     async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged: ...
 
     def leave(self, place: Place) -> None:
         """The chain has ended and will ask no more."""
+        ...
+
+    def end(self, problem_id: str) -> None:
+        """All chains of the problem have ended, or were cancelled."""
         ...
 
 
@@ -51,38 +60,131 @@ class PlacedRequest(GateRequest):
 
 
 class ConformalGate:
-    """Each chain alone: its span's p-value against calibration scores, decided on the lane's device.
+    """Each chain alone: its span's p-value against calibration scores, tested at the level that calibrator and policy
+    give it.
 
-    `heard` is to be called with every (request, result) in decision_seq order; it moves the calibrator.
+    A calibrator that a lane can run is counted and decided on the lane's device, in the step that finishes the score.
+    Any other calibrator, and any budget policy, decides here, on the event loop, one span after the other.
+
+    `heard` is to be called with every (request, result) of a lane in decision_seq order; it moves the calibrator.
     """
 
-    def __init__(self, calibrator: Calibrator, on_decision: Callable[[Decision], None] | None = None) -> None:
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        on_decision: Callable[[Decision], None] | None = None,
+        policy: Policy | None = None,
+    ) -> None:
         self.calibrator = calibrator
+        self._policy = policy
         self._on_decision = on_decision
+        self._asked: dict[Place, int] = {}
+        self._asked_by_key: Counter[int] = Counter()
+        self._host_decisions = 0
+        # For the policy: the turn that each chain of a problem is in, and how many turns have ended.
+        self._turn_of: dict[str, dict[int, int]] = {}
+        self._ended: dict[str, int] = {}
+
+    def begin(self, problem_id: str, chains: Sequence[int]) -> None:
+        if self._policy is not None:
+            # Every chain has a first span; whether it has another, nobody knows before it is there.
+            self._policy.expect(problem_id, 0, len(chains))
+            self._turn_of[problem_id] = dict.fromkeys(chains, 0)
+            self._ended[problem_id] = 0
 
     async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged:
         u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
-        plain = self.calibrator.request(self.calibrator.key_of(place.turn), u)
-        request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self)
-        result = await lane.verdict(seq, request)
-        decision = decision_of(request, result)
+        key = self.calibrator.key_of(place.turn)
+        if self._policy is None and self.calibrator.on_device:
+            decision = await self._ask_lane(lane, seq, place, key, u)
+        else:
+            result = await lane.verdict(seq, None)
+            decision = self._decide_here(result.score, place, key, u)
         lower = decision.n - decision.count
         return Judged(
-            result.score,
+            decision.score,
             decision.verdict == "takeover",
             decision.p_value,
             lower / decision.n if decision.n else None,
             decision,
         )
 
+    async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> Decision:
+        plain = self.calibrator.request(key, u, Pending(self._asked_by_key[key], len(self._asked)))
+        request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self)
+        self._asked[place] = key
+        self._asked_by_key[key] += 1
+        try:
+            return decision_of(request, await lane.verdict(seq, request))
+        finally:
+            # Heard before it is answered, unless there was no verdict: an error, or an asker that is gone.
+            self._settle(place)
+
     def heard(self, request: PlacedRequest, result: SpanResult) -> None:
-        if request.insert:
-            self.calibrator.observe(result.score, request.key)
+        decision = decision_of(request, result)
+        self._settle(request.place)
+        self._learn(decision)
+
+    def _settle(self, place: Place) -> None:
+        key = self._asked.pop(place, None)
+        if key is not None:
+            self._asked_by_key[key] -= 1
+
+    def _decide_here(self, score: float, place: Place, key: int, u: int) -> Decision:
+        level = self.calibrator.level(key)
+        if self._policy is not None:
+            level = self._policy.level(place.problem_id, place.turn, level)
+        ruling = self.calibrator.decide(score, key, u, place.problem_id, level=level)
+        seen = ruling.assessment
+        decision = Decision(
+            decision_seq=self._host_decisions,
+            batch=self._host_decisions,
+            problem=place.problem_id,
+            chain=place.chain,
+            turn=place.turn,
+            key=key,
+            score=score,
+            n=seen.n,
+            count=seen.greater + seen.ties,
+            ties=seen.ties,
+            k=level * (seen.n + 1),
+            level=level,
+            u=u,
+            p_value=seen.p_value,
+            verdict="takeover" if ruling.takeover else "keep",
+            threshold=ruling.threshold,
+        )
+        self._host_decisions += 1
+        if self._policy is not None:
+            self._policy.decided(place.problem_id, place.turn, ruling.takeover)
+            self._turn_of[place.problem_id][place.chain] = place.turn + 1
+            self._end_turns(self._policy, place.problem_id)
+        self._learn(decision)
+        return decision
+
+    def _learn(self, decision: Decision) -> None:
+        self.calibrator.observe(
+            decision.score, decision.key, decision.verdict == "takeover", decision.problem, decision.p_value
+        )
         if self._on_decision is not None:
-            self._on_decision(decision_of(request, result))
+            self._on_decision(decision)
 
     def leave(self, place: Place) -> None:
-        return None
+        if self._policy is not None:
+            self._turn_of[place.problem_id].pop(place.chain, None)
+            self._end_turns(self._policy, place.problem_id)
+
+    def _end_turns(self, policy: Policy, problem_id: str) -> None:
+        """Tell the policy of turns that no chain will come to any more."""
+        slowest = min(self._turn_of[problem_id].values(), default=0)
+        for turn in range(self._ended[problem_id], slowest):
+            policy.turn_ended(problem_id, turn)
+        self._ended[problem_id] = max(slowest, self._ended[problem_id])
+
+    def end(self, problem_id: str) -> None:
+        if self._policy is not None:
+            self._policy.leave(problem_id)
+            del self._turn_of[problem_id], self._ended[problem_id]
 
 
 def decision_of(request: PlacedRequest, result: SpanResult) -> Decision:
@@ -126,6 +228,12 @@ class RankingGate:
         self._asked[place.chain] = (result.score, answer)
         self._rank_when_all_are_here()
         return await answer
+
+    def begin(self, problem_id: str, chains: Sequence[int]) -> None:
+        return None
+
+    def end(self, problem_id: str) -> None:
+        return None
 
     def leave(self, place: Place) -> None:
         self._present.discard(place.chain)

@@ -10,6 +10,7 @@ from atts_engine.runtime.records import SamplingParams
 
 STRATEGIES = ("atts", "atts-sync", "draft", "target")
 TAKEOVERS = ("continue", "replace")
+POLICIES = ("threshold", "exact-count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,9 @@ class ATTSParams:
     chains: m; turns: at most; draft_tokens, target_tokens: span lengths K_d, K_t in tokens; alpha: nominal
     takeover rate. strategy: "atts" (each chain alone), "atts-sync" (a barrier per turn, softmax ranking, the
     worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
-    model alone). takeover: the target continues after the draft span, or replaces it. vote: "majority" or "weighted".
+    model alone). policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
+    alpha gives it, within one). takeover: the target continues after the draft span, or replaces it. vote: "majority"
+    or "weighted".
     Raises `InputError` for a value outside its range.
     """
 
@@ -34,6 +37,7 @@ class ATTSParams:
     min_p: float = 0.0
     seed: int = 0
     strategy: str = "atts"
+    policy: str = "threshold"
     takeover: str = "continue"
     vote: str = "majority"
 
@@ -44,7 +48,8 @@ class ATTSParams:
                 raise InputError(f"{name} must be a whole number, 1 or more, not {value!r}")
         if not 0.0 < self.alpha < 1.0:
             raise InputError(f"alpha must be inside (0, 1), not {self.alpha}")
-        for name, known in (("strategy", STRATEGIES), ("takeover", TAKEOVERS), ("vote", VOTES)):
+        choices = (("strategy", STRATEGIES), ("policy", POLICIES), ("takeover", TAKEOVERS), ("vote", VOTES))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         self.sampling(0)

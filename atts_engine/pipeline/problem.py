@@ -63,7 +63,9 @@ async def run_problem(
             seqs = await stack.enter_async_context(_forks(lane, prompt, len(numbers)))
             runs = [run_single(spec(c), lane, s, params.strategy) for c, s in zip(numbers, seqs, strict=True)]
         else:
-            gate = RankingGate(numbers, params.alpha) if params.strategy == "atts-sync" else conformal
+            gate: Gate = RankingGate(numbers, params.alpha) if params.strategy == "atts-sync" else conformal
+            gate.begin(problem.id, numbers)
+            stack.callback(gate.end, problem.id)
             drafts = await stack.enter_async_context(_forks(pair.draft, prompts.draft, len(numbers)))
             targets = await stack.enter_async_context(_forks(pair.target, prompts.target, len(numbers)))
             runs = [

@@ -70,7 +70,8 @@ class Decision:
     count = #{calibration >= score}, ties = #{calibration == score}, n = calibration scores at the time; the
     verdict is `takeover` iff (count - ties) * 2**32 + u * (1 + ties) <= level * (n + 1), in integers; k is the
     right-hand side, level = ceil(alpha * 2**32), u in 1 .. 2**32 (u = 2**32: the plain p-value). Decisions of
-    one `batch` saw the same store.
+    one `batch` saw the same store. threshold: of a calibrator that tests the score and not its p-value (takeover iff
+    score > threshold); weighted calibrators test p_value itself against level / 2**32.
     """
 
     decision_seq: int
@@ -88,3 +89,4 @@ class Decision:
     u: int
     p_value: float
     verdict: str
+    threshold: float | None = None

@@ -30,7 +30,7 @@ typedef enum atts_status {
   ATTS_ERROR_NULL_POINTER = 2, /* an array is missing */
   ATTS_ERROR_SHAPE = 3,        /* batch < 0, keys < 1, or capacity outside 1..ATTS_GATE_MAX_CAPACITY */
   ATTS_ERROR_KEY = 4,          /* a key outside 0..keys-1 */
-  ATTS_ERROR_VALUE = 5,        /* a level or a u outside 1..ATTS_LEVEL_ONE */
+  ATTS_ERROR_VALUE = 5,        /* a level outside 0.., or a u outside 1..ATTS_LEVEL_ONE */
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
   ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
   ATTS_ERROR_CUDA = 8          /* the launch failed; cudaGetLastError was consumed */
@@ -48,7 +48,7 @@ typedef struct atts_gate_params {
   uint64_t struct_size;   /* sizeof(atts_gate_params) */
   const float* score;     /* [batch] */
   const int64_t* key;     /* [batch], 0..keys-1 */
-  const int64_t* level;   /* [batch], ceil(alpha * 2^32) */
+  const int64_t* level;   /* [batch], 0 (never) .. 2^32 (always): ceil(alpha * 2^32) */
   const int64_t* u;       /* [batch], 1..2^32 */
   const uint8_t* insert;  /* [batch], 0 or 1 */
   float* ring;            /* [keys, capacity], changed */
