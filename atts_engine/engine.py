@@ -12,7 +12,7 @@ import torch
 
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
-from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, make_policy
+from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
 from atts_engine.errors import InputError
 from atts_engine.models import Model, load_model
 from atts_engine.pipeline import (
@@ -188,7 +188,11 @@ class AsyncEngine:
         name = (id(calibrator), params.policy)
         gate = self._gates.get(name)
         if gate is None:
-            policy = None if params.policy == "threshold" else make_policy(params.policy, params.alpha)
+            policy: Policy | None = None
+            if params.policy != "threshold":
+                made = make_policy(params.policy, params.alpha)
+                assert not isinstance(made, TopB), "ATTSParams refuses policies that need a barrier"
+                policy = made
             gate = self._gates[name] = ConformalGate(calibrator, self._announce, policy)
         return gate
 

@@ -81,6 +81,7 @@ async def watched_job(
     """Run one job with the view that the user's terminal allows."""
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
+    from atts_engine.conformal import Monitored
     from atts_engine.evaluation.grading import Grader
     from atts_engine.evaluation.job import run_job
     from atts_engine.evaluation.summary import voter
@@ -90,6 +91,8 @@ async def watched_job(
     heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
     progress = Progress(len(problems), len(problems) * params.chains, voter(params, same), same)
     with make_view(heading, progress, human_stream(args.json), args.plain) as view:
+        if args.monitor and calibrator is not None:
+            calibrator = Monitored(calibrator, on_alarm=lambda alarm: view.notice(str(alarm)))
         return await run_job(
             engine, problems, params, view, calibrator=calibrator, folder=folder, concurrency=args.concurrency
         )

@@ -93,6 +93,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy", default="threshold", metavar="NAME", help="threshold (default) or exact-count (per problem)"
     )
+    group.add_argument(
+        "--monitor", action="store_true", help="watch the p-values for drift and say so when it is found"
+    )
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(
         "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"

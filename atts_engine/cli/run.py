@@ -98,6 +98,9 @@ def _table(found: dict[str, Any]) -> Table:
             rows.append((name, f"{percent(cell['mean'])}  (95%: {spread})"))
     if takeovers["decisions"]:
         rows.append(("spans taken over", f"{percent(takeovers['rate'])} of {count(takeovers['decisions'])}"))
+    if found["drift_alarms"]:
+        first = found["drift_alarms"][0]["decision"]
+        rows.append(("drift alarms", f"{count(len(found['drift_alarms']))}, the first at decision {count(first)}"))
     rows += [
         ("tokens by draft", count(tokens["draft"])),
         ("tokens by target", count(tokens["target"])),

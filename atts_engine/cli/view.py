@@ -37,6 +37,10 @@ class View(Protocol):
 
     def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None: ...
 
+    def notice(self, text: str) -> None:
+        """Something the user should know, said once."""
+        ...
+
     def tick(self) -> None: ...
 
     def __enter__(self) -> Self: ...
@@ -79,6 +83,9 @@ class PlainView:
         done = self.progress.finish(problem, chains, restored)
         width = len(str(self.progress.problems))
         self._line(f"[{self.progress.problems_done:>{width}}/{self.progress.problems}] {describe(done)}")
+
+    def notice(self, text: str) -> None:
+        self._line(f"! {text}")
 
     def tick(self) -> None:
         return None
@@ -140,6 +147,9 @@ class LiveView:
 
     def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None:
         self.progress.finish(problem, chains, restored)
+
+    def notice(self, text: str) -> None:
+        self._console.print(text, style="bold yellow", highlight=False)
 
     def tick(self) -> None:
         self._live.update(self.render(), refresh=True)

@@ -10,6 +10,8 @@ from atts_engine.conformal.calibrator import (
     Ruling,
 )
 from atts_engine.conformal.errors import CalibrationError, ScoreError, StateError
+from atts_engine.conformal.monitor import ExchangeabilityMonitor
+from atts_engine.conformal.monitored import Alarm, Monitored
 from atts_engine.conformal.policies import POLICIES, ExactCount, Policy, Threshold, TopB, make_policy
 from atts_engine.conformal.pvalue import LEVEL_ONE, decide, level_of, p_value
 from atts_engine.conformal.reference import ReferenceATTS
@@ -20,6 +22,7 @@ from atts_engine.conformal.registry import (
     make_calibrator,
 )
 from atts_engine.conformal.rings import Mondrian, SlidingWindow, Split
+from atts_engine.conformal.risk import ConformalRiskControl
 from atts_engine.conformal.state import Meta
 from atts_engine.conformal.store import RingStore
 from atts_engine.conformal.tracker import QuantileTracker
@@ -32,15 +35,19 @@ __all__ = [
     "POLICIES",
     "Adaptive",
     "AdaptiveConformalInference",
+    "Alarm",
     "Assessment",
     "CalibrationError",
     "Calibrator",
     "ColdStart",
+    "ConformalRiskControl",
     "ExactCount",
+    "ExchangeabilityMonitor",
     "GateRequest",
     "Hierarchical",
     "Meta",
     "Mondrian",
+    "Monitored",
     "Pending",
     "Policy",
     "QuantileTracker",

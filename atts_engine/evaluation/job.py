@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from atts_engine.conformal import Calibrator
+from atts_engine.conformal import Alarm, Calibrator, Monitored
 from atts_engine.evaluation.decisions import restore
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.pipeline.events import ChainEvent, Event, SolutionEvent, TokensEvent, VerdictEvent
@@ -48,7 +48,8 @@ class Observer(Protocol):
 class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
 
-    wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them.
+    wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them;
+    alarms: of a monitored calibrator.
     """
 
     strategy: str
@@ -57,6 +58,7 @@ class JobResult:
     decisions: tuple[Decision, ...]
     wall_s: float
     restored: int
+    alarms: tuple[Alarm, ...] = ()
 
     def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
         """The problem's chains in order."""
@@ -129,6 +131,7 @@ async def run_job(
         decisions,
         time.perf_counter() - began,
         len(folder.restored.chains) if folder else 0,
+        tuple(calibrator.alarms) if isinstance(calibrator, Monitored) else (),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from atts_engine.evaluation import measures
@@ -35,6 +36,7 @@ def figures(result: JobResult, params: ATTSParams, same: Same | None = None) -> 
         "wall_s": result.wall_s,
         "restored_chains": result.restored,
         "tokens_per_s": sum(tokens.values()) / result.wall_s if tokens and whole and result.wall_s > 0 else None,
+        "drift_alarms": [asdict(alarm) for alarm in result.alarms],
         "answers": answers(result, params, same),
     }
 
