@@ -115,7 +115,7 @@ def test_other_settings_that_cannot_be_used_are_refused() -> None:
         with pytest.raises(CalibrationError, match="u must lie in"):
             Mondrian(0.4).p_value(0.5, 0, u)
         with pytest.raises(CalibrationError, match="u must lie in"):
-            Split(0.4).request(0, u)
+            Mondrian(0.4).request(0, u)
     with pytest.raises(CalibrationError, match="a turn must be 0 or more"):
         Mondrian(0.4).key_of(-1)
     with pytest.raises(CalibrationError, match="no calibrator 'best'; there are adaptive, aci, mondrian"):

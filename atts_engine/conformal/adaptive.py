@@ -14,7 +14,7 @@ from atts_engine.conformal.rings import Mondrian
 from atts_engine.conformal.state import Meta
 
 _ROUNDING = 1e-6
-"""alpha is a multiple of 2**-32 here, so an excess that is 1 on paper may lie a little beside it."""
+"""An excess that is 1 on paper may lie a little beside it."""
 
 
 class _Levelled(Mondrian):
@@ -34,9 +34,8 @@ class _Levelled(Mondrian):
         cold: ColdStart | None = None,
     ) -> None:
         super().__init__(alpha, keys, capacity, frozen, meta, cold)
-        self.taken: npt.NDArray[np.int64] = np.zeros(keys, dtype=np.int64)
-        self.decided: npt.NDArray[np.int64] = np.zeros(keys, dtype=np.int64)
-        # Sums over keys are carried, not recomputed: a level is asked for at every decision.
+        # Sums over keys are carried and all are plain integers: a level is asked for at every decision.
+        self.taken, self.decided = [0] * keys, [0] * keys
         self._all_taken = self._all_decided = 0
 
     def observe(
@@ -51,14 +50,15 @@ class _Levelled(Mondrian):
 
     def excess(self, key: int) -> float:
         """Takeovers of the key beyond alpha times its decisions (spans)."""
-        return (int(self.taken[key]) * LEVEL_ONE - self.alpha_level * int(self.decided[key])) / LEVEL_ONE
+        return self.taken[key] - self.alpha * self.decided[key]
 
     def total_excess(self) -> float:
         """Takeovers of all keys beyond alpha times their decisions (spans)."""
-        return (self._all_taken * LEVEL_ONE - self.alpha_level * self._all_decided) / LEVEL_ONE
+        return self._all_taken - self.alpha * self._all_decided
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return super().arrays() | {"taken": self.taken, "decided": self.decided}
+        counts = {"taken": np.array(self.taken, np.int64), "decided": np.array(self.decided, np.int64)}
+        return super().arrays() | counts
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         super().restore(arrays)
@@ -67,8 +67,8 @@ class _Levelled(Mondrian):
             raise ValueError("its counts of verdicts have the wrong shapes or types")
         if (taken < 0).any() or (taken > decided).any():
             raise ValueError("it counts more takeovers than decisions")
-        self.taken, self.decided = taken.copy(), decided.copy()
-        self._all_taken, self._all_decided = int(taken.sum()), int(decided.sum())
+        self.taken, self.decided = taken.tolist(), decided.tolist()
+        self._all_taken, self._all_decided = sum(self.taken), sum(self.decided)
 
 
 class AdaptiveConformalInference(_Levelled):
@@ -140,24 +140,26 @@ class Adaptive(_Levelled):
     def _warm_level(self, key: int, pending: Pending) -> int:
         if self.frozen:
             return self.alpha_level
-        excess = self.excess(key)
+        alpha, decided = self.alpha, self.decided[key]
+        excess = self.taken[key] - alpha * decided
         # Verdicts on their way may move the excess by as much as their number: without the wider band a burst of
         # requests would all be pushed the same way.
-        band = max(1.0, self.tolerance * (int(self.decided[key]) + 1)) + pending.key + _ROUNDING
-        if excess + 1.0 - self.alpha > band:
+        band = self.tolerance * (decided + 1)
+        band = (band if band > 1.0 else 1.0) + pending.key + _ROUNDING
+        if excess + 1.0 - alpha > band:
             return 0
-        if excess - self.alpha < -band:
+        if excess - alpha < -band:
             return LEVEL_ONE
-        total_band = max(self.total_band, self.total_tolerance * (self._all_decided + 1)) + pending.total
-        push = self.gain * _clip(excess / band) + self.total_gain * _clip(self.total_excess() / total_band)
-        return _level(self.alpha - push * (self.alpha if push > 0 else 1.0 - self.alpha))
+        total_band = self.total_tolerance * (self._all_decided + 1)
+        total_band = (total_band if total_band > self.total_band else self.total_band) + pending.total
+        share = excess / band
+        push = self.gain * (1.0 if share > 1.0 else -1.0 if share < -1.0 else share)
+        share = (self._all_taken - alpha * self._all_decided) / total_band
+        push += self.total_gain * (1.0 if share > 1.0 else -1.0 if share < -1.0 else share)
+        return int((alpha - push * (alpha if push > 0.0 else 1.0 - alpha)) * LEVEL_ONE)
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"tolerance": self.tolerance}
-
-
-def _clip(share: float) -> float:
-    return min(1.0, max(-1.0, share))
 
 
 def _level(alpha: float) -> int:

@@ -65,8 +65,7 @@ class GateRequest:
     insert: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Assessment:
+class Assessment(NamedTuple):
     """A score beside its calibration scores: greater = #{calibration > score}, ties = #{calibration == score}, n."""
 
     greater: int
@@ -75,8 +74,7 @@ class Assessment:
     p_value: float
 
 
-@dataclass(frozen=True, slots=True)
-class Ruling:
+class Ruling(NamedTuple):
     """A verdict and what it rests on. threshold: of a calibrator that tests the score itself, not a p-value."""
 
     takeover: bool
@@ -146,7 +144,7 @@ class Calibrator(ABC):
         """The integer level of the key's next test: 0 (never) .. 2**32 (always)."""
         if not 0 <= key < self.keys:
             raise CalibrationError(f"unknown calibration key {key}: there are 0 .. {self.keys - 1}")
-        if self.cold.rule in ("accept", "takeover") and self.filled(key) < self.cold.minimum:
+        if self.cold.minimum and self.cold.rule in ("accept", "takeover") and self.filled(key) < self.cold.minimum:
             return LEVEL_ONE if self.cold.rule == "takeover" else 0
         return self._warm_level(key, pending)
 
@@ -166,7 +164,7 @@ class Calibrator(ABC):
         """The verdict on the host: takeover iff p <= level. `level`: of a policy, in place of the calibrator's own."""
         tested = self.level(key, pending) if level is None else level
         assessment = self.assess(score, key, u, group)
-        if self.cold.rule == "coin" and self.filled(key) < self.cold.minimum:
+        if self.cold.minimum and self.cold.rule == "coin" and self.filled(key) < self.cold.minimum:
             return Ruling(check_uniform(u) <= tested, assessment, tested)
         return Ruling(self._test(assessment, tested, u), assessment, tested)
 

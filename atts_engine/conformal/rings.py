@@ -48,10 +48,11 @@ class Mondrian(Calibrator):
 
     def uniform(self, u: int) -> int:
         """The uniform that the test uses, given the chain's own draw u in 1 .. 2**32: 2**32 for a plain p-value."""
-        return check_uniform(u) if self.smoothed else max(LEVEL_ONE, check_uniform(u))
+        check_uniform(u)
+        return u if self.smoothed else LEVEL_ONE
 
     def assess(self, score: float, key: int, u: int, group: str = "") -> Assessment:
-        if self.cold.rule == "borrow" and self.filled(key) < self.cold.minimum:
+        if self.cold.minimum and self.cold.rule == "borrow" and self.filled(key) < self.cold.minimum:
             counts = [self.store.count(score, k) for k in range(self.keys) if self.store.size[k]]
             greater, ties, n = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from array import array
 from bisect import bisect_left, bisect_right
 
@@ -12,15 +13,17 @@ import numpy.typing as npt
 from atts_engine.conformal.errors import CalibrationError, ScoreError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32 = struct.Struct("=f")
 
 
 def as_score(score: float) -> float:
     """The score rounded to float32, which is what is compared and stored; `ScoreError` if it is not finite there."""
+    if -_FLOAT32_MAX <= score <= _FLOAT32_MAX:
+        rounded: float = _FLOAT32.unpack(_FLOAT32.pack(score))[0]
+        return rounded
     if not math.isfinite(score):
         raise ScoreError(f"a score must be finite, not {score}")
-    if abs(score) > _FLOAT32_MAX:
-        raise ScoreError(f"a score must fit in float32, not {score}")
-    return float(np.float32(score))
+    raise ScoreError(f"a score must fit in float32, not {score}")
 
 
 class RingStore:
@@ -72,10 +75,12 @@ class RingStore:
     def count(self, score: float, key: int) -> tuple[int, int, int]:
         """(#{calibration > score}, #{calibration == score}, n) for the key, compared in float32."""
         value = as_score(score)
-        held = self._sorted_of(key)
+        held = self._sorted.get(key) or self._sorted_of(key)
         n = len(held)
         upper = bisect_right(held, value)
-        return n - upper, upper - bisect_left(held, value, 0, upper), n
+        # Most scores tie with none: the second search is only made where there is something to find.
+        tied = upper > 0 and held[upper - 1] == value
+        return n - upper, upper - bisect_left(held, value, 0, upper) if tied else 0, n
 
     def count_many(
         self, scores: npt.NDArray[np.float32], key: int
