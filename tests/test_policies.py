@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from fractions import Fraction
 
 import numpy as np
@@ -94,6 +96,49 @@ def test_every_turn_stays_within_one_while_two_overlap(alpha: float, events: lis
         for t in (low, low + 1):
             if problem.could_end(t):
                 assert abs(problem.up_to(t)) <= 1
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.4, 0.5])
+def test_no_sequence_of_calls_breaks_the_law_of_two_open_turns(alpha: float) -> None:
+    """Law 2 against an adversary: every state that two open turns can reach with at most one span announced ahead in
+    each, over all interleavings and all verdicts that the levels allow. 6,024 states for alpha = 0.4."""
+    first = _Problem(alpha)
+    seen, ahead = {_state(first, 0)}, deque([(first, 0)])
+    while ahead:
+        problem, low = ahead.popleft()
+        for after, bottom in _next_calls(problem, low):
+            state = _state(after, bottom)
+            if state not in seen:
+                seen.add(state)
+                ahead.append((after, bottom))
+                for turn in (bottom, bottom + 1):
+                    assert not after.could_end(turn) or abs(after.up_to(turn)) <= 1
+    assert len(seen) >= 500
+
+
+def _state(problem: _Problem, low: int) -> tuple[object, ...]:
+    """What the future depends on: balances, and what is announced. A quota of one span shows in its level."""
+    spans = [
+        (t - low, problem.balance.get(t), problem.left(t), problem.policy.level("p", t, 0) if problem.left(t) else 0)
+        for t in (low, low + 1)
+        if t in problem.balance or t in problem.announced
+    ]
+    return (problem.up_to(low - 1), *spans)
+
+
+def _next_calls(problem: _Problem, low: int) -> list[tuple[_Problem, int]]:
+    found = []
+    for turn in (low, low + 1) if low in problem.decided or low in problem.announced else (low,):
+        if not problem.left(turn):
+            found.append((copy.deepcopy(problem), low))
+            found[-1][0].expect(turn, problem.decided.get(turn, 0) + 1)
+        for u in {1, LEVEL_ONE}:
+            found.append((copy.deepcopy(problem), low))
+            found[-1][0].judge(turn, u)
+    if not problem.left(low):
+        found.append((copy.deepcopy(problem), low + 1))
+        found[-1][0].policy.turn_ended("p", low)
+    return found
 
 
 @given(

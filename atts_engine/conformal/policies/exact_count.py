@@ -159,35 +159,32 @@ class _Problem:
     def _room(self, turn: int) -> _Room:
         """What a change of this turn's balance has to heed."""
         before: list[int] = []
-        after: list[int] = []
         own = total = self.closed
         for t in sorted(self.turns):
             s = self.turns[t]
             total += self.q * (s.taken + s.quota) - self.p * (s.decided + s.left)
-            (before if t < turn else after).append(total)
+            if t < turn:
+                before.append(total)
             if t <= turn:
                 own = total
-        if turn not in self.turns:
-            after.append(own)
-        return _Room(self.q, own, total, tuple(before), min(after), max(after))
+        return _Room(self.q, own, total, tuple(before))
 
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """own: F_t of the turn; total: F; before: F_s of the open turns below it; low, high: range of F_u from it on."""
+    """own: F_t of the turn; total: F; before: F_s of each open turn s < t. All in units of 1 / one."""
 
     one: int
     own: int
     total: int
     before: tuple[int, ...]
-    low: int
-    high: int
 
     def breach(self, shift: int) -> tuple[int, int]:
-        """How far law 1, and how far law 2, would be broken by adding `shift` to this turn's balance.
+        """How far law 1 would be broken by adding `shift` to this turn's balance, and how far turns would lie more
+        than 1 apart.
 
-        Law 2 heeds the distance between turns too: balances no further than 1 apart can always be moved together.
+        Law 2 rests on that distance: a verdict moves all later turns too, and balances that are no further than 1
+        apart can be moved together without any of them leaving -1 .. 1, by a takeover or else without one.
         """
-        low, high = self.low + shift, self.high + shift
-        apart = max((max(high - s, s - low) for s in self.before), default=0)
-        return max(abs(self.total + shift) - self.one, 0), max(high - self.one, -self.one - low, apart - self.one, 0)
+        apart = max((abs(self.own + shift - s) for s in self.before), default=0)
+        return max(abs(self.total + shift) - self.one, 0), max(apart - self.one, 0)
