@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -168,6 +168,7 @@ def test_minimum_length_strangeness_is_that_of_the_nested_hull(f: np.ndarray, pe
 
 
 @pytest.mark.parametrize("per_class", [False, True])
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.1, 0.3, 0.5]), st.booleans())
 def test_fixed_sequence_holds_all_labels_that_are_not_rejected(
     per_class: bool, seed: int, alpha: float, ties: bool

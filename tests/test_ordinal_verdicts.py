@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -176,3 +178,11 @@ def test_other_bad_input_is_refused() -> None:
     ):
         with pytest.raises(CalibrationError):
             call()
+
+
+def test_the_example_of_the_page_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (root / "docs" / "ordinal.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "docs/ordinal.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == code.rsplit("# ", 1)[1].strip()
+    assert all(f"`{name}`" in page for name in SET_METHODS)

@@ -14,9 +14,10 @@ from atts_engine.conformal.ordinal.checks import (
     Ints,
     check_labels,
     check_probabilities,
+    rejection_rank,
     worst_by_span,
 )
-from atts_engine.conformal.pvalue import LEVEL_ONE, level_of
+from atts_engine.conformal.pvalue import level_of
 
 
 class FixedSequence:
@@ -33,7 +34,7 @@ class FixedSequence:
     """
 
     def __init__(self, alpha: float, *, per_class: bool = False) -> None:
-        self._level = level_of(alpha)
+        level_of(alpha)
         self.alpha = alpha
         self.per_class = per_class
         self._calibration: list[Floats] = []
@@ -71,7 +72,7 @@ class FixedSequence:
         """(a, b): the share of rows with this label whose own test is rejected, given iid continuous calibration, is
         Beta(r, n + 1 - r), n being the number of calibration scores that the label is compared with. r = 0: never."""
         n = int(self._sizes()[label])
-        r = self._level * (n + 1) // LEVEL_ONE
+        r = rejection_rank(self.alpha, n)
         return r, n + 1 - r
 
     def _checked(self, probabilities: npt.ArrayLike) -> Floats:
@@ -79,7 +80,7 @@ class FixedSequence:
 
     def _rejected(self, f: Floats) -> Bools:
         # The gate's test, in integers (pvalue.decide): (1 + count) / (n + 1) <= alpha.
-        return (1 + self._counts(f)) <= np.asarray([self._level * (int(n) + 1) // LEVEL_ONE for n in self._sizes()])
+        return (1 + self._counts(f)) <= np.asarray([rejection_rank(self.alpha, int(n)) for n in self._sizes()])
 
     def _counts(self, f: Floats) -> Ints:
         counts = [np.searchsorted(scores, f[:, k], side="right") for k, scores in enumerate(self._calibration)]
