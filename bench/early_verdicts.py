@@ -182,10 +182,14 @@ def study(
         found[kind] |= {mode: {} for mode in MODES}
         for mode, name, ends in Study(rows, classes, miscoverage).intervals():
             found[kind][mode][name] = figures(held[2], rows[2], ends, threshold, full, sees)
-    named = dict(zip(("fitting", "calibration", "test"), parts))
-    sizes = {name: len(part) for name, part in named.items()}
-    problems = {name: len({s.problem for s in part}) for name, part in named.items()}
-    return {"spans": sizes, "problems": problems, "turn_groups": len(edges), "labels": found}
+    names = ("fitting", "calibration", "test")
+    problems = dict(zip(names, (len({span.problem for span in part}) for part in parts)))
+    return {
+        "spans": dict(zip(names, map(len, parts))),
+        "problems": problems,
+        "turn_groups": len(edges),
+        "labels": found,
+    }
 
 
 def table(record: dict[str, Any]) -> str:
