@@ -149,7 +149,7 @@ def figures(
 def study(
     spans: Sequence[Span], *, alpha: float, miscoverage: float, bins: int, seed: int, sees: str
 ) -> dict[str, Any]:
-    """{"spans", "labels": {"score", "wrong"}}: for each kind of label, {mode: {method: `figures`}}.
+    """{"parts", "turn_groups", "labels": {"score", "wrong"}}: for each kind of label, {mode: {method: `figures`}}.
 
     `InputError` where there are too few problems or no prefixes; `CalibrationError` for levels outside (0, 1) and too
     few spans to set bin edges.
@@ -182,14 +182,11 @@ def study(
         found[kind] |= {mode: {} for mode in MODES}
         for mode, name, ends in Study(rows, classes, miscoverage).intervals():
             found[kind][mode][name] = figures(held[2], rows[2], ends, threshold, full, sees)
-    names = ("fitting", "calibration", "test")
-    problems = dict(zip(names, (len({span.problem for span in part}) for part in parts)))
-    return {
-        "spans": dict(zip(names, map(len, parts))),
-        "problems": problems,
-        "turn_groups": len(edges),
-        "labels": found,
+    counts = {
+        name: {"problems": len({span.problem for span in part}), "spans": len(part)}
+        for name, part in zip(("fitting", "calibration", "test"), parts)
     }
+    return {"parts": counts, "turn_groups": len(edges), "labels": found}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -49,8 +49,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_method_has_its_figures(record: dict[str, Any]) -> None:
-    assert record["problems"] == {"fitting": 100, "calibration": 100, "test": 100}
-    assert record["spans"] == {"fitting": 800, "calibration": 800, "test": 800} and record["turn_groups"] == 2
+    assert record["parts"] == {p: {"problems": 100, "spans": 800} for p in ("fitting", "calibration", "test")}
+    assert record["turn_groups"] == 2
     for kind in ("score", "wrong"):
         cell = record["labels"][kind]
         assert cell["test_spans"] == 800 and abs(cell["takeover_share"] - 0.4) < 0.1
