@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from fractions import Fraction
 
@@ -139,6 +140,26 @@ def _next_calls(problem: _Problem, low: int) -> list[tuple[_Problem, int]]:
         found.append((copy.deepcopy(problem), low + 1))
         found[-1][0].policy.turn_ended("p", low)
     return found
+
+
+@pytest.mark.parametrize(
+    ("turns", "bound", "can"), [(1, 2, True), (2, 3, False), (2, 4, True), (3, 5, False), (3, 6, True)]
+)
+def test_no_selector_holds_three_open_turns_within_one(turns: int, bound: int, can: bool) -> None:
+    """Why law 2 stops at two: alpha = 2/5, balances in fifths. A state is safe if, whichever turn the next verdict is
+    of, a takeover or a keep leads to a safe state with every |F_t| <= bound / 5."""
+    safe = set(itertools.product(range(-bound, bound + 1), repeat=turns))
+    while True:
+        lost = set()
+        for f in safe:
+            for t in range(turns):
+                moved = [(*f[:t], *(x + step for x in f[t:])) for step in (3, -2)]
+                if not any(m in safe for m in moved):
+                    lost.add(f)
+        if not lost:
+            break
+        safe -= lost
+    assert ((0,) * turns in safe) == can
 
 
 @given(

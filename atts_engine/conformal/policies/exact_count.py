@@ -56,7 +56,7 @@ class ExactCount:
 
     def level(self, problem: str, turn: int, own: int) -> int:
         """Level of the next decision; the calibrator's `own` is not used."""
-        state = self._state(problem)
+        state = self._problems.get(problem) or _Problem(self._p, self._q)
         left, quota = state.ahead(turn)
         if left == 0:
             return state.lone_level(turn)
@@ -68,22 +68,22 @@ class ExactCount:
 
     def expect(self, problem: str, turn: int, arrivals: int) -> None:
         """Announce spans. `CalibrationError` if more than `arrivals` were judged already."""
-        self._state(problem).announce(turn, arrivals)
+        self._known(problem).announce(turn, arrivals)
 
     def decided(self, problem: str, turn: int, takeover: bool) -> None:
-        self._state(problem).decided(turn, takeover)
+        self._known(problem).decided(turn, takeover)
 
     def turn_ended(self, problem: str, turn: int) -> None:
-        self._state(problem).end(turn)
+        self._known(problem).end(turn)
 
     def leave(self, problem: str) -> None:
         self._problems.pop(problem, None)
 
     def balance(self, problem: str) -> float:
         """#takeovers - alpha * #decided of the problem so far, all turns together."""
-        return self._state(problem).balance() / self._q
+        return self._problems[problem].balance() / self._q if problem in self._problems else 0.0
 
-    def _state(self, problem: str) -> _Problem:
+    def _known(self, problem: str) -> _Problem:
         if problem not in self._problems:
             self._problems[problem] = _Problem(self._p, self._q)
         return self._problems[problem]
@@ -121,7 +121,8 @@ class _Problem:
             raise CalibrationError(f"turn {turn} cannot expect {arrivals} spans: {state.decided} were judged already")
         state.left, state.quota = arrivals - state.decided, 0
         room = self._room(turn)
-        # Every quota that keeps |F| <= 1 lies in low .. high; where a broken promise left none, the nearest one counts.
+        # Every quota that keeps |F| <= 1 lies in low .. high. Where a broken promise left none of them, the range
+        # shrinks to the feasible quota nearest to it.
         low, high = (-self.q - room.total) // self.q, (self.q - room.total) // self.q + 1
         quotas = range(min(max(low, 0), state.left), max(min(high, state.left), 0) + 1)
         state.quota = min(quotas, key=lambda b: (*room.breach(self.q * b), abs(room.own + self.q * b), b))
