@@ -100,6 +100,7 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     try:
         for turn in range(params.turns):
             before = len(writer.history)
+            gate.enter(Place(spec.problem.id, spec.chain, turn))
             span, judged, drafted_at = await _draft_and_judge(writer, turn, draft, d, target, t, gate)
             record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed())
             last, last_from, asked = span, before, params.draft_tokens

@@ -40,10 +40,14 @@ class Gate(Protocol):
         """These chains of the problem start."""
         ...
 
+    def enter(self, place: Place) -> None:
+        """The chain begins to draft the turn's span, and will ask."""
+        ...
+
     async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged: ...
 
     def leave(self, place: Place) -> None:
-        """The chain has ended and will ask no more."""
+        """The chain has ended and will ask no more. `place`: the first turn that it has no verdict of."""
         ...
 
     def end(self, problem_id: str) -> None:
@@ -57,6 +61,16 @@ class PlacedRequest(GateRequest):
 
     place: Place
     gate: ConformalGate
+
+
+class _Chains:
+    """What a policy is told of a problem: the turn that each living chain is in, how many have entered each turn, and
+    how many turns are over."""
+
+    def __init__(self, turn: dict[int, int]) -> None:
+        self.turn = turn
+        self.entered = Counter({0: len(turn)})
+        self.ended = 0
 
 
 class ConformalGate:
@@ -81,16 +95,27 @@ class ConformalGate:
         self._asked: dict[Place, int] = {}
         self._asked_by_key: Counter[int] = Counter()
         self._host_decisions = 0
-        # For the policy: the turn that each chain of a problem is in, and how many turns have ended.
-        self._turn_of: dict[str, dict[int, int]] = {}
-        self._ended: dict[str, int] = {}
+        self._chains: dict[str, _Chains] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that a lane has not answered yet."""
+        return len(self._asked)
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         if self._policy is not None:
-            # Every chain has a first span; whether it has another, nobody knows before it is there.
+            self._chains[problem_id] = _Chains(dict.fromkeys(chains, 0))
+            # Every chain has a first span; whether it has another, nobody knows before it begins it.
             self._policy.expect(problem_id, 0, len(chains))
-            self._turn_of[problem_id] = dict.fromkeys(chains, 0)
-            self._ended[problem_id] = 0
+
+    def enter(self, place: Place) -> None:
+        if self._policy is None or place.turn == 0:
+            return
+        chains = self._chains[place.problem_id]
+        chains.turn[place.chain] = place.turn
+        chains.entered[place.turn] += 1
+        self._policy.expect(place.problem_id, place.turn, chains.entered[place.turn])
+        self._end_turns(self._policy, place.problem_id)
 
     async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged:
         u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
@@ -157,8 +182,6 @@ class ConformalGate:
         self._host_decisions += 1
         if self._policy is not None:
             self._policy.decided(place.problem_id, place.turn, ruling.takeover)
-            self._turn_of[place.problem_id][place.chain] = place.turn + 1
-            self._end_turns(self._policy, place.problem_id)
         self._learn(decision)
         return decision
 
@@ -170,21 +193,27 @@ class ConformalGate:
             self._on_decision(decision)
 
     def leave(self, place: Place) -> None:
-        if self._policy is not None:
-            self._turn_of[place.problem_id].pop(place.chain, None)
-            self._end_turns(self._policy, place.problem_id)
+        if self._policy is None:
+            return
+        chains = self._chains[place.problem_id]
+        if chains.turn.pop(place.chain, None) == place.turn:
+            # It failed in a span that was announced.
+            chains.entered[place.turn] -= 1
+            self._policy.expect(place.problem_id, place.turn, chains.entered[place.turn])
+        self._end_turns(self._policy, place.problem_id)
 
     def _end_turns(self, policy: Policy, problem_id: str) -> None:
         """Tell the policy of turns that no chain will come to any more."""
-        slowest = min(self._turn_of[problem_id].values(), default=0)
-        for turn in range(self._ended[problem_id], slowest):
+        chains = self._chains[problem_id]
+        slowest = min(chains.turn.values(), default=chains.ended)
+        for turn in range(chains.ended, slowest):
             policy.turn_ended(problem_id, turn)
-        self._ended[problem_id] = max(slowest, self._ended[problem_id])
+        chains.ended = max(slowest, chains.ended)
 
     def end(self, problem_id: str) -> None:
         if self._policy is not None:
             self._policy.leave(problem_id)
-            del self._turn_of[problem_id], self._ended[problem_id]
+            del self._chains[problem_id]
 
 
 def decision_of(request: PlacedRequest, result: SpanResult) -> Decision:
@@ -230,6 +259,9 @@ class RankingGate:
         return await answer
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
+        return None
+
+    def enter(self, place: Place) -> None:
         return None
 
     def end(self, problem_id: str) -> None:
