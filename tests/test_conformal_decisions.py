@@ -20,7 +20,7 @@ KEYS, CAPACITY = 3, 7
 
 
 def _cold(frozen: bool = False) -> Mondrian:
-    return Mondrian(0.4, KEYS, CAPACITY, frozen)
+    return Mondrian(0.4, keys=KEYS, capacity=CAPACITY, frozen=frozen)
 
 
 def _log(n: int = 60, seed: int = 0, insert: bool = True) -> list[Decision]:
@@ -108,7 +108,7 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="goes back to batch 0"):
         check_log([*log, replace(log[5], decision_seq=999, batch=0)], _cold())
     with pytest.raises(InputError, match="unknown calibration key 2"):
-        check_log(log, Mondrian(0.4, 2, CAPACITY))
+        check_log(log, Mondrian(0.4, keys=2, capacity=CAPACITY))
     path = tmp_path / "decisions.jsonl"
     for name, value, reason in (
         ("verdict", "maybe", "takeover or keep"),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from atts_engine.conformal.calibrator import ColdStart, Pending, check_positive
+from atts_engine.conformal.calibrator import Common, Pending, check_positive
 from atts_engine.conformal.pvalue import LEVEL_ONE
 from atts_engine.conformal.rings import Mondrian
-from atts_engine.conformal.state import Meta
 
 _ROUNDING = 1e-6
 """An excess that is 1 on paper may lie a little beside it."""
@@ -24,18 +23,10 @@ class _Levelled(Mondrian):
     changes them.
     """
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-    ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+    def __init__(self, alpha: float, **common: Unpack[Common]) -> None:
+        super().__init__(alpha, **common)
         # Sums over keys are carried and all are plain integers: a level is asked for at every decision.
-        self.taken, self.decided = [0] * keys, [0] * keys
+        self.taken, self.decided = [0] * self.keys, [0] * self.keys
         self._all_taken = self._all_decided = 0
 
     def observe(
@@ -82,17 +73,8 @@ class AdaptiveConformalInference(_Levelled):
 
     name = "aci"
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-        step: float = 0.05,
-    ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+    def __init__(self, alpha: float, *, step: float = 0.05, **common: Unpack[Common]) -> None:
+        super().__init__(alpha, **common)
         self.step = check_positive("the step", step)
 
     def _warm_level(self, key: int, pending: Pending) -> int:
@@ -124,17 +106,8 @@ class Adaptive(_Levelled):
     total_band = 20.0
     total_tolerance = 0.005
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-        tolerance: float = 0.02,
-    ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+    def __init__(self, alpha: float, *, tolerance: float = 0.02, **common: Unpack[Common]) -> None:
+        super().__init__(alpha, **common)
         self.tolerance = check_positive("the tolerance", tolerance)
 
     def _warm_level(self, key: int, pending: Pending) -> int:

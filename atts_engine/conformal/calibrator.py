@@ -7,14 +7,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from atts_engine.conformal.errors import CalibrationError
 from atts_engine.conformal.pvalue import LEVEL_ONE, check_uniform, level_of
-from atts_engine.conformal.state import Meta, save_state
+from atts_engine.conformal.state import Meta, checked_store, save_state, store_arrays
 from atts_engine.conformal.store import RingStore
 
 COLD_START_RULES = ("coin", "accept", "takeover", "borrow")
@@ -83,6 +83,20 @@ class Ruling(NamedTuple):
     threshold: float | None = None
 
 
+class Common(TypedDict, total=False):
+    """Settings that every calibrator takes.
+
+    keys, capacity: shape of its store, each calibrator with its own default; frozen: learn nothing; meta: the
+    conditions the scores are taken under; cold: what is done before there are scores.
+    """
+
+    keys: int
+    capacity: int
+    frozen: bool
+    meta: Meta | None
+    cold: ColdStart | None
+
+
 class Calibrator(ABC):
     """What a span's score is compared with, and at which level.
 
@@ -91,16 +105,20 @@ class Calibrator(ABC):
     """
 
     name: ClassVar[str]
+    default_keys: ClassVar[int] = 64
+    default_capacity: ClassVar[int] = 4096
 
-    def __init__(
-        self, alpha: float, keys: int, frozen: bool = False, meta: Meta | None = None, cold: ColdStart | None = None
-    ) -> None:
+    def __init__(self, alpha: float, **common: Unpack[Common]) -> None:
         self.alpha_level = level_of(alpha)
         self.alpha = alpha
-        self.keys = keys
-        self.frozen = frozen
-        self.meta = Meta() if meta is None else meta
-        self.cold = ColdStart() if cold is None else cold
+        self.frozen = common.get("frozen", False)
+        self.meta = common.get("meta") or Meta()
+        self.cold = common.get("cold") or ColdStart()
+        self.store = RingStore(common.get("keys", self.default_keys), common.get("capacity", self.default_capacity))
+
+    @property
+    def keys(self) -> int:
+        return self.store.keys
 
     @property
     def on_device(self) -> bool:
@@ -136,14 +154,13 @@ class Calibrator(ABC):
         triples = zip(values.tolist(), keys, uniforms, strict=True)
         return np.array([self.p_value(score, key, u) for score, key, u in triples], dtype=np.float64)
 
-    @abstractmethod
     def filled(self, key: int) -> int:
-        """How much stands against a span of this key, in the unit of `ColdStart.minimum` (scores, or groups)."""
+        """How much stands against a span of this key, in the unit of `ColdStart.minimum`: scores by default."""
+        return int(self.store.size[self.store.check_key(key)])
 
     def level(self, key: int, pending: Pending = NOTHING_PENDING) -> int:
         """The integer level of the key's next test: 0 (never) .. 2**32 (always)."""
-        if not 0 <= key < self.keys:
-            raise CalibrationError(f"unknown calibration key {key}: there are 0 .. {self.keys - 1}")
+        self.store.check_key(key)
         if self.cold.minimum and self.cold.rule in ("accept", "takeover") and self.filled(key) < self.cold.minimum:
             return LEVEL_ONE if self.cold.rule == "takeover" else 0
         return self._warm_level(key, pending)
@@ -172,28 +189,31 @@ class Calibrator(ABC):
         # Exact: multiplying by a power of two does not round.
         return assessment.p_value * LEVEL_ONE <= level
 
-    @abstractmethod
     def observe(
         self, score: float, key: int, takeover: bool | None = None, group: str = "", p_value: float | None = None
     ) -> None:
         """Learn a score. takeover: its verdict, None for a score that was only gathered; p_value: as it was decided
         with, for those who watch p-values. A frozen calibrator checks the score and learns nothing."""
+        if self.frozen:
+            self.store.count(score, key)
+        else:
+            self.store.insert(score, key)
 
     def request(self, key: int, u: int, pending: Pending = NOTHING_PENDING) -> GateRequest:
         """The test of one span, for a lane. `CalibrationError` where `on_device` is False."""
         raise CalibrationError(f"the {self.name} calibrator decides on the host, not in a lane")
 
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """Arguments of the constructor beside alpha, frozen and meta, as JSON."""
+        return {"keys": self.keys, "capacity": self.store.capacity, "cold": [self.cold.rule, self.cold.minimum]}
 
-    @abstractmethod
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The state as arrays; what is not valid in them is zero."""
+        return store_arrays(self.store)
 
-    @abstractmethod
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take over a state that `arrays` gave. `ValueError` or `KeyError` for one that cannot be."""
+        self.store = checked_store(arrays, self.keys, self.store.capacity)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write state and metadata as `.npz` without pickle. The format is described in docs/formats.md."""
@@ -208,10 +228,6 @@ class Calibrator(ABC):
         loaded = load_calibrator(path, expect, frozen=frozen, kind=cls.name)
         assert isinstance(loaded, cls)
         return loaded
-
-    def cold_options(self) -> dict[str, Any]:
-        """The cold start as JSON, part of `options`."""
-        return {"cold": [self.cold.rule, self.cold.minimum]}
 
 
 def check_positive(what: str, value: float) -> float:

@@ -46,7 +46,9 @@ class Monitored(Calibrator):
         monitor: ExchangeabilityMonitor | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
     ) -> None:
-        super().__init__(inner.alpha, inner.keys, inner.frozen, inner.meta, inner.cold)
+        super().__init__(inner.alpha, keys=1, capacity=1, frozen=inner.frozen, meta=inner.meta, cold=inner.cold)
+        # One and the same store: what is learnt inside is seen from outside.
+        self.store = inner.store
         self.inner = inner
         self.name = inner.name  # type: ignore[misc]
         self.monitor = ExchangeabilityMonitor() if monitor is None else monitor

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from atts_engine.conformal.calibrator import NOTHING_PENDING, Assessment, Calibrator, ColdStart, GateRequest, Pending
+from atts_engine.conformal.calibrator import NOTHING_PENDING, Assessment, Calibrator, Common, GateRequest, Pending
 from atts_engine.conformal.errors import CalibrationError
 from atts_engine.conformal.pvalue import LEVEL_ONE, check_uniform, decide, p_value
-from atts_engine.conformal.state import Meta, checked_store, store_arrays
-from atts_engine.conformal.store import RingStore
 
 
 class Mondrian(Calibrator):
@@ -26,25 +24,10 @@ class Mondrian(Calibrator):
     name = "mondrian"
     smoothed = True
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-    ) -> None:
-        super().__init__(alpha, keys, frozen, meta, cold)
-        self.store = RingStore(keys, capacity)
-
     @property
     def on_device(self) -> bool:
         """A lane counts one row of the store; pooled scores, and a coin in place of a count, are the host's."""
         return self.cold.minimum == 0 or self.cold.rule in ("accept", "takeover")
-
-    def filled(self, key: int) -> int:
-        return int(self.store.size[self.store.check_key(key)])
 
     def uniform(self, u: int) -> int:
         """The uniform that the test uses, given the chain's own draw u in 1 .. 2**32: 2**32 for a plain p-value."""
@@ -80,28 +63,11 @@ class Mondrian(Calibrator):
     def _test(self, assessment: Assessment, level: int, u: int) -> bool:
         return decide(assessment.greater, assessment.ties, assessment.n, level, self.uniform(u))
 
-    def observe(
-        self, score: float, key: int, takeover: bool | None = None, group: str = "", p_value: float | None = None
-    ) -> None:
-        if self.frozen:
-            self.store.count(score, key)
-        else:
-            self.store.insert(score, key)
-
     def request(self, key: int, u: int, pending: Pending = NOTHING_PENDING) -> GateRequest:
         if not self.on_device:
             return super().request(key, u, pending)
         row = self.store.check_key(key)
         return GateRequest(self.store, row, self.level(key, pending), self.uniform(u), not self.frozen)
-
-    def options(self) -> dict[str, Any]:
-        return {"keys": self.keys, "capacity": self.store.capacity, **self.cold_options()}
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return store_arrays(self.store)
-
-    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.store = checked_store(arrays, self.keys, self.store.capacity)
 
 
 class SlidingWindow(Mondrian):
@@ -112,17 +78,7 @@ class SlidingWindow(Mondrian):
     """
 
     name = "window"
-
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 512,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-    ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+    default_capacity = 512
 
 
 class Split(Mondrian):
@@ -135,19 +91,13 @@ class Split(Mondrian):
     """
 
     name = "split"
+    default_keys = 1
+    default_capacity = 65536
 
     def __init__(
-        self,
-        alpha: float,
-        keys: int = 1,
-        capacity: int = 65536,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-        smoothed: bool = False,
-        pac: float | None = None,
+        self, alpha: float, *, smoothed: bool = False, pac: float | None = None, **common: Unpack[Common]
     ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+        super().__init__(alpha, **common)
         if pac is not None and not 0.0 < pac < 1.0:
             raise CalibrationError(f"pac must lie strictly between 0 and 1, not {pac}")
         self.smoothed = smoothed

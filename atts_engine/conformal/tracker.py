@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from atts_engine.conformal.calibrator import NOTHING_PENDING, Assessment, ColdStart, Pending, Ruling, check_positive
+from atts_engine.conformal.calibrator import NOTHING_PENDING, Assessment, Common, Pending, Ruling, check_positive
 from atts_engine.conformal.errors import CalibrationError
 from atts_engine.conformal.pvalue import LEVEL_ONE
 from atts_engine.conformal.rings import Mondrian
-from atts_engine.conformal.state import Meta
 from atts_engine.conformal.store import as_score
 
 
@@ -33,25 +32,22 @@ class QuantileTracker(Mondrian):
     def __init__(
         self,
         alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
+        *,
         step: float = 0.02,
         decay: float = 0.0,
         low: float = 0.0,
         high: float = 20.0,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+        super().__init__(alpha, **common)
         self.step = check_positive("the step", step)
         if not 0.0 <= decay < 1.0:
             raise CalibrationError(f"the decay must lie in [0, 1), not {decay}")
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise CalibrationError(f"the range of scores must be finite and not empty, not {low} .. {high}")
         self.decay, self.low, self.high = decay, low, high
-        self.threshold: npt.NDArray[np.float64] = np.full(keys, np.nan)
-        self.decided: npt.NDArray[np.int64] = np.zeros(keys, dtype=np.int64)
+        self.threshold: npt.NDArray[np.float64] = np.full(self.keys, np.nan)
+        self.decided: npt.NDArray[np.int64] = np.zeros(self.keys, dtype=np.int64)
 
     @property
     def on_device(self) -> bool:

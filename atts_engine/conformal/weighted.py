@@ -4,58 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from atts_engine.conformal.calibrator import Assessment, Calibrator, ColdStart
+from atts_engine.conformal.calibrator import Assessment, Calibrator, ColdStart, Common
 from atts_engine.conformal.errors import CalibrationError
 from atts_engine.conformal.pvalue import LEVEL_ONE, check_uniform, level_of
-from atts_engine.conformal.state import Meta, checked_store, store_arrays
-from atts_engine.conformal.store import RingStore, as_score
+from atts_engine.conformal.store import as_score
 
 
 class _Weighted(Calibrator):
     """Scores of a key in a ring, weighed anew for every test: O(n) a decision, on the host."""
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-    ) -> None:
-        super().__init__(alpha, keys, frozen, meta, cold)
+    def __init__(self, alpha: float, **common: Unpack[Common]) -> None:
+        super().__init__(alpha, **common)
         if self.cold.rule == "borrow":
             raise CalibrationError(f"the {self.name} calibrator does not pool keys; choose another cold start")
-        self.store = RingStore(keys, capacity)
 
-    def filled(self, key: int) -> int:
-        return int(self.store.size[self.store.check_key(key)])
-
-    def observe(
-        self, score: float, key: int, takeover: bool | None = None, group: str = "", p_value: float | None = None
-    ) -> None:
-        if self.frozen:
-            self.store.count(score, key)
-        else:
-            self.store.insert(score, key)
-
-    def options(self) -> dict[str, Any]:
-        return {"keys": self.keys, "capacity": self.store.capacity, **self.cold_options()}
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return store_arrays(self.store)
-
-    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.store = checked_store(arrays, self.keys, self.store.capacity)
-
-    def _held(self, score: float, key: int) -> tuple[npt.NDArray[np.float32], float]:
-        n = self.filled(key)
-        return self.store.ring[key, :n], as_score(score)
+    def _held(self, key: int) -> npt.NDArray[np.float32]:
+        return self.store.ring[key, : self.store.size[self.store.check_key(key)]]
 
 
 class Weighted(_Weighted):
@@ -67,23 +36,14 @@ class Weighted(_Weighted):
 
     name = "weighted"
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-        rho: float = 0.99,
-    ) -> None:
-        super().__init__(alpha, keys, capacity, frozen, meta, cold)
+    def __init__(self, alpha: float, *, rho: float = 0.99, **common: Unpack[Common]) -> None:
+        super().__init__(alpha, **common)
         if not 0.0 < rho <= 1.0:
             raise CalibrationError(f"rho must lie in (0, 1], not {rho}")
         self.rho = rho
 
     def assess(self, score: float, key: int, u: int, group: str = "") -> Assessment:
-        held, value = self._held(score, key)
+        held, value = self._held(key), as_score(score)
         n = held.size
         # The newest score lies just before the head, in a ring that may have wrapped.
         age = (int(self.store.head[key]) - 1 - np.arange(n)) % self.store.capacity + 1
@@ -109,28 +69,19 @@ class Hierarchical(_Weighted):
 
     name = "hierarchical"
 
-    def __init__(
-        self,
-        alpha: float,
-        keys: int = 64,
-        capacity: int = 4096,
-        frozen: bool = False,
-        meta: Meta | None = None,
-        cold: ColdStart | None = None,
-    ) -> None:
-        super().__init__(
-            alpha, keys, capacity, frozen, meta, cold or ColdStart("coin", -(-LEVEL_ONE // level_of(alpha)))
-        )
-        self.group: npt.NDArray[np.int64] = np.zeros((keys, capacity), dtype=np.int64)
+    def __init__(self, alpha: float, **common: Unpack[Common]) -> None:
+        if common.get("cold") is None:
+            common["cold"] = ColdStart("coin", -(-LEVEL_ONE // level_of(alpha)))
+        super().__init__(alpha, **common)
+        self.group: npt.NDArray[np.int64] = np.zeros(self.store.ring.shape, dtype=np.int64)
 
     def filled(self, key: int) -> int:
-        n = int(self.store.size[self.store.check_key(key)])
-        return int(np.unique(self.group[key, :n]).size)
+        return int(np.unique(self.group[key, : self._held(key).size]).size)
 
     def assess(self, score: float, key: int, u: int, group: str = "") -> Assessment:
         check_uniform(u)
-        n = super().filled(key)
-        held, value = self.store.ring[key, :n], as_score(score)
+        held, value = self._held(key), as_score(score)
+        n = held.size
         others = self.group[key, :n] != group_of(group)
         _, index, chains = np.unique(self.group[key, :n][others], return_inverse=True, return_counts=True)
         at_least = held[others] >= value
