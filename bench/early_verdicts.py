@@ -184,11 +184,9 @@ def study(
         found[kind] |= {mode: {} for mode in MODES}
         for mode, name, ends in Study(rows, classes, miscoverage).intervals():
             found[kind][mode][name] = figures(held[2], rows[2], ends, threshold, full, sees)
-    counts = {
-        name: {"problems": len({span.problem for span in part}), "spans": len(part)}
-        for name, part in zip(("fitting", "calibration", "test"), parts)
-    }
-    return {"parts": counts, "turn_groups": len(edges), "labels": found}
+    counts = [{"problems": len({span.problem for span in part}), "spans": len(part)} for part in parts]
+    named = dict(zip(("fitting", "calibration", "test"), counts))
+    return {"parts": named, "turn_groups": len(edges), "labels": found}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -206,13 +204,12 @@ def table(record: dict[str, Any]) -> str:
             lines.append("|---|---|---|---|---|---|---|---|")
             for name, f in cell[mode].items():
                 mean, low, high = f["verdicts_changed_by_problem"].values()
-                row = [
-                    name,
-                    f"{f['coverage']:.1%}",
-                    f"{f['coverage_at_every_prefix']:.1%}",
+                row = [name, f"{f['coverage']:.1%}", f"{f['coverage_at_every_prefix']:.1%}"]
+                row += [
                     f"{f['mean_set_size']:.2f}",
+                    f"{f['settled_early']:.1%}",
+                    f"{mean:.1%} ({low:.1%} to {high:.1%})",
                 ]
-                row += [f"{f['settled_early']:.1%}", f"{mean:.1%} ({low:.1%} to {high:.1%})"]
                 row += [f"{f[tokens + '_share']:.1%}" for tokens in SAVED]
                 lines.append("| " + " | ".join(row) + " |")
             lines.append("")
