@@ -16,6 +16,8 @@ from atts_engine.evaluation.jsonl import Line, read_lines
 
 MIN_GROUP = 100
 """Fitting and calibration spans of a group of turns; a turn with fewer shares its group with later ones."""
+FLOOR = 1e-3
+"""Nats per token that are added before the logarithm: a mean NLL is 0 or more, with a long tail."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -101,7 +103,7 @@ def turn_groups(parts: Sequence[Sequence[Span]]) -> dict[int, int]:
 
 
 def rows_of(spans: Sequence[Span], labels: Sequence[int], groups: dict[int, int], sees: str) -> Rows:
-    """Features: the draft's mean NLL so far, and the target's where `sees` is "both"."""
+    """Features: log(mean NLL so far + FLOOR) under the draft, and under the target where `sees` is "both"."""
     index = [(i, groups[span.turn], p) for i, span in enumerate(spans) for p in range(len(span.n) - 1)]
     at = np.asarray(index, dtype=np.int64).reshape(-1, 3)
     features = [[spans[i].draft[p]] + ([spans[i].score[p]] if sees == "both" else []) for i, _, p in index]
@@ -109,6 +111,6 @@ def rows_of(spans: Sequence[Span], labels: Sequence[int], groups: dict[int, int]
     return Rows(
         at[:, 0],
         at[:, 1:],
-        np.asarray(features, dtype=np.float64).reshape(-1, width),
+        np.log(np.maximum(np.asarray(features, dtype=np.float64).reshape(-1, width), 0.0) + FLOOR),
         np.asarray(labels, dtype=np.int64)[at[:, 0]],
     )

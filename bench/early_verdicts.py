@@ -176,17 +176,17 @@ def study(
         labels = [[bin_of(s) if kind == "score" else int(s.wrong is True) for s in part] for part in held]
         rows = [rows_of(part, y, groups, sees) for part, y in zip(held, labels)]
         if not len(rows[2].span):
-            raise InputError("no test span has a chunk before its last: record the traces with shorter chunks")
+            raise InputError(
+                "no test span has a chunk before its last: record the traces with a smaller --chunk-tokens"
+            )
         full = [bin_of(span) >= takeover_from for span in held[2]]
         found[kind] = {"test_spans": len(full), "takeover_share": sum(full) / len(full), "classes": classes}
         found[kind] |= {mode: {} for mode in MODES}
         for mode, name, ends in Study(rows, classes, miscoverage).intervals():
             found[kind][mode][name] = figures(held[2], rows[2], ends, threshold, full, sees)
-    counts = {
-        name: {"problems": len({span.problem for span in part}), "spans": len(part)}
-        for name, part in zip(("fitting", "calibration", "test"), parts)
-    }
-    return {"parts": counts, "turn_groups": len(edges), "labels": found}
+    counts = [{"problems": len({span.problem for span in part}), "spans": len(part)} for part in parts]
+    named = dict(zip(("fitting", "calibration", "test"), counts))
+    return {"parts": named, "turn_groups": len(edges), "labels": found}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -196,25 +196,25 @@ def table(record: dict[str, Any]) -> str:
     for kind, cell in record["labels"].items():
         lines.append(
             f"## Label: {kinds[kind]} ({cell['classes']} classes, {cell['test_spans']} test spans, "
-            f"{_share(cell['takeover_share'])} taken over when scored whole)\n"
+            f"{cell['takeover_share']:.1%} taken over when scored whole)\n"
         )
         for mode, says in MODES.items():
             lines.append(f"{says}:\n")
             lines.append("| method | covered | at every prefix | set size | settled | changed (95%) | target | draft |")
             lines.append("|---|---|---|---|---|---|---|---|")
             for name, f in cell[mode].items():
-                mean, low, high = map(_share, f["verdicts_changed_by_problem"].values())
-                row = [name, _share(f["coverage"]), _share(f["coverage_at_every_prefix"]), f"{f['mean_set_size']:.2f}"]
-                row += [_share(f["settled_early"]), f"{mean} ({low} to {high})"]
-                row += [_share(f[f"{tokens}_share"]) for tokens in SAVED]
+                mean, low, high = f["verdicts_changed_by_problem"].values()
+                row = [name, f"{f['coverage']:.1%}", f"{f['coverage_at_every_prefix']:.1%}"]
+                row += [
+                    f"{f['mean_set_size']:.2f}",
+                    f"{f['settled_early']:.1%}",
+                    f"{mean:.1%} ({low:.1%} to {high:.1%})",
+                ]
+                row += [f"{f[tokens + '_share']:.1%}" for tokens in SAVED]
                 lines.append("| " + " | ".join(row) + " |")
             lines.append("")
     lines.append("target: tokens not verified; draft: tokens not written; both of all drafted tokens.")
     return "\n".join(lines)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}%"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

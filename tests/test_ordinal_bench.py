@@ -108,6 +108,7 @@ def test_tokens_are_counted_from_the_settling_prefix() -> None:
     for sees, verified in (("both", 5 + 20), ("draft", 25 + 30)):
         rows = rows_of(spans, [1, 2, 0], {0: 0}, sees)
         assert rows.features.shape == (3, 2 if sees == "both" else 1)
+        assert rows.features == pytest.approx(np.log(1.001))
         # Span 0 is kept at its second prefix, span 1 taken over at its first, which changes its verdict.
         f = figures(spans, rows, ends, 3, [False, False, True], sees)
         assert f["target_tokens_not_verified"] == verified and f["draft_tokens_not_written"] == 20
