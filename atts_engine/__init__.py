@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from atts_engine.pipeline import (
         Chain,
         ChainEvent,
+        ChunkScore,
         Decision,
         Problem,
         Solution,
@@ -29,6 +30,7 @@ _HOMES = {
     "atts_engine.pipeline": (
         "Chain",
         "ChainEvent",
+        "ChunkScore",
         "Decision",
         "Problem",
         "Solution",
@@ -47,6 +49,7 @@ __all__ = [
     "Chain",
     "ChainError",
     "ChainEvent",
+    "ChunkScore",
     "Decision",
     "Engine",
     "EngineConfig",

@@ -63,6 +63,7 @@ def run_words(problems: Path, out: Path, *more: str) -> list[str]:
         (["--top-p", "0"], "top_p"),
         (["--dtype", "int4"], "dtype must be one of"),
         (["--page-size", "0"], "page_size"),
+        (["--chunk-tokens", "0"], "chunk_tokens must be 1 or more"),
         (["--concurrency", "0"], "--concurrency must be 1 or more"),
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--draft", "nowhere"], "no model 'nowhere'"),

@@ -29,6 +29,7 @@ from atts_engine import (
 from atts_engine.conformal import Mondrian
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.registers import heldout
+from atts_engine.models import load_model
 
 CONFIG = EngineConfig("tiny-draft", "tiny-target", kv_tokens=16384)
 PARAMS = ATTSParams(chains=4, turns=10, draft_tokens=24, target_tokens=24, seed=3)
@@ -54,9 +55,11 @@ def with_engine(work: Callable[[AsyncEngine], Awaitable[Any]], config: EngineCon
     return asyncio.run(main())
 
 
-def content(chain: Chain) -> Chain:
-    """The chain without its times."""
-    turns = tuple(replace(t, t_draft=0.0, t_verdict=0.0, t_target=0.0) for t in chain.turns)
+def content(chain: Chain, *, chunks: bool = True) -> Chain:
+    """The chain without its times, and without its chunks where runs that hand over differently are compared."""
+    turns = tuple(
+        replace(t, t_draft=0.0, t_verdict=0.0, t_target=0.0, chunks=t.chunks if chunks else ()) for t in chain.turns
+    )
     return replace(chain, duration_s=0.0, turns=turns)
 
 
@@ -82,7 +85,7 @@ def test_same_chains_at_any_concurrency_and_batch_size(takeover: str) -> None:
             async def one(problem: Problem) -> list[Chain]:
                 async with slots:
                     solution = await engine.solve(problem, params, calibrator=calibrator)
-                return [content(c) for c in solution.chains]
+                return [content(c, chunks=config.chunk_tokens == CONFIG.chunk_tokens) for c in solution.chains]
 
             return [c for chains in await asyncio.gather(*map(one, problems(6))) for c in chains]
 
@@ -92,7 +95,8 @@ def test_same_chains_at_any_concurrency_and_batch_size(takeover: str) -> None:
     assert any(t.takeover for c in alone for t in c.turns)
     assert alone == run(6, CONFIG)
     # A small token budget cuts spans elsewhere, small chunks hand them over elsewhere, a small pool preempts.
-    assert alone == run(6, replace(CONFIG, max_batch_tokens=9, chunk_tokens=5, page_size=8, kv_tokens=1200))
+    other = run(6, replace(CONFIG, max_batch_tokens=9, chunk_tokens=5, page_size=8, kv_tokens=1200))
+    assert [content(c, chunks=False) for c in alone] == other
 
 
 def test_a_chain_is_the_same_alone_and_among_its_siblings() -> None:
@@ -147,6 +151,58 @@ def test_scores_and_greedy_text_equal_transformers() -> None:
         for history, own in greedy:
             logits = oracle(torch.tensor([history + own])).logits[0]
             assert own == logits[len(history) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("strategy", ["atts", "atts-sync"])
+def test_chunk_scores_are_running_means_of_transformers(strategy: str) -> None:
+    """Both models' log-probabilities of the draft's tokens, though temperature and filters decide what is drawn. A pool
+    so small that sequences are preempted and computed again changes no bit of them."""
+    transformers = pytest.importorskip("transformers", reason="the oracle of this test is transformers (extra: dev)")
+    from atts_engine.models.load import resolve
+
+    params = replace(PARAMS, strategy=strategy, temperature=0.7, top_k=20, top_p=0.95)
+    config = replace(CONFIG, chunk_tokens=7)
+
+    async def work(engine: AsyncEngine) -> tuple[list[Chain], list[tuple[int, ...]], float]:
+        found = problems(3)
+        solutions = await asyncio.gather(*(engine.solve(p, params, calibrator=frozen_calibrator()) for p in found))
+        preempted = sum(lane["preemptions"] for lane in engine.stats().values())
+        prompts = [engine._prompts(p).target for p in found]
+        return [content(c) for s in solutions for c in s.chains], prompts, preempted
+
+    chains, prompts, _ = with_engine(work, config)
+    again, _, preempted = with_engine(work, replace(config, kv_tokens=700, page_size=8))
+    assert preempted > 0
+    assert again == chains
+
+    models = {
+        name: transformers.LlamaForCausalLM.from_pretrained(resolve(name), dtype=torch.float32).eval()
+        for name in ("tiny-target", "tiny-draft")
+    }
+    tokenizer = load_model("tiny-target", "cpu", torch.float32).tokenizer
+    cut = 0
+    for chain in chains:
+        turn = chain.turns[0]
+        assert [c.n for c in turn.chunks] == [*range(7, turn.draft_tokens, 7), turn.draft_tokens]
+        for turn in chain.turns:
+            assert turn.chunks[-1].score == turn.score
+            assert turn.chunks[-1].n == turn.draft_tokens
+            cut += len(turn.chunks) > 1
+        # The text of a first turn is enough to know its tokens, less the one that ends a text.
+        turn, prompt = chain.turns[0], prompts[chain.problem_index]
+        span = tokenizer.encode(turn.draft)
+        if len(span) < turn.draft_tokens:
+            span.append(tokenizer.eos_token_ids[0])
+        assert len(span) == turn.draft_tokens
+        ids = torch.tensor([[*prompt, *span]])
+        for name in models:
+            with torch.no_grad():
+                logprobs = models[name](ids).logits[0].double().log_softmax(-1)
+            told = [-float(logprobs[len(prompt) + i - 1, token]) for i, token in enumerate(span)]
+            for chunk in turn.chunks:
+                given = chunk.score if name == "tiny-target" else chunk.draft_score
+                assert given == pytest.approx(sum(told[: chunk.n]) / chunk.n, abs=1e-4)
+    assert cut > len(chains)
 
 
 def test_decision_log_replays_to_the_bit_and_keeps_the_host_store_equal() -> None:

@@ -133,6 +133,26 @@ def test_stop_strings_ids_and_eos_end_a_span_and_stay_in_it() -> None:
     assert len(finish(ignoring)[0]) == 12
 
 
+def test_log_probabilities_of_drawn_tokens_are_the_models_own_and_only_given_when_asked_for() -> None:
+    """Temperature and filters decide what is drawn, not what is told; askers share steps with the rest."""
+    bench = Bench()
+    drawn: dict[int, list[TokenChunk]] = {0: [], 1: [], 2: []}
+    for i, chunks in drawn.items():
+        bench.core.open(i, (i, 3))
+        sampling = SamplingParams(temperature=3.0, top_k=5, top_p=0.9, seed=i, ignore_eos=True, logprobs=i != 1)
+        bench.post(i, lambda reply, s=sampling, out=chunks: Decode(20, s, 6, out.append, reply))  # type: ignore[misc]
+    bench.run()
+    for i, chunks in drawn.items():
+        assert [len(c.tokens) for c in chunks] == [6, 6, 6, 2]
+        if i == 1:
+            assert all(c.logprobs == () for c in chunks)
+            continue
+        tokens = [t for c in chunks for t in c.tokens]
+        wanted = [log_probability([i, 3, *tokens[:n]], token) for n, token in enumerate(tokens)]
+        assert len(set(wanted)) == 2  # a draw that was never the favourite would prove little
+        assert [p for c in chunks for p in c.logprobs] == pytest.approx(wanted, abs=1e-6)
+
+
 def test_nan_ends_one_chain_and_its_pages_harm_nobody() -> None:
     bench = Bench(kv_tokens=48, poison=EOS)  # favoured() never gives EOS
     bench.core.open(0, (1, 2, 3))

@@ -86,10 +86,14 @@ class LaneMachine(RuleBasedStateMachine):
         if len(seq.tokens) + n > 30:
             return
         chunks: list[TokenChunk] = []
-        self.ask(seq, lambda reply: Decode(n, SamplingParams(temperature=0.0), 2, chunks.append, reply))
+        sampling = SamplingParams(temperature=0.0, logprobs=True)
+        self.ask(seq, lambda reply: Decode(n, sampling, 2, chunks.append, reply))
         written = [t for c in chunks for t in c.tokens]
         assert written == greedy(seq.tokens, n)
         assert [c.finish for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        # The fake model wants every greedy token equally much, whatever came before it.
+        likely = log_probability([], greedy([], 1)[0])
+        assert [p for c in chunks for p in c.logprobs] == pytest.approx([likely] * n, abs=1e-6)
         seq.tokens.extend(written)
 
     @rule(seq=sequences, n=st.integers(2, 9), steps=st.integers(0, 4))
@@ -110,8 +114,9 @@ class LaneMachine(RuleBasedStateMachine):
         result = self.ask(seq, lambda reply: Verdict(None, reply))
         assert isinstance(result, SpanResult)
         assert result.n_tokens == len(seq.scored)
-        expected = sum(log_probability(seq.tokens[:p], seq.tokens[p]) for p in seq.scored)
-        assert result.sum_logprob == pytest.approx(expected, abs=1e-5)
+        expected = [log_probability(seq.tokens[:p], seq.tokens[p]) for p in seq.scored]
+        assert result.logprobs == pytest.approx(expected, abs=1e-6)
+        assert result.sum_logprob == pytest.approx(sum(expected), abs=1e-5)
         seq.scored.clear()
 
     @rule(seq=sequences, data=st.data())

@@ -37,6 +37,23 @@ def test_against_float64(
     torch.testing.assert_close(ops.score_logits(logits.float(), ids).double(), wanted, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vocab", [48, 49152, 151936])
+def test_a_row_of_logits_has_the_same_bits_alone_and_in_company(threads: int, vocab: int) -> None:
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(17, vocab, generator=g) * 4
+    ids = torch.randint(0, vocab, (17,), generator=g)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        among = ops.score_logits(logits, ids)
+        for rows in (1, 2, 3, 7):
+            for at in range(0, 17 - rows + 1, rows):
+                assert torch.equal(ops.score_logits(logits[at : at + rows], ids[at : at + rows]), among[at : at + rows])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_extreme_logits_and_failures_stay_in_their_row() -> None:
     x = torch.tensor([[1.0], [1e4], [float("nan")], [-1e4]])
     weight = torch.tensor([[10.0], [-10.0], [0.0]])

@@ -14,10 +14,11 @@ import pytest
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import JsonlWriter, read_lines
 from atts_engine.evaluation.traces import chain_to_json, has_tokens, read_chains, read_problems
-from atts_engine.pipeline.records import Chain, Problem, Turn
+from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 
+CHUNKS = (ChunkScore(2, 0.125, 1.5), ChunkScore(3, 0.25, 0.0625))
 TURNS = (
-    Turn(0, "first, ", 3, 0.25, math.exp(0.25), 0.5, 0.75, True, "no: second\n", 4, 0.1, 0.2, 0.3),
+    Turn(0, "first, ", 3, 0.25, math.exp(0.25), 0.5, 0.75, True, "no: second\n", 4, 0.1, 0.2, 0.3, CHUNKS),
     Turn(1, "\u00fc \\boxed{5}", 7, None, None, None, None, False, None, 0, 0.4, 0.0, 0.0),
 )
 CHAIN = Chain("p-1", 3, 2, "5", "5", 1.5, TURNS, "atts", "answer", None, {"seed": 7})
@@ -71,6 +72,19 @@ def test_a_trace_without_scores_and_counts_of_tokens(tmp_path: Path) -> None:
     assert "draft_tokens" not in chain_to_json(read)["turns"][0]
 
 
+def test_chunks_are_read_where_they_were_written(tmp_path: Path) -> None:
+    record = chain_to_json(CHAIN)
+    assert record["turns"][0]["chunks"] == [
+        {"n": 2, "score": 0.125, "draft_score": 1.5}, {"n": 3, "score": 0.25, "draft_score": 0.0625}
+    ]  # fmt: skip
+    assert "chunks" not in record["turns"][1]
+    for absent in ({"chunks": None}, {"chunks": []}, {}):
+        record["turns"][0].pop("chunks", None)
+        record["turns"][0] |= absent
+        (read,) = read_chains(_write(tmp_path / "chains.jsonl", json.dumps(record)))
+        assert read.turns[0] == replace(TURNS[0], chunks=())
+
+
 def _spoilt(**changes: Any) -> str:
     return json.dumps({**chain_to_json(CHAIN), **changes})
 
@@ -97,6 +111,9 @@ def _spoilt_turn(**changes: Any) -> str:
         (_spoilt_turn(ppl=float("nan")), "'ppl' must be finite"),
         (_spoilt_turn(score=float("inf")), "'score' must be finite"),
         (_spoilt_turn(turn=None), "'turn' must be an integer"),
+        (_spoilt_turn(chunks=[{"n": 2, "score": 1}]), r"turns\[0\], chunks\[0\]: field 'draft_score' is missing"),
+        (_spoilt_turn(chunks=[{"n": 2, "score": 1, "draft_score": 1}] * 2), r"rising 'n' from 1 on, not \[2, 2\]"),
+        (_spoilt_turn(chunks=[{"n": 0, "score": 1, "draft_score": 1}]), r"rising 'n' from 1 on, not \[0\]"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, reason: str) -> None:

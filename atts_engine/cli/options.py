@@ -40,6 +40,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--page-size", type=int, default=16, metavar="N", help="tokens in a KV page (default: %(default)s)"
     )
     group.add_argument("--kv-tokens", type=int, default=None, metavar="N", help="KV capacity of a lane in tokens")
+    group.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens that the draft hands over at a time; traces hold a score for each chunk (default: %(default)s)",
+    )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
 
 
@@ -180,6 +187,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         dtype=args.dtype,
         page_size=args.page_size,
         kv_tokens=args.kv_tokens,
+        chunk_tokens=args.chunk_tokens,
         threads=args.threads,
     )
 

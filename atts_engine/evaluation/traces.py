@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import Line, read_lines
-from atts_engine.pipeline.records import Chain, Problem, Turn
+from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 
 _CHAIN_FIELDS = frozenset(
     "problem_id problem_index chain gold final_answer duration_s turns strategy finish error".split()
@@ -104,7 +106,21 @@ def _turn_from_line(line: Line) -> Turn:
         t_draft=line.number("t_draft", 0.0),
         t_verdict=line.number("t_verdict", 0.0),
         t_target=line.number("t_target", 0.0),
+        chunks=_chunks_from_line(line),
     )
+
+
+def _chunks_from_line(line: Line) -> tuple[ChunkScore, ...]:
+    if line.fields.get("chunks") is None:
+        return ()
+    chunks = tuple(
+        ChunkScore(chunk.integer("n"), chunk.number("score"), chunk.number("draft_score"))
+        for chunk in line.objects("chunks")
+    )
+    ends = [0, *(chunk.n for chunk in chunks)]
+    if any(later <= earlier for earlier, later in pairwise(ends)):
+        raise line.error(f"field 'chunks' must have rising 'n' from 1 on, not {ends[1:]}")
+    return chunks
 
 
 def chain_to_json(chain: Chain, *, texts: bool = True) -> dict[str, Any]:
@@ -148,7 +164,10 @@ def _turn_to_json(turn: Turn, texts: bool, tokens: bool) -> dict[str, Any]:
     record |= {"score": turn.score, "p_value": turn.p_value}
     if tokens:
         record |= {"draft_tokens": turn.draft_tokens, "target_tokens": turn.target_tokens}
-    return record | {"t_draft": turn.t_draft, "t_verdict": turn.t_verdict, "t_target": turn.t_target}
+    record |= {"t_draft": turn.t_draft, "t_verdict": turn.t_verdict, "t_target": turn.t_target}
+    if turn.chunks:
+        record["chunks"] = [asdict(chunk) for chunk in turn.chunks]
+    return record
 
 
 def has_tokens(chain: Chain) -> bool:

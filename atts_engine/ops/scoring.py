@@ -76,7 +76,11 @@ def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
         raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
     wide = logits.float()
     peak = wide.amax(1, keepdim=True)
-    total = (wide - peak).exp_().sum(1)
+    weights = (wide - peak).exp_()
+    if len(ids) == 1 and not logits.is_cuda:
+        # Threads cut the sum of a lone row, which changes its bits; rows in company are summed by one thread each.
+        weights = torch.cat((weights, weights))
+    total = weights.sum(1)[: len(ids)]
     return (wide.gather(1, ids[:, None]) - peak)[:, 0] - total.log()
 
 

@@ -5,7 +5,7 @@ from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEve
 from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
 from atts_engine.pipeline.params import STRATEGIES, TAKEOVERS, ATTSParams
 from atts_engine.pipeline.problem import Pair, Prompts, run_problem
-from atts_engine.pipeline.records import Chain, Decision, Problem, Turn
+from atts_engine.pipeline.records import Chain, ChunkScore, Decision, Problem, Turn
 from atts_engine.pipeline.voting import VOTES, tally, winner
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ATTSParams",
     "Chain",
     "ChainEvent",
+    "ChunkScore",
     "ConformalGate",
     "Decision",
     "Event",

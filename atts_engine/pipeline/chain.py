@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
+
+import numpy as np
 
 from atts_engine.backends import Lane, Seq
 from atts_engine.errors import ChainError, ContextFull
@@ -16,8 +19,9 @@ from atts_engine.pipeline.answers import find_answer, last_boxed
 from atts_engine.pipeline.events import Event, TokensEvent, VerdictEvent
 from atts_engine.pipeline.gate import Gate, Judged, Place
 from atts_engine.pipeline.params import ATTSParams
-from atts_engine.pipeline.records import Chain, Problem, Turn
+from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 from atts_engine.pipeline.streams import stream_key
+from atts_engine.runtime.records import TokenChunk
 
 
 class Codec(Protocol):
@@ -40,8 +44,19 @@ class ChainSpec:
 
 @dataclass(slots=True)
 class _Span:
+    """logprobs: of the tokens, where the lane tells them; ends: length of the span at the end of each chunk."""
+
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    def add(self, chunk: TokenChunk) -> None:
+        self.tokens.extend(chunk.tokens)
+        self.logprobs.extend(chunk.logprobs)
+        if chunk.tokens:
+            self.ends.append(len(self.tokens))
+        self.finish = chunk.finish
 
 
 class _Writer:
@@ -148,8 +163,7 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
     try:
         async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
             async for chunk in chunks:
-                span.tokens.extend(chunk.tokens)
-                span.finish = chunk.finish
+                span.add(chunk)
                 writer.wrote(0, author, chunk.tokens)
         finish = span.finish or finish
     except ChainError as failure:
@@ -167,11 +181,10 @@ async def _draft_and_judge(
 ) -> tuple[_Span, Judged, float]:
     """The draft's span, its verdict, and when the last draft token came. The target scores while the draft writes."""
     spec, span = writer.spec, _Span()
-    sampling = spec.params.sampling(_stream(spec, "draft"))
+    sampling = spec.params.sampling(_stream(spec, "draft"), logprobs=True)
     async with aclosing(draft.decode(d, spec.params.draft_tokens, sampling)) as chunks:
         async for chunk in chunks:
-            span.tokens.extend(chunk.tokens)
-            span.finish = chunk.finish
+            span.add(chunk)
             await target.append(t, chunk.tokens, score=True)
             writer.wrote(turn, "draft", chunk.tokens)
     drafted_at = writer.elapsed()
@@ -212,8 +225,7 @@ async def _target_span(
             if held:
                 await draft.append(d, held)
             held = chunk.tokens
-            span.tokens.extend(chunk.tokens)
-            span.finish = chunk.finish
+            span.add(chunk)
             writer.wrote(turn, "target", chunk.tokens)
     return span, held
 
@@ -234,7 +246,22 @@ def _turn_record(spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafte
         takeover=judged.takeover,
         t_draft=drafted_at,
         t_verdict=judged_at,
+        chunks=_chunk_scores(span, judged.logprobs),
     )
+
+
+def _chunk_scores(span: _Span, logprobs: Sequence[float]) -> tuple[ChunkScore, ...]:
+    """Running means at the end of each chunk; none unless both lanes told the log-probability of every token."""
+    if not len(span.tokens) == len(span.logprobs) == len(logprobs):
+        return ()
+    # The order and precision of ops.span_mean: at the span's end the sum has the bits of the span's own.
+    target = list(accumulate(logprobs, initial=0.0))
+    draft = list(accumulate(span.logprobs, initial=0.0))
+    return tuple(ChunkScore(n, _mean_nll(target[n], n), _mean_nll(draft[n], n)) for n in span.ends)
+
+
+def _mean_nll(sum_logprob: float, n: int) -> float:
+    return float(np.float32(-sum_logprob / n))
 
 
 def _perplexity(score: float) -> float:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from atts_engine.backends import Lane, Seq
@@ -26,13 +26,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """percentile: share of what the span was compared with that scores lower (is better)."""
+    """percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
+    tokens under the target, where its lane tells them."""
 
     score: float
     takeover: bool
     p_value: float | None = None
     percentile: float | None = None
     decision: Decision | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Gate(Protocol):
@@ -132,6 +134,7 @@ class ConformalGate:
             decision.p_value,
             lower / decision.n if decision.n else None,
             decision,
+            result.logprobs,
         )
 
     async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> Decision:
@@ -256,7 +259,7 @@ class RankingGate:
         answer: asyncio.Future[Judged] = asyncio.get_running_loop().create_future()
         self._asked[place.chain] = (result.score, answer)
         self._rank_when_all_are_here()
-        return await answer
+        return replace(await answer, logprobs=result.logprobs)
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         return None

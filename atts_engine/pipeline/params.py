@@ -54,9 +54,9 @@ class ATTSParams:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         self.sampling(0)
 
-    def sampling(self, key: int) -> SamplingParams:
+    def sampling(self, key: int, *, logprobs: bool = False) -> SamplingParams:
         """Sampling of one chain's spans on one lane; `key` is the chain's stream there."""
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, seed=key)
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, seed=key, logprobs=logprobs)
 
     @property
     def token_limit(self) -> int:

@@ -20,8 +20,25 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkScore:
+    """What was known of a draft span when its first `n` tokens were there.
+
+    score: mean negative log-likelihood of these tokens under the target; draft_score: the same under the draft's own
+    distribution (temperature 1, nothing filtered away). Nats per token, float32.
+    """
+
+    n: int
+    score: float
+    draft_score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One draft span, its verdict, and the target span if there is one. Times are seconds since the chain began."""
+    """One draft span, its verdict, and the target span if there is one. Times are seconds since the chain began.
+
+    chunks: one for each chunk that the draft handed over, the last being the whole span, whose score it repeats to
+    the bit; none where a lane does not tell the log-probability of each token.
+    """
 
     turn: int
     draft: str
@@ -36,6 +53,7 @@ class Turn:
     t_draft: float = 0.0
     t_verdict: float = 0.0
     t_target: float = 0.0
+    chunks: tuple[ChunkScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

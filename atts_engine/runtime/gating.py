@@ -51,7 +51,9 @@ class DeviceGate:
         bounds = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int64, device=self._device)
         score, total = ops.span_mean(logprobs, bounds)
         sums, means = total.tolist(), score.tolist()
-        results = [SpanResult(sums[i], lengths[i], means[i]) for i in range(len(spans))]
+        results = [
+            SpanResult(sums[i], lengths[i], means[i], logprobs=tuple(s.logprobs.tolist())) for i, s in enumerate(spans)
+        ]
         gated = [i for i, s in enumerate(spans) if s.gate is not None]
         by_store: dict[int, list[int]] = {}
         for i in gated:

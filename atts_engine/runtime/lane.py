@@ -19,7 +19,7 @@ from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
-from atts_engine.runtime.records import SpanResult, TokenChunk
+from atts_engine.runtime.records import SpanResult
 from atts_engine.runtime.runner import Runner, StepOutput
 from atts_engine.runtime.scheduler import Scheduler, Step, Work
 from atts_engine.runtime.sequence import DecodeState, Sequence
@@ -159,18 +159,23 @@ class LaneCore:
                 offset += last - first
                 self.stats.scored_tokens += last - first
             if work.sample:
-                self._take_token(work, next(sampled))
+                self._take_token(work, *next(sampled))
             touched.append(seq)
         for seq in touched:
             if not seq.closed:
                 self._advance(seq)
 
-    def _take_token(self, work: Work, token: int) -> None:
+    def _take_token(self, work: Work, token: int, logprob: float | None) -> None:
         seq, state = work.seq, work.seq.decode
         assert state is not None
         if token < 0:
             self._poisoned(seq, "logits are NaN")
             return
+        if logprob is not None:
+            if not math.isfinite(logprob):
+                self._poisoned(seq, "the log-probability of a sampled token is not finite")
+                return
+            state.logprobs.append(logprob)
         self.stats.sampled_tokens += 1
         seq.tokens.append(token)
         state.produced += 1
@@ -186,8 +191,7 @@ class LaneCore:
         if finish is not None:
             self._end_decode(seq, finish)
         elif len(state.buffer) >= command.chunk_tokens:
-            command.emit(TokenChunk(tuple(state.buffer)))
-            state.buffer.clear()
+            command.emit(state.hand_over())
 
     def _hit_stop_string(self, state: DecodeState) -> bool:
         # A stop string can begin before this token but must end in it, so the last few tokens' text is enough:
@@ -204,7 +208,7 @@ class LaneCore:
         assert state is not None
         seq.decode = None
         if finish is not None:
-            state.command.emit(TokenChunk(tuple(state.buffer), finish))
+            state.command.emit(state.hand_over(finish))
         state.command.reply(None, None)
 
     # -- commands of one sequence --

@@ -15,6 +15,7 @@ class SamplingParams:
     seed: 64-bit stream key of the chain; noise depends on (seed, position, token id) alone.
     stop: strings that end the span (the stop string itself is kept in the span).
     stop_token_ids: ids that end the span (the id is kept); the model's own EOS ids always do unless ignore_eos.
+    logprobs: also hand over each token's log-probability under the model itself (`TokenChunk.logprobs`).
     """
 
     temperature: float = 0.8
@@ -25,6 +26,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
@@ -42,10 +44,12 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
-    string), "length" (max_tokens reached)."""
+    string), "length" (max_tokens reached). logprobs: nats, float32, one for each token where `SamplingParams.logprobs`
+    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,11 @@ class GateOutcome:
 @dataclass(frozen=True, slots=True)
 class SpanResult:
     """What a lane knows of a scored span. sum_logprob: nats, summed over n_tokens in a fixed order;
-    score: -sum_logprob / n_tokens as float32; outcome: None when no gate was asked for."""
+    score: -sum_logprob / n_tokens as float32; outcome: None when no gate was asked for; logprobs: nats, float32, the
+    terms of the sum in its order, or none where the lane knows the sum alone."""
 
     sum_logprob: float
     n_tokens: int
     score: float
     outcome: GateOutcome | None = None
+    logprobs: tuple[float, ...] = ()

@@ -15,11 +15,12 @@ from atts_engine.runtime.scheduler import Step, Work
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """logprobs: float32 on the host, for every position of every `Work.score` in order; sampled: one token id for every
-    `Work.sample` in order, -1 where the logits held NaN."""
+    """logprobs: float32 on the host, for every position of every `Work.score` in order; sampled: for every
+    `Work.sample` in order the token id, -1 where the logits held NaN, and its log-probability (temperature 1, no
+    filters, float32) where the decode asks for it."""
 
     logprobs: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-    sampled: list[int]
+    sampled: list[tuple[int, float | None]]
 
 
 class Runner:
@@ -88,7 +89,7 @@ class Runner:
         logprobs = ops.score_tokens(hidden[self._ints(rows)], self.decoder.lm_head, self._ints(ids))
         return logprobs.cpu().numpy()
 
-    def _sample(self, work: tuple[Work, ...], hidden: torch.Tensor) -> list[int]:
+    def _sample(self, work: tuple[Work, ...], hidden: torch.Tensor) -> list[tuple[int, float | None]]:
         ends = list(accumulate(w.count for w in work))
         rows = [end - 1 for end, w in zip(ends, work, strict=True) if w.sample]
         if not rows:
@@ -104,7 +105,16 @@ class Runner:
             seed=self._ints([p.seed for _, p in states]),
             position=self._ints([seq.total for seq, _ in states]),
         )
-        return [int(token) for token in sampled.tolist()]
+        asked = [i for i, (_, p) in enumerate(states) if p.logprobs]
+        if not asked:
+            return [(token, None) for token in sampled.tolist()]
+        # A row without a draw holds NaN, so any id will do for it.
+        ids = sampled.clamp(min=0)
+        if len(asked) < len(states):
+            some = self._ints(asked)
+            logits, ids = logits[some], ids[some]
+        found = dict(zip(asked, ops.score_logits(logits, ids).tolist(), strict=True))
+        return [(token, found.get(i)) for i, token in enumerate(sampled.tolist())]
 
     def _ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)

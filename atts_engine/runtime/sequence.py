@@ -9,6 +9,7 @@ import numpy as np
 
 from atts_engine.kv import BlockTable
 from atts_engine.runtime.commands import Command, Decode
+from atts_engine.runtime.records import TokenChunk
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -20,8 +21,17 @@ class DecodeState:
     command: Decode
     produced: int = 0
     buffer: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens in `buffer`, where they are asked for."""
     recent: list[int] = field(default_factory=list)
     """The last tokens, as far back as a stop string can reach."""
+
+    def hand_over(self, finish: str | None = None) -> TokenChunk:
+        """The tokens since the last chunk."""
+        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs))
+        self.buffer.clear()
+        self.logprobs.clear()
+        return chunk
 
 
 @dataclass(slots=True, eq=False)
