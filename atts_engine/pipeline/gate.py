@@ -123,7 +123,7 @@ class ConformalGate:
         u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
         key = self.calibrator.key_of(place.turn)
         if self._policy is None and self.calibrator.on_device:
-            decision = await self._ask_lane(lane, seq, place, key, u)
+            decision, result = await self._ask_lane(lane, seq, place, key, u)
         else:
             result = await lane.verdict(seq, None)
             decision = self._decide_here(result.score, place, key, u)
@@ -137,13 +137,14 @@ class ConformalGate:
             result.logprobs,
         )
 
-    async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> Decision:
+    async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> tuple[Decision, SpanResult]:
         plain = self.calibrator.request(key, u, Pending(self._asked_by_key[key], len(self._asked)))
         request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self)
         self._asked[place] = key
         self._asked_by_key[key] += 1
         try:
-            return decision_of(request, await lane.verdict(seq, request))
+            result = await lane.verdict(seq, request)
+            return decision_of(request, result), result
         finally:
             # Heard before it is answered, unless there was no verdict: an error, or an asker that is gone.
             self._settle(place)
