@@ -232,7 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = study(read_spans(given.traces), **settings)
         print(table(record))
         if given.json is not None:
-            command = ["python", "-m", "bench.early_verdicts", *(sys.argv[1:] if arguments is None else arguments)]
+            words = sys.argv[1:] if arguments is None else arguments
+            # A reader has the same file elsewhere: only its folder's and its own name are kept.
+            named = ["/".join(Path(w).parts[-2:]) if Path(w).is_absolute() else w for w in words]
+            command = ["python", "-m", "bench.early_verdicts", *named]
             _write(given.json, {"provenance": provenance(shlex.join(command)), "settings": settings} | record)
     except (InputError, CalibrationError) as error:
         print(f"early_verdicts: error: {error}", file=sys.stderr)
