@@ -413,3 +413,27 @@ def test_plain_weights_equal_crepes() -> None:
         warnings.simplefilter("ignore")
         expected = np.asarray(base.p_values_batch(held, asked, smoothing=False))
     assert weighted.p_values(test, [0] * 100) == pytest.approx(expected, rel=1e-12)
+
+
+class _CountedList(list[float]):
+    """Counts how often it is looked into."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__(values)
+        self.looks = 0
+
+    def __getitem__(self, at: object) -> float:  # type: ignore[override]
+        self.looks += 1
+        return super().__getitem__(at)  # type: ignore[index]
+
+
+def test_a_p_value_looks_at_a_logarithm_of_the_scores() -> None:
+    looks = {}
+    for n in (10**3, 10**6):
+        calibrator = Mondrian(0.4, keys=1, capacity=1)
+        held = _CountedList([i / n for i in range(n)])
+        calibrator.store._sorted[0] = held  # type: ignore[assignment]
+        assert calibrator.p_value(0.25, 0) == (1 + 3 * n // 4) / (n + 1)
+        looks[n] = held.looks
+        assert held.looks <= 2 * math.log2(n) + 4
+    assert looks[10**6] <= 10 * looks[10**3]

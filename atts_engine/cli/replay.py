@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """ "adaptive" or "adaptive+exact-count" as (calibrator, policy)."""
+    """(calibrator, policy) of a name such as adaptive or adaptive+exact-count."""
     calibrator, _, policy = name.partition("+")
     return calibrator, policy or "threshold"
 
