@@ -16,8 +16,8 @@ from atts_engine.cli import main as cli
 from atts_engine.evaluation.decisions import read_decisions
 
 SMALL = [
-    "--task", "registers", "--steps", "2-3", "--problems-count", "4", "--chains", "4", "--concurrency", "2", "--chunk-tokens", "8",
-    "--threads", "1", "--seed", "2", "--plain",
+    "--task", "registers", "--steps", "2-3", "--problems-count", "4", "--chains", "4", "--concurrency", "2",
+    "--chunk-tokens", "8", "--threads", "1", "--seed", "2", "--plain",
 ]  # fmt: skip
 
 
