@@ -1,4 +1,4 @@
-"""Pages under pressure: moved to the host pool or dropped, the same text afterwards, and nothing left in either pool."""
+"""Pages under pressure: moved to the host pool or dropped, the same text afterwards, nothing left in either pool."""
 
 from __future__ import annotations
 
@@ -58,14 +58,15 @@ def park(core: LaneCore, seq: int) -> None:
     kv_pages=st.integers(9, 16),
     host_pages=st.integers(0, 12),
     budget=st.integers(1, 20),
+    priorities=st.lists(st.integers(0, 2), min_size=7, max_size=7),
 )
 def test_sequences_side_by_side_write_the_same_text_in_any_pools(
-    lengths: list[int], kv_pages: int, host_pages: int, budget: int
+    lengths: list[int], kv_pages: int, host_pages: int, budget: int, priorities: list[int]
 ) -> None:
     core = lane(4 * kv_pages, 4 * host_pages, budget=budget)
     chunks = {}
     for i, n in enumerate(lengths):
-        core.open(i, tuple((i + j) % EOS for j in range(n)))
+        core.open(i, tuple((i + j) % EOS for j in range(n)), priority=priorities[i])
         core.command(i, Fork((100 + i, 200 + i), lambda value, error: None))
     # A fork is carried out when its prompt is computed, and what its children are asked before that is refused.
     while any(len(s.pending) for s in core._sequences.values()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +87,11 @@ class LaneCore:
 
     # -- commands --
 
-    def open(self, seq_id: int, prompt: tuple[int, ...]) -> None:
-        self._sequences[seq_id] = Sequence(seq_id, list(prompt), BlockTable(self.pool, self.host_pool))
+    def open(self, seq_id: int, prompt: tuple[int, ...], group: Hashable = None, priority: int = 0) -> None:
+        """group: None is a group of its own, and of those that are forked from it."""
+        group = ("sequence", seq_id) if group is None else group
+        table = BlockTable(self.pool, self.host_pool)
+        self._sequences[seq_id] = Sequence(seq_id, list(prompt), table, group=group, priority=priority)
 
     def command(self, seq_id: int, command: Command) -> None:
         seq = self._sequences.get(seq_id)
@@ -306,6 +309,8 @@ class LaneCore:
                 computed=seq.computed,
                 furthest=seq.computed,
                 preempted=seq.preempted,
+                group=seq.group,
+                priority=seq.priority,
             )
         command.reply(None, None)
         return True

@@ -3,12 +3,17 @@ brings as many sequences as the token budget allows nearer to theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from atts_engine.kv import PagePool
+from atts_engine.runtime.fairness import ServiceCounters
 from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.sequence import Sequence
+
+PREFILL_SHARE = 8
+"""One row in this many is kept for prefill while there is any; see `Scheduler`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +52,21 @@ class Step:
 class _Plan:
     """A step in the making. `chosen`: sequences with work in it, whose pages must stay."""
 
+    sequences: Collection[Sequence]
     budget: int
     work: list[Work] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    impossible: list[Sequence] = field(default_factory=list)
     swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     swapped: int = 0
     dropped: int = 0
     chosen: set[int] = field(default_factory=set)
 
-    def step(self) -> Step:
+    def step(self, impossible: list[Sequence]) -> Step:
         return Step(
             tuple(self.work),
             tuple(self.copies),
-            tuple(self.impossible),
+            tuple(impossible),
             tuple(self.swap_out),
             tuple(self.swap_in),
             self.swapped,
@@ -70,7 +75,18 @@ class _Plan:
 
 
 class Scheduler:
-    """Round robin over the sequences that want work: those served longest ago come first.
+    """Gives out the rows of a step and the pages of the pool.
+
+    Rows: a lower `priority` number goes first, without exception. Within one, sequences that are one row from their
+    goal (decoding) come before longer work (prompts, spans to score), so that no long prompt stalls a running chain;
+    longer work has an eighth of the rows, saved up while it has had less. Within either, the group that was served
+    least goes first (`ServiceCounters`), in it the sequence that was served longest ago.
+
+    Pages: a running sequence may take those of lower priority, of idle sequences, of younger ones of its own group and
+    of groups that would still hold more than its own. One that holds none, because it is new or was preempted, comes in
+    only if there is room for all of it in free pages and those of lower priority: so no two evict each other in turns.
+    When nothing at all could be placed, the first in order takes what it needs from anybody, so that one always gets
+    on.
 
     host: where the KV of preempted sequences may go. costs: None moves it whenever there is room; otherwise only where
     that takes less time than computing it again.
@@ -82,35 +98,75 @@ class Scheduler:
         self._budget = max_batch_tokens
         self._costs = costs
         self._step = 0
+        self._service = ServiceCounters()
+        self._owed: dict[int, int] = {}
+        """Rows that longer work of a priority is still to have, times PREFILL_SHARE."""
 
     def schedule(self, sequences: Collection[Sequence]) -> Step:
         self._step += 1
-        waiting = sorted((s for s in sequences if s.wanted), key=lambda s: (s.last_step, s.id))
-        plan = _Plan(self._budget)
-        for seq in (s for s in waiting if not s.preempted):
-            # A sequence later in the list may have been preempted for one before it.
-            if plan.budget and not seq.preempted:
-                self._place(seq, plan, sequences)
-        for seq in sorted((s for s in waiting if s.preempted and s.id not in plan.chosen), key=lambda s: s.id):
-            # Coming back only into free pages keeps two sequences from evicting each other in turns; with
-            # nothing else to run the oldest may push others out, so that one always gets to its end.
-            fits = seq.table.needed(seq.computed, seq.total + 1) <= self._pool.free
-            if not plan.budget or not (fits or not plan.work):
-                break
-            self._place(seq, plan, sequences)
+        wanted = [s for s in sequences if s.wanted]
+        impossible = [s for s in wanted if self._pages(s.goal) > self._pool.capacity]
+        wanted = [s for s in wanted if self._pages(s.goal) <= self._pool.capacity]
+        self._service.begin({s.group for s in sequences}, {s.group for s in wanted})
+        plan = _Plan(sequences, self._budget)
+        levels = sorted({s.priority for s in wanted})
+        self._owed = {level: self._owed.get(level, 0) for level in levels}
+        for level in levels:
+            self._serve(level, [s for s in wanted if s.priority == level], plan)
+        if not plan.work:
+            self._force(wanted, plan)
         # Only now: a slot that is read in this step must not be written in it.
         self._host.release(slot for slot, _ in plan.swap_in)
-        return plan.step()
+        return plan.step(impossible)
 
-    def _place(self, seq: Sequence, plan: _Plan, sequences: Collection[Sequence]) -> None:
+    def _serve(self, level: int, wanted: list[Sequence], plan: _Plan) -> None:
+        """Give rows to the sequences of one priority."""
+        running = [s for s in wanted if s.computed and not s.preempted]
+        rows = [s for s in running if s.remaining == 1]
+        long = [s for s in running if s.remaining > 1]
+        entering = [s for s in wanted if not s.computed or s.preempted]
+        if long or entering:
+            self._owed[level] = min(self._owed[level] + self._budget, PREFILL_SHARE * self._budget)
+        else:
+            self._owed[level] = 0
+        self._run(rows, plan, keep=self._owed[level] // PREFILL_SHARE)
+        left = plan.budget
+        self._run(long, plan)
+        self._admit(entering, plan)
+        self._owed[level] = max(0, self._owed[level] - PREFILL_SHARE * (left - plan.budget))
+        self._run(rows, plan)
+
+    def _run(self, sequences: Iterable[Sequence], plan: _Plan, keep: int = 0) -> None:
+        for seq in self._service.order(sequences, lambda s: (s.last_step, s.id)):
+            if plan.budget <= keep:
+                return
+            # It may have been preempted for one before it.
+            if not seq.preempted and seq.id not in plan.chosen:
+                self._place(seq, plan, self._may_take(seq, plan))
+
+    def _admit(self, sequences: Iterable[Sequence], plan: _Plan) -> None:
+        for seq in self._service.order(sequences, lambda s: (s.id,)):
+            room, lower = self._pool.free, []
+            needed = seq.table.needed(seq.computed, seq.total + 1)
+            if needed > room:
+                lower = [s for s in self._holders(seq, plan) if s.priority > seq.priority]
+                room += sum(len(s.table.private) for s in lower)
+            # Who comes after it must wait too, or small sequences would keep a large one out for good.
+            if not plan.budget or needed > room:
+                return
+            self._place(seq, plan, lower.__contains__)
+
+    def _force(self, wanted: list[Sequence], plan: _Plan) -> None:
+        for seq in sorted(wanted, key=lambda s: (s.priority, self._service.served(s.group), s.id)):
+            if not plan.work:
+                self._place(seq, plan, lambda victim: True)
+
+    def _place(self, seq: Sequence, plan: _Plan, may_take: Callable[[Sequence], bool]) -> None:
         """Give the sequence as much work as the budget allows, unless it cannot have the pages for it."""
-        if self._pages(seq.goal) > self._pool.capacity:
-            plan.impossible.append(seq)
-            return
         start = seq.computed
         count = min(seq.remaining, plan.budget)
         while seq.table.needed(start, start + count) > self._pool.free:
-            victim = self._victim(seq, plan, sequences)
+            victim = self._victim([s for s in self._holders(seq, plan) if may_take(s)])
             if victim is None:
                 return
             self._preempt(victim, plan)
@@ -119,17 +175,41 @@ class Scheduler:
         plan.copies += seq.table.reserve(start, start + count)
         plan.budget -= count
         plan.chosen.add(seq.id)
+        self._service.charge(seq.group, count)
         seq.last_step = self._step
         seq.preempted = False
         sample = seq.decode is not None and start + count == seq.total
         plan.work.append(Work(seq, start, count, tuple(seq.score_ranges(start, count)), sample))
 
-    def _victim(self, seq: Sequence, plan: _Plan, sequences: Collection[Sequence]) -> Sequence | None:
-        """Who gives up its pages: those that free some before those that only let go of shared ones, idle before busy,
-        then the youngest; never one that is older and busy."""
-        holders = [s for s in sequences if s is not seq and s.table.pages and s.id not in plan.chosen]
-        holders = [s for s in holders if not s.wanted or s.id > seq.id]
-        return max(holders, key=lambda s: (bool(s.table.private), not s.wanted, s.id), default=None)
+    def _holders(self, seq: Sequence, plan: _Plan) -> list[Sequence]:
+        """Who else holds pages that this step does not need."""
+        return [s for s in plan.sequences if s is not seq and s.table.pages and s.id not in plan.chosen]
+
+    def _may_take(self, seq: Sequence, plan: _Plan) -> Callable[[Sequence], bool]:
+        """Whose pages a running sequence may take."""
+
+        def allowed(victim: Sequence) -> bool:
+            if victim.priority != seq.priority:
+                return victim.priority > seq.priority
+            if not victim.wanted:
+                return True
+            if victim.group == seq.group:
+                return victim.id > seq.id
+            held: Counter[Hashable] = Counter()
+            for s in plan.sequences:
+                held[s.group] += len(s.table.private)
+            return held[victim.group] - len(victim.table.private) > held[seq.group]
+
+        return allowed
+
+    def _victim(self, holders: list[Sequence]) -> Sequence | None:
+        """Who gives up its pages: those that free some before those that only let go of shared ones, then the lowest
+        priority, idle before busy, the most served group, the youngest."""
+        return max(
+            holders,
+            key=lambda s: (bool(s.table.private), s.priority, not s.wanted, self._service.served(s.group), s.id),
+            default=None,
+        )
 
     def _preempt(self, seq: Sequence, plan: _Plan) -> None:
         if self._moves(seq):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +59,10 @@ class Sequence:
     preempted: bool = False
     """It gave up pages and has not been placed in a step since."""
     closed: bool = False
+    group: Hashable = None
+    """Sequences of one group share one claim to the lane's time; see `ServiceCounters`."""
+    priority: int = 0
+    """Lower numbers are served first and preempted last."""
 
     @property
     def total(self) -> int:
