@@ -28,7 +28,15 @@ from atts_engine.pipeline import (
 )
 from atts_engine.pipeline.events import SolutionEvent
 from atts_engine.pipeline.gate import PlacedRequest
-from atts_engine.runtime import EngineLoop, LaneCore, Mailbox, SpanResult, default_kv_tokens
+from atts_engine.runtime import (
+    EngineLoop,
+    LaneCore,
+    Mailbox,
+    SpanResult,
+    available_bytes,
+    kv_bytes_per_token,
+    pool_tokens,
+)
 
 DecisionListener = Callable[[Decision], None]
 T = TypeVar("T")
@@ -80,11 +88,7 @@ class AsyncEngine:
             raise InputError(
                 f"{config.draft} and {config.target} have different tokenizers; choose a pair that shares one"
             )
-        cores = (
-            _core("draft", draft, config, config.draft_device),
-            _core("target", target, config, config.target_device),
-        )
-        return cls(config, draft, target, cores, calibrator)
+        return cls(config, draft, target, _cores(config, draft, target), calibrator)
 
     async def generate(
         self,
@@ -162,6 +166,8 @@ class AsyncEngine:
             | {
                 "free_pages": core.pool.free,
                 "used_pages": core.pool.used,
+                "host_free_pages": core.host_pool.free,
+                "host_used_pages": core.host_pool.used,
                 "open_sequences": core.open_sequences,
             }
             for core in self._cores
@@ -270,15 +276,34 @@ def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
     return draft, load_model(config.target, config.target_device, dtype)
 
 
-def _core(name: str, model: Model, config: EngineConfig, device: str) -> LaneCore:
-    return LaneCore(
-        name,
-        model,
-        kv_tokens=config.kv_tokens if config.kv_tokens is not None else default_kv_tokens(model, config.kv_bytes),
-        page_size=config.page_size,
-        max_batch_tokens=config.max_batch_tokens,
-        device=torch.device(device),
-    )
+def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:
+    models, devices = (draft, target), (torch.device(config.draft_device), torch.device(config.target_device))
+    token_bytes = [kv_bytes_per_token(model) for model in models]
+    if config.kv_tokens is not None:
+        tokens = [config.kv_tokens, config.kv_tokens]
+    else:
+        free = [available_bytes(device) for device in devices]
+        tokens = pool_tokens(devices, token_bytes, free, config.kv_memory_fraction)
+    cpu = torch.device("cpu")
+    room = pool_tokens((cpu, cpu), token_bytes, [available_bytes(cpu)] * 2, None)
+
+    def core(name: str, lane: int) -> LaneCore:
+        host = config.host_kv_tokens
+        if host is None:
+            moves = config.preemption == "swap" or (config.preemption == "auto" and devices[lane].type != "cpu")
+            host = min(tokens[lane], room[lane]) if moves else 0
+        return LaneCore(
+            name,
+            models[lane],
+            kv_tokens=tokens[lane],
+            page_size=config.page_size,
+            max_batch_tokens=config.max_batch_tokens,
+            device=devices[lane],
+            host_kv_tokens=host,
+            preemption=config.preemption,
+        )
+
+    return core("draft", 0), core("target", 1)
 
 
 def _default_prompt(draft: Model, target: Model) -> str:

@@ -153,7 +153,7 @@ class LaneCore:
                 seq,
                 ChainError(
                     f"{self.name}: a sequence of {seq.goal} tokens does not fit the KV pool of "
-                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens"
+                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens or kv_memory_fraction"
                 ),
             )
         if step.work:
@@ -373,8 +373,3 @@ def kv_bytes_per_token(model: Model) -> int:
     """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
     c = model.config
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize
-
-
-def default_kv_tokens(model: Model, pool_bytes: int) -> int:
-    """Tokens that fit `pool_bytes`, at least one full context."""
-    return max(model.config.max_positions, math.floor(pool_bytes / kv_bytes_per_token(model)))
