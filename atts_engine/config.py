@@ -32,6 +32,8 @@ class EngineConfig:
     is room, "recompute" drops it and computes it again, "auto" does whichever is quicker.
     host_kv_tokens: capacity of each lane's host pool; None: as much as its pool, within a quarter of the host's free
     memory; none on a CPU with "auto", where both pools would be the same memory.
+    max_sequences: chains that may be open at a time over all requests; one that would bring more is refused with
+    `QueueFull`. None: no bound.
     max_batch_tokens: rows of one forward pass. chunk_tokens: tokens handed over at a time while a span is written.
     threads: CPU threads of torch; None leaves torch's own choice.
     prompt: user message with `{problem}` in it; None: the problem alone for the built-in pair, `MATH_PROMPT` otherwise.
@@ -48,6 +50,7 @@ class EngineConfig:
     kv_memory_fraction: float | None = None
     host_kv_tokens: int | None = None
     preemption: str = "auto"
+    max_sequences: int | None = None
     max_batch_tokens: int = 2048
     chunk_tokens: int = 64
     threads: int | None = None
@@ -58,7 +61,7 @@ class EngineConfig:
         for name in ("page_size", "max_batch_tokens", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("kv_tokens", "threads"):
+        for name in ("kv_tokens", "max_sequences", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {value}")
