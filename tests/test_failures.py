@@ -137,8 +137,8 @@ def test_a_full_queue_refuses_the_new_request_alone() -> None:
 
 def test_what_has_ended_makes_room() -> None:
     async def work(engine: AsyncEngine) -> None:
-        for _ in range(3):
-            await engine.solve(problems(1)[0], PARAMS)
+        for _ in range(2):
+            await engine.solve(problems(1)[0], replace(PARAMS, turns=2))
             async with aclosing(engine.generate(problems(1)[0], PARAMS)) as stream:
                 await anext(stream)
 
@@ -201,12 +201,12 @@ def test_a_deadline_before_anything_began_and_one_that_is_none() -> None:
 
 def test_priorities_change_the_order_and_not_the_chains() -> None:
     async def work(engine: AsyncEngine) -> list[Any]:
-        found = problems(3)
+        found = problems(2)
         alone = [await engine.solve(p, PARAMS, calibrator=frozen_calibrator()) for p in found]
         ranked = await asyncio.gather(
             *(engine.solve(p, PARAMS, calibrator=frozen_calibrator(), priority=-i) for i, p in enumerate(found))
         )
         return [[content(c) for s in run for c in s.chains] for run in (alone, ranked)]
 
-    alone, ranked = with_engine(work, replace(CONFIG, max_batch_tokens=4, kv_tokens=900, preemption="swap"))
+    alone, ranked = with_engine(work, replace(CONFIG, max_batch_tokens=16, kv_tokens=700, preemption="swap"))
     assert alone == ranked

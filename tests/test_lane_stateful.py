@@ -66,11 +66,11 @@ class LaneMachine(RuleBasedStateMachine):
             raise error
         return value
 
-    @rule(target=sequences, prompt=TOKENS)
+    @rule(target=sequences, prompt=TOKENS, group=st.sampled_from([None, "a", "b"]), priority=st.integers(-1, 1))
     @precondition(lambda self: len(self.live) < 6)
-    def open(self, prompt: list[int]) -> Oracle:
+    def open(self, prompt: list[int], group: str | None, priority: int) -> Oracle:
         seq = Oracle(next(self.ids), list(prompt))
-        self.core.open(seq.id, tuple(prompt))
+        self.core.open(seq.id, tuple(prompt), group, priority)
         self.live[seq.id] = seq
         return seq
 
@@ -105,6 +105,24 @@ class LaneMachine(RuleBasedStateMachine):
         likely = log_probability([], greedy([], 1)[0])
         assert [p for c in chunks for p in c.logprobs] == pytest.approx([likely] * n, abs=1e-6)
         seq.tokens.extend(written)
+
+    @rule(n=st.integers(1, 6))
+    def decode_all(self, n: int) -> None:
+        """All sequences that have room write side by side, in pools that do not hold them all."""
+        written: list[tuple[Oracle, list[TokenChunk]]] = []
+        for seq in self.live.values():
+            if len(seq.tokens) + n <= 30:
+                chunks: list[TokenChunk] = []
+                greedily = SamplingParams(temperature=0.0)
+                self.core.command(seq.id, Decode(n, greedily, 64, chunks.append, lambda value, error: None))
+                written.append((seq, chunks))
+        for _ in range(1000):
+            if not self.core.step(lambda request, result: None):
+                break
+        for seq, chunks in written:
+            tokens = [t for c in chunks for t in c.tokens]
+            assert tokens == greedy(seq.tokens, n)
+            seq.tokens.extend(tokens)
 
     @rule(seq=sequences, n=st.integers(2, 9), steps=st.integers(0, 4))
     def cancel_decode(self, seq: Oracle, n: int, steps: int) -> None:

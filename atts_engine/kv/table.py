@@ -42,9 +42,8 @@ class BlockTable:
 
     def needed(self, start: int, end: int) -> int:
         """Pages that `recall` and then `reserve(start, end)` take from the pool."""
-        size = self._pool.page_size
-        replaced = max(0, min(self.shared, -(-end // size)) - start // size)
-        return replaced + max(len(self.parked), -(-end // size) - len(self.pages))
+        pages = -(-end // self._pool.page_size)
+        return len(self._replaced(start, pages)) + max(len(self.parked), pages - len(self.pages))
 
     def reserve(self, start: int, end: int) -> list[tuple[int, int]]:
         """Make positions [start, end) writable by this sequence alone; nothing may be parked.
@@ -55,8 +54,7 @@ class BlockTable:
         """
         assert not self.parked, "parked pages must be recalled before anything is written behind them"
         size = self._pool.page_size
-        first = start // size
-        shared = range(first, min(self.shared, -(-end // size)))
+        shared = self._replaced(start, -(-end // size))
         fresh = max(0, -(-end // size) - len(self.pages))
         taken = self._pool.allocate(len(shared) + fresh)
         copies = []
@@ -69,6 +67,11 @@ class BlockTable:
             self._pool.release([source])
         self.pages.extend(reversed(taken))
         return copies
+
+    def _replaced(self, start: int, pages: int) -> list[int]:
+        """Which of the first `pages` pages somebody else holds too, from the one of position `start` on."""
+        first = start // self._pool.page_size
+        return [i for i in range(first, min(len(self.pages), pages)) if self._pool.refs(self.pages[i]) > 1]
 
     def park(self) -> list[tuple[int, int]]:
         """Give up the private pages for slots in the host pool; returns the (page, slot) copies to be made.

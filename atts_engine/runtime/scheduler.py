@@ -85,8 +85,8 @@ class Scheduler:
     Pages: a running sequence may take those of lower priority, of idle sequences, of younger ones of its own group and
     of groups that would still hold more than its own. One that holds none, because it is new or was preempted, comes in
     only if there is room for all of it in free pages and those of lower priority: so no two evict each other in turns.
-    When nothing at all could be placed, the first in order takes what it needs from anybody, so that one always gets
-    on.
+    When nothing at all could be placed, the oldest of the first priority takes what it needs from anybody, so that one
+    always gets on.
 
     host: where the KV of preempted sequences may go. costs: None moves it whenever there is room; otherwise only where
     that takes less time than computing it again.
@@ -104,9 +104,11 @@ class Scheduler:
 
     def schedule(self, sequences: Collection[Sequence]) -> Step:
         self._step += 1
-        wanted = [s for s in sequences if s.wanted]
-        impossible = [s for s in wanted if self._pages(s.goal) > self._pool.capacity]
-        wanted = [s for s in wanted if self._pages(s.goal) <= self._pool.capacity]
+        wanted: list[Sequence] = []
+        impossible: list[Sequence] = []
+        for seq in sequences:
+            if seq.wanted:
+                (wanted if self._pages(seq.goal) <= self._pool.capacity else impossible).append(seq)
         self._service.begin({s.group for s in sequences}, {s.group for s in wanted})
         plan = _Plan(sequences, self._budget)
         levels = sorted({s.priority for s in wanted})
@@ -123,8 +125,8 @@ class Scheduler:
         """Give rows to the sequences of one priority."""
         running = [s for s in wanted if s.computed and not s.preempted]
         rows = [s for s in running if s.remaining == 1]
-        long = [s for s in running if s.remaining > 1]
-        entering = [s for s in wanted if not s.computed or s.preempted]
+        long = [s for s in running if s.remaining > 1] if len(rows) < len(running) else []
+        entering = [s for s in wanted if not s.computed or s.preempted] if len(running) < len(wanted) else []
         if long or entering:
             self._owed[level] = min(self._owed[level] + self._budget, PREFILL_SHARE * self._budget)
         else:
@@ -134,14 +136,14 @@ class Scheduler:
         self._run(long, plan)
         self._admit(entering, plan)
         self._owed[level] = max(0, self._owed[level] - PREFILL_SHARE * (left - plan.budget))
-        self._run(rows, plan)
+        self._run([s for s in rows if s.id not in plan.chosen], plan)
 
     def _run(self, sequences: Iterable[Sequence], plan: _Plan, keep: int = 0) -> None:
         for seq in self._service.order(sequences, lambda s: (s.last_step, s.id)):
             if plan.budget <= keep:
                 return
             # It may have been preempted for one before it.
-            if not seq.preempted and seq.id not in plan.chosen:
+            if not seq.preempted:
                 self._place(seq, plan, self._may_take(seq, plan))
 
     def _admit(self, sequences: Iterable[Sequence], plan: _Plan) -> None:
@@ -157,7 +159,8 @@ class Scheduler:
             self._place(seq, plan, lower.__contains__)
 
     def _force(self, wanted: list[Sequence], plan: _Plan) -> None:
-        for seq in sorted(wanted, key=lambda s: (s.priority, self._service.served(s.group), s.id)):
+        # By age: an order that changes while they are served would have them take each other's pages in turns.
+        for seq in sorted(wanted, key=lambda s: (s.priority, s.id)):
             if not plan.work:
                 self._place(seq, plan, lambda victim: True)
 
