@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.records import SpanResult
 from atts_engine.runtime.runner import Runner, StepOutput
 from atts_engine.runtime.scheduler import Scheduler, Step, Work
@@ -29,7 +30,9 @@ DecisionListener = Callable[[GateRequest, SpanResult], None]
 
 @dataclass(slots=True)
 class LaneStats:
-    """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps."""
+    """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps.
+    preemptions: of which preemptions_swap moved the sequence's KV to host memory and preemptions_recompute dropped it.
+    """
 
     steps: int = 0
     computed_tokens: int = 0
@@ -37,11 +40,19 @@ class LaneStats:
     scored_tokens: int = 0
     sampled_tokens: int = 0
     preemptions: int = 0
+    preemptions_swap: int = 0
+    preemptions_recompute: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
     busy_s: float = 0.0
 
 
 class LaneCore:
-    """A model, its KV pool and the sequences on it."""
+    """A model, its KV pool and the sequences on it.
+
+    host_kv_tokens: capacity of the pool in host memory that the KV of preempted sequences may move to; preemption:
+    "auto" moves where that is quicker than computing it again, "swap" wherever there is room, "recompute" never.
+    """
 
     def __init__(
         self,
@@ -52,6 +63,8 @@ class LaneCore:
         page_size: int,
         max_batch_tokens: int,
         device: torch.device,
+        host_kv_tokens: int = 0,
+        preemption: str = "auto",
     ) -> None:
         self.name = name
         self.model = model
@@ -59,8 +72,13 @@ class LaneCore:
         self.max_length = model.config.max_positions
         num_pages = 1 + -(-kv_tokens // page_size)
         self.pool = PagePool(num_pages, page_size)
-        self._runner = Runner(model.decoder, num_pages, page_size, device, model.decoder.lm_head.dtype)
-        self._scheduler = Scheduler(self.pool, max_batch_tokens)
+        host_pages = 0 if preemption == "recompute" else -(-host_kv_tokens // page_size)
+        self.host_pool = PagePool(host_pages, page_size, padding=False)
+        self._runner = Runner(model.decoder, num_pages, page_size, device, model.decoder.lm_head.dtype, host_pages)
+        costs = Costs.of(model.config, kv_bytes_per_token(model) * page_size, device.type)
+        self._scheduler = Scheduler(
+            self.pool, self.host_pool, max_batch_tokens, costs if preemption == "auto" else None
+        )
         self._gate = DeviceGate(device)
         self._eos = frozenset(model.tokenizer.eos_token_ids) | frozenset(model.config.eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
@@ -69,8 +87,11 @@ class LaneCore:
 
     # -- commands --
 
-    def open(self, seq_id: int, prompt: tuple[int, ...]) -> None:
-        self._sequences[seq_id] = Sequence(seq_id, list(prompt), BlockTable(self.pool))
+    def open(self, seq_id: int, prompt: tuple[int, ...], group: Hashable = None, priority: int = 0) -> None:
+        """group: None is a group of its own, and of those that are forked from it."""
+        group = ("sequence", seq_id) if group is None else group
+        table = BlockTable(self.pool, self.host_pool)
+        self._sequences[seq_id] = Sequence(seq_id, list(prompt), table, group=group, priority=priority)
 
     def command(self, seq_id: int, command: Command) -> None:
         seq = self._sequences.get(seq_id)
@@ -122,20 +143,28 @@ class LaneCore:
             self._runner.wipe(self.pool.quarantined)
             self.pool.readmit()
         step = self._scheduler.schedule(self._sequences.values())
-        self.stats.preemptions = self._scheduler.preemptions
+        self.stats.preemptions += step.swapped + step.dropped
+        self.stats.preemptions_swap += step.swapped
+        self.stats.preemptions_recompute += step.dropped
+        self.stats.swapped_out_pages += len(step.swap_out)
+        self.stats.swapped_in_pages += len(step.swap_in)
         for seq in step.impossible:
             self._drop(
                 seq,
                 ChainError(
                     f"{self.name}: a sequence of {seq.goal} tokens does not fit the KV pool of "
-                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens"
+                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens or kv_memory_fraction"
                 ),
             )
         if step.work:
             self._commit(step, self._runner.run(step))
             self.stats.steps += 1
+        elif step.swap_out:
+            # Pages were taken from somebody, and were not enough: what they held must not be lost.
+            self._runner.move(step)
         decided = self._decide(on_decision)
-        if not (step.work or step.impossible or decided):
+        # Pages in quarantine come free at the next step, and somebody may be waiting for them.
+        if not (step.work or step.impossible or decided or self.pool.quarantined):
             return False
         self.stats.busy_s += time.perf_counter() - began
         return True
@@ -152,8 +181,6 @@ class LaneCore:
             self.stats.recomputed_tokens += max(0, min(end, seq.furthest) - work.start)
             seq.computed = end
             seq.furthest = max(seq.furthest, end)
-            if seq.remaining <= 0:
-                seq.preempted = False
             for first, last in work.score:
                 seq.take_scores(first, scores[offset : offset + last - first])
                 offset += last - first
@@ -276,7 +303,14 @@ class LaneCore:
             return False
         for child_id in command.ids:
             self._sequences[child_id] = Sequence(
-                child_id, list(seq.tokens), seq.table.fork(), computed=seq.computed, furthest=seq.computed
+                child_id,
+                list(seq.tokens),
+                seq.table.fork(),
+                computed=seq.computed,
+                furthest=seq.computed,
+                preempted=seq.preempted,
+                group=seq.group,
+                priority=seq.priority,
             )
         command.reply(None, None)
         return True
@@ -339,8 +373,3 @@ def kv_bytes_per_token(model: Model) -> int:
     """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
     c = model.config
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize
-
-
-def default_kv_tokens(model: Model, pool_bytes: int) -> int:
-    """Tokens that fit `pool_bytes`, at least one full context."""
-    return max(model.config.max_positions, math.floor(pool_bytes / kv_bytes_per_token(model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,6 +12,8 @@ import torch
 from atts_engine import ops
 from atts_engine.models import Decoder, ForwardBatch
 from atts_engine.runtime.scheduler import Step, Work
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,28 +27,52 @@ class StepOutput:
 
 
 class Runner:
-    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane."""
+    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, and its host pool
+    `[host_pages, layers, 2, page_size, kv_heads, head_dim]`, pinned where the device is a GPU."""
 
     def __init__(
-        self, decoder: Decoder, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        decoder: Decoder,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        host_pages: int = 0,
     ) -> None:
         config = decoder.config
         self.decoder = decoder
         self.device = device
         # Zeros, not empty: attention multiplies padding by weight 0, and 0 * NaN is NaN.
-        self.kv = torch.zeros(
-            (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        page = (page_size, config.num_kv_heads, config.head_dim)
+        self.kv = _zeros((config.num_layers, 2, num_pages, *page), dtype, device)
+        slots = (host_pages, config.num_layers, 2, *page)
+        if device.type == "cuda":
+            self._host = torch.empty(slots, dtype=dtype, pin_memory=True)
+        else:
+            self._host = _zeros(slots, dtype, torch.device("cpu"))
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepOutput:
+        self.move(step)
+        hidden = self.decoder.forward(self._batch(step.work), self.kv)
+        return StepOutput(self._score(step.work, hidden), self._sample(step.work, hidden))
+
+    @torch.inference_mode()
+    def move(self, step: Step) -> None:
+        """Carry out the page copies of a step; its forward pass comes after them.
+
+        The order matters: a page that is swapped out may be written by any of the rest, and what is copied from may
+        be written by what is swapped in.
+        """
+        if step.swap_out:
+            pages, slots = zip(*step.swap_out, strict=True)
+            ops.kv_swap(self.kv, self._host, self._ints(list(pages)), torch.tensor(slots), True)
         if step.copies:
             source, destination = (self._ints(list(side)) for side in zip(*step.copies, strict=True))
             ops.kv_copy_pages(self.kv, source, destination)
-        hidden = self.decoder.forward(self._batch(step.work), self.kv)
-        return StepOutput(self._score(step.work, hidden), self._sample(step.work, hidden))
+        if step.swap_in:
+            slots, pages = zip(*step.swap_in, strict=True)
+            ops.kv_swap(self.kv, self._host, self._ints(list(pages)), torch.tensor(slots), False)
 
     @torch.inference_mode()
     def wipe(self, pages: list[int]) -> None:
@@ -118,3 +145,14 @@ class Runner:
 
     def _ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The system's own zero pages are had on first touch, so a pool larger than what is used takes neither time nor
+    # memory; torch.zeros would write all of it. Aligned as torch aligns.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    first = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
