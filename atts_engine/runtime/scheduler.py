@@ -7,21 +7,22 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from atts_engine.kv import OutOfPages, PagePool
-from atts_engine.runtime.sequence import Sequence
+from atts_engine.runtime.sequence import DecodeState, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Forward positions [start, start + count) of a sequence.
 
-    `score`: position ranges whose log-probability is wanted. `sample`: the last row gives the next token.
+    `score`: position ranges whose log-probability is wanted. `sample`: the decode whose next token the last row gives;
+    when the row's token becomes known and the sequence decodes something else by then, the token is for nobody.
     """
 
     seq: Sequence
     start: int
     count: int
     score: tuple[tuple[int, int], ...]
-    sample: bool
+    sample: DecodeState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,9 @@ class Scheduler:
         impossible: list[Sequence],
     ) -> Work | None:
         if self._pages(seq.goal) > self._pool.capacity:
-            impossible.append(seq)
+            # The token that a step in flight samples may be the last one.
+            if not seq.futures:
+                impossible.append(seq)
             return None
         start = seq.computed
         count = min(seq.remaining, budget)
@@ -91,18 +94,21 @@ class Scheduler:
                 copies.extend(seq.table.reserve(start, start + count))
                 break
             except OutOfPages:
+                # Nobody gives up pages for a row that may turn out to be for nobody.
+                if seq.futures:
+                    return None
                 victim = self._victim(seq, sequences, chosen)
                 if victim is None:
                     return None
                 victim.drop_kv()
                 self.preemptions += 1
         seq.last_step = self._step
-        sample = seq.decode is not None and start + count == seq.total
+        sample = seq.decode if start + count == seq.total else None
         return Work(seq, start, count, tuple(seq.score_ranges(start, count)), sample)
 
     def _victim(self, seq: Sequence, sequences: Collection[Sequence], chosen: set[int]) -> Sequence | None:
         """Who gives up its pages: idle before busy, then the youngest; never one that is older and busy."""
-        holders = [s for s in sequences if s is not seq and s.table.pages and s.id not in chosen]
+        holders = [s for s in sequences if s is not seq and s.table.pages and not s.flights and s.id not in chosen]
         idle = [s for s in holders if not s.wanted]
         busy = [s for s in holders if s.wanted and s.id > seq.id]
         return max(idle or busy, key=lambda s: s.id, default=None)
