@@ -1,0 +1,68 @@
+"""A runner that is late: what was launched runs only when its results are wanted, in the order of the launches.
+
+A GPU behind its host behaves so. Whoever frees a page too early, reads a token before it was drawn or wipes what is
+still to be written is found out on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from atts_engine.runtime.batch import arrays_of, sampling_work
+from atts_engine.runtime.runner import Pending, Runner, StepOutput
+from atts_engine.runtime.scheduler import Step
+
+
+class LatePending:
+    """Implements what a lane and the next step ask of a `Pending`."""
+
+    def __init__(self, runner: LateRunner, step: Step) -> None:
+        self.step = step
+        self.rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
+        self.done: Pending | None = None
+        self._runner = runner
+        self._asked = 0
+
+    @property
+    def sampled(self) -> torch.Tensor | None:
+        assert self.done is not None, "a step ran before the one that it depends on"
+        return self.done.sampled
+
+    def ready(self) -> bool:
+        """Not at the first time of asking."""
+        self._asked += 1
+        return self._asked > 1
+
+    def collect(self) -> StepOutput:
+        while self.done is None:
+            self._runner.queue.popleft()()
+        return self.done.collect()
+
+
+class LateRunner(Runner):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.queue: deque[Callable[[], None]] = deque()
+
+    def launch(self, step: Step, before: Pending | None) -> Pending:
+        arrays = arrays_of(step, before.rows if before is not None else {})
+        pending = LatePending(self, step)
+
+        def run() -> None:
+            pending.done = self.execute(step, arrays, before)
+
+        self.queue.append(run)
+        return pending  # type: ignore[return-value]
+
+    def wipe(self, pages: list[int]) -> None:
+        wipe = super().wipe
+        self.queue.append(lambda: wipe(pages))
+
+
+def fake_capture(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+    """A graph without a GPU: repeats a Python function into the same tensor."""
+    output = work().clone()
+    return lambda: output.copy_(work()), output
