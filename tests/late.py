@@ -17,10 +17,11 @@ from atts_engine.runtime.scheduler import Step
 
 
 class LatePending:
-    """Implements what a lane and the next step ask of a `Pending`."""
+    """Implements what a lane and the next step ask of a `Pending`. written: pages that the step writes."""
 
-    def __init__(self, runner: LateRunner, step: Step) -> None:
+    def __init__(self, runner: LateRunner, step: Step, written: frozenset[int]) -> None:
         self.step = step
+        self.written = written
         self.rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
         self.done: Pending | None = None
         self._runner = runner
@@ -49,7 +50,8 @@ class LateRunner(Runner):
 
     def launch(self, step: Step, before: Pending | None) -> Pending:
         arrays = arrays_of(step, before.rows if before is not None else {})
-        pending = LatePending(self, step)
+        assert (arrays.ids >= 0).all()
+        pending = LatePending(self, step, frozenset((arrays.slots // self.kv.shape[3]).tolist()))
 
         def run() -> None:
             pending.done = self.execute(step, arrays, before)

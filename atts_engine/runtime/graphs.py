@@ -94,7 +94,8 @@ class DecodeGraphs:
         padded = np.zeros((size, width), dtype=np.int32)
         padded[:rows] = arrays.block_table
         table, late, source = to_device([padded, arrays.future_rows, arrays.future_from], self._block.device)
-        # Columns beyond keep page ids of earlier steps: valid ones, and past the row's kv_len.
+        # Pages of an earlier step, beyond this one's width, may hold NaN; PAD_PAGE does not.
+        self._table[:size].zero_()
         self._table[:size, :width] = table
         fill_futures(self._ids, late, source, futures)
         replay, logits = self._graphs[size]
