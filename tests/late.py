@@ -17,11 +17,15 @@ from atts_engine.runtime.scheduler import Step
 
 
 class LatePending:
-    """Implements what a lane and the next step ask of a `Pending`. written: pages that the step writes."""
+    """Implements what a lane and the next step ask of a `Pending`. owners: pages that the step writes, and for whom."""
 
-    def __init__(self, runner: LateRunner, step: Step, written: frozenset[int]) -> None:
+    def __init__(self, runner: LateRunner, step: Step, page_size: int) -> None:
         self.step = step
-        self.written = written
+        self.owners = {
+            work.seq.table.pages[position // page_size]: work.seq.id
+            for work in step.work
+            for position in range(work.start, work.start + work.count)
+        }
         self.rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
         self.done: Pending | None = None
         self._runner = runner
@@ -51,7 +55,10 @@ class LateRunner(Runner):
     def launch(self, step: Step, before: Pending | None) -> Pending:
         arrays = arrays_of(step, before.rows if before is not None else {})
         assert (arrays.ids >= 0).all()
-        pending = LatePending(self, step, frozenset((arrays.slots // self.kv.shape[3]).tolist()))
+        pending = LatePending(self, step, self.kv.shape[3])
+        if isinstance(before, LatePending):
+            for page, owner in pending.owners.items():
+                assert before.owners.get(page, owner) == owner, "a page went to somebody else in flight"
 
         def run() -> None:
             pending.done = self.execute(step, arrays, before)
