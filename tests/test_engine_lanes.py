@@ -12,6 +12,8 @@ import torch
 
 from atts_engine import AsyncEngine, Chain, EngineConfig, InputError
 from atts_engine.models import load_model, resolve_device
+from atts_engine.runtime import lane as lane_module
+from tests.late import LateRunner
 from tests.test_engine import CONFIG, PARAMS, content, frozen_calibrator, problems, with_engine
 
 
@@ -41,6 +43,14 @@ def test_overlap_and_threads_give_the_same_chains_to_the_bit() -> None:
     apart, _, threads = chains(replace(CONFIG, overlap=True, lane_threads="each"))
     assert threads == {"atts-draft", "atts-target"}
     assert apart == plain
+
+
+def test_one_thread_goes_on_with_a_lane_while_the_other_ones_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are not ready when they are asked for: the thread polls, and the chains are the same."""
+    plain, _, _ = chains(CONFIG)
+    monkeypatch.setattr(lane_module, "Runner", LateRunner)
+    late, _, _ = chains(replace(CONFIG, overlap=True))
+    assert late == plain
 
 
 def test_one_model_in_both_lanes_shares_weights_and_no_buffers() -> None:
