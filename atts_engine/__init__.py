@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams, EngineConfig, SamplingParams
     from atts_engine.engine import AsyncEngine, Engine
-    from atts_engine.errors import AttsError, ChainError, InputError, LaneError
+    from atts_engine.errors import AttsError, ChainError, InputError, LaneError, QueueFull
     from atts_engine.pipeline import (
         Chain,
         ChainEvent,
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "atts_engine.config": ("ATTSParams", "EngineConfig", "SamplingParams"),
     "atts_engine.engine": ("AsyncEngine", "Engine"),
-    "atts_engine.errors": ("AttsError", "ChainError", "InputError", "LaneError"),
+    "atts_engine.errors": ("AttsError", "ChainError", "InputError", "LaneError", "QueueFull"),
     "atts_engine.pipeline": (
         "Chain",
         "ChainEvent",
@@ -56,6 +56,7 @@ __all__ = [
     "InputError",
     "LaneError",
     "Problem",
+    "QueueFull",
     "SamplingParams",
     "Solution",
     "SolutionEvent",

@@ -9,6 +9,7 @@ import torch
 
 from atts_engine.errors import InputError
 from atts_engine.pipeline.params import ATTSParams
+from atts_engine.runtime.preemption import PREEMPTIONS
 from atts_engine.runtime.records import SamplingParams
 
 __all__ = ["MATH_PROMPT", "ATTSParams", "EngineConfig", "SamplingParams", "dtype_of", "prompt_hash"]
@@ -24,7 +25,15 @@ class EngineConfig:
     """Which models, where, and how much memory.
 
     draft, target: a Hugging Face folder, a .gguf file, or a built-in name. dtype: of weights and KV.
-    page_size: tokens per KV page. kv_tokens: capacity of each lane's KV pool; None: what `kv_bytes` holds.
+    page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
+    for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
+    kv_tokens: capacity of each lane's KV pool, whatever is free.
+    preemption: what becomes of the KV of a sequence that gives up its pages: "swap" moves it to host memory where there
+    is room, "recompute" drops it and computes it again, "auto" does whichever is quicker.
+    host_kv_tokens: capacity of each lane's host pool; None: as much as its pool, within a quarter of the host's free
+    memory; none on a CPU with "auto", where both pools would be the same memory.
+    max_sequences: chains that may be open at a time over all requests; one that would bring more is refused with
+    `QueueFull`. None: no bound.
     max_batch_tokens: rows of one forward pass. chunk_tokens: tokens handed over at a time while a span is written.
     threads: CPU threads of torch; None leaves torch's own choice.
     overlap: a lane launches a step before it has seen the results of the one before; None: on a GPU, not on a CPU.
@@ -41,7 +50,10 @@ class EngineConfig:
     dtype: str = "float32"
     page_size: int = 16
     kv_tokens: int | None = None
-    kv_bytes: int = 2 << 30
+    kv_memory_fraction: float | None = None
+    host_kv_tokens: int | None = None
+    preemption: str = "auto"
+    max_sequences: int | None = None
     max_batch_tokens: int = 2048
     chunk_tokens: int = 64
     threads: int | None = None
@@ -53,15 +65,24 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)
-        for name in ("page_size", "kv_bytes", "max_batch_tokens", "chunk_tokens"):
+        for name in ("page_size", "max_batch_tokens", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("kv_tokens", "threads"):
+        for name in ("kv_tokens", "max_sequences", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {value}")
         if self.lane_threads not in ("one", "each"):
             raise InputError(f"lane_threads must be 'one' or 'each', not {self.lane_threads!r}")
+        if self.kv_memory_fraction is not None and not 0.0 < self.kv_memory_fraction <= 1.0:
+            raise InputError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")
+        if self.preemption not in PREEMPTIONS:
+            raise InputError(f"preemption must be one of {', '.join(PREEMPTIONS)}, not {self.preemption!r}")
+        if self.host_kv_tokens is not None and self.host_kv_tokens < (self.preemption == "swap"):
+            raise InputError(
+                f"host_kv_tokens must be {'1 or more to swap' if self.preemption == 'swap' else '0 or more'}, "
+                f"not {self.host_kv_tokens}"
+            )
         if self.prompt is not None:
             fill_prompt(self.prompt, "")
 

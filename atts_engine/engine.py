@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,7 +14,7 @@ import torch
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
 from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
-from atts_engine.errors import InputError
+from atts_engine.errors import InputError, QueueFull
 from atts_engine.models import Decoder, Model, load_model, resolve_device
 from atts_engine.pipeline import (
     ATTSParams,
@@ -28,7 +29,15 @@ from atts_engine.pipeline import (
 )
 from atts_engine.pipeline.events import SolutionEvent
 from atts_engine.pipeline.gate import PlacedRequest
-from atts_engine.runtime import EngineLoop, LaneCore, Mailbox, SpanResult, default_kv_tokens
+from atts_engine.runtime import (
+    EngineLoop,
+    LaneCore,
+    Mailbox,
+    SpanResult,
+    available_bytes,
+    kv_bytes_per_token,
+    pool_tokens,
+)
 
 DecisionListener = Callable[[Decision], None]
 T = TypeVar("T")
@@ -53,6 +62,7 @@ class AsyncEngine:
         self._defaults: dict[tuple[object, ...], Calibrator] = {}
         self._gates: dict[tuple[int, str], ConformalGate] = {}
         self._listeners: list[DecisionListener] = []
+        self._open_chains = 0
         self._prompt = config.prompt if config.prompt is not None else _default_prompt(draft, target)
         mailbox = Mailbox(asyncio.get_running_loop())
 
@@ -85,7 +95,7 @@ class AsyncEngine:
             raise InputError(
                 f"{config.draft} and {config.target} have different tokenizers; choose a pair that shares one"
             )
-        cores = await asyncio.to_thread(_cores, draft, target, config)
+        cores = await asyncio.to_thread(_cores, config, draft, target)
         return cls(config, draft, target, cores, calibrator)
 
     async def generate(
@@ -95,15 +105,23 @@ class AsyncEngine:
         *,
         calibrator: Calibrator | None = None,
         chains: Sequence[int] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of a problem's chains as they happen; `SolutionEvent` is the last.
 
         Leaving the iterator cancels every chain and frees its pages in both lanes.
 
         chains: numbers of the chains to write (all of `range(params.chains)` when None): how a run is resumed.
-        Raises `InputError` for a prompt that does not fit, `LaneError` when a lane has failed.
+        priority: requests with a lower number are served first and preempted last, without exception; among equals,
+        problems get equal shares. deadline_s: seconds from now after which chains that still run end where they are
+        (`finish` "deadline"), and what there is takes the vote.
+        Raises `InputError` for a prompt that does not fit, `QueueFull` when there are too many chains already,
+        `LaneError` when a lane has failed.
         """
         params = params if params is not None else ATTSParams()
+        if deadline_s is not None and not deadline_s > 0.0:
+            raise InputError(f"deadline_s must be more than 0 seconds, not {deadline_s}")
         problem = problem if isinstance(problem, Problem) else Problem("0", problem)
         gate = self._gate(params, calibrator)
         prompts = self._prompts(problem)
@@ -111,10 +129,15 @@ class AsyncEngine:
 
         async def work() -> None:
             try:
-                await run_problem(self._pair, prompts, problem, params, gate, events.put_nowait, chains)
+                await run_problem(
+                    self._pair, prompts, problem, params, gate, events.put_nowait, chains, priority, deadline_s
+                )
             except Exception as error:
                 events.put_nowait(error)
 
+        wanted = params.chains if chains is None else len(chains)
+        self._admit(wanted)
+        self._open_chains += wanted
         task = asyncio.create_task(work())
         try:
             while True:
@@ -127,6 +150,7 @@ class AsyncEngine:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._open_chains -= wanted
 
     async def solve(
         self,
@@ -134,11 +158,15 @@ class AsyncEngine:
         params: ATTSParams | None = None,
         *,
         calibrator: Calibrator | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Solution:
-        """Run a problem to its end and return the vote."""
-        async for event in self.generate(problem, params, calibrator=calibrator):
-            if isinstance(event, SolutionEvent):
-                return event.solution
+        """Run a problem to its end and return the vote; errors and settings as in `generate`."""
+        stream = self.generate(problem, params, calibrator=calibrator, priority=priority, deadline_s=deadline_s)
+        async with aclosing(stream) as events:
+            async for event in events:
+                if isinstance(event, SolutionEvent):
+                    return event.solution
         raise AssertionError("generate() ended without a solution")
 
     def add_decision_listener(self, listener: DecisionListener) -> Callable[[], None]:
@@ -164,6 +192,8 @@ class AsyncEngine:
             | {
                 "free_pages": core.pool.free,
                 "used_pages": core.pool.used,
+                "host_free_pages": core.host_pool.free,
+                "host_used_pages": core.host_pool.used,
                 "open_sequences": core.open_sequences,
             }
             for core in self._cores
@@ -181,6 +211,18 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _admit(self, chains: int) -> None:
+        limit = self.config.max_sequences
+        if limit is None:
+            return
+        if chains > limit:
+            raise InputError(f"{chains} chains are more than max_sequences = {limit} allows at any time")
+        if self._open_chains + chains > limit:
+            raise QueueFull(
+                f"{self._open_chains} chains are open and {chains} more would exceed max_sequences = {limit}; "
+                "ask again when some have ended"
+            )
 
     def _gate(self, params: ATTSParams, calibrator: Calibrator | None) -> ConformalGate:
         calibrator = calibrator or self._calibrator or self._default_calibrator(params)
@@ -276,26 +318,41 @@ def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
     return draft, load_model(config.target, places[1], dtype)
 
 
-def _cores(draft: Model, target: Model, config: EngineConfig) -> tuple[LaneCore, LaneCore]:
+def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:
+    models, devices = (draft, target), (draft.decoder.device, target.decoder.device)
+    token_bytes = [kv_bytes_per_token(model) for model in models]
+    if config.kv_tokens is not None:
+        tokens = [config.kv_tokens, config.kv_tokens]
+    else:
+        free = [available_bytes(device) for device in devices]
+        tokens = pool_tokens(devices, token_bytes, free, config.kv_memory_fraction)
+    cpu = torch.device("cpu")
+    room = pool_tokens((cpu, cpu), token_bytes, [available_bytes(cpu)] * 2, None)
+
+    def core(name: str, lane: int, stream_priority: int) -> LaneCore:
+        host = config.host_kv_tokens
+        if host is None:
+            moves = config.preemption == "swap" or (config.preemption == "auto" and devices[lane].type != "cpu")
+            host = min(tokens[lane], room[lane]) if moves else 0
+        made = LaneCore(
+            name,
+            models[lane],
+            kv_tokens=tokens[lane],
+            page_size=config.page_size,
+            max_batch_tokens=config.max_batch_tokens,
+            device=devices[lane],
+            host_kv_tokens=host,
+            preemption=config.preemption,
+            overlap=config.overlap,
+            graphs=config.graphs,
+            stream_priority=stream_priority,
+            profile=config.profile,
+        )
+        made.warm_up()
+        return made
+
     # Where both lanes share a GPU, drafting goes first: many short steps, and every chain waits for them.
-    return _core("draft", draft, config, -1), _core("target", target, config, 0)
-
-
-def _core(name: str, model: Model, config: EngineConfig, stream_priority: int) -> LaneCore:
-    core = LaneCore(
-        name,
-        model,
-        kv_tokens=config.kv_tokens if config.kv_tokens is not None else default_kv_tokens(model, config.kv_bytes),
-        page_size=config.page_size,
-        max_batch_tokens=config.max_batch_tokens,
-        device=model.decoder.device,
-        overlap=config.overlap,
-        graphs=config.graphs,
-        stream_priority=stream_priority,
-        profile=config.profile,
-    )
-    core.warm_up()
-    return core
+    return core("draft", 0, -1), core("target", 1, 0)
 
 
 def _default_prompt(draft: Model, target: Model) -> str:

@@ -15,6 +15,10 @@ class ChainError(AttsError):
     """One chain cannot go on (a NaN score, a sequence too long); other chains are not affected."""
 
 
+class QueueFull(AttsError):
+    """The engine has as many sequences open as it may; the request was not begun and can be made again later."""
+
+
 class LaneError(AttsError):
     """A lane as a whole has failed; every sequence on it ends with this error."""
 

@@ -51,6 +51,7 @@ class LateRunner(Runner):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.queue: deque[Callable[[], None]] = deque()
+        self._executing = False
 
     def launch(self, step: Step, before: Pending | None) -> Pending:
         arrays = arrays_of(step, before.rows if before is not None else {})
@@ -61,10 +62,20 @@ class LateRunner(Runner):
                 assert before.owners.get(page, owner) == owner, "a page went to somebody else in flight"
 
         def run() -> None:
+            self._executing = True
             pending.done = self.execute(step, arrays, before)
+            self._executing = False
 
         self.queue.append(run)
         return pending  # type: ignore[return-value]
+
+    def move(self, step: Step) -> None:
+        # Called by `execute` too, which is in its turn already.
+        move = super().move
+        if self._executing:
+            move(step)
+        else:
+            self.queue.append(lambda: move(step))
 
     def wipe(self, pages: list[int]) -> None:
         wipe = super().wipe

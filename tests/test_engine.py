@@ -49,7 +49,7 @@ def with_engine(work: Callable[[AsyncEngine], Awaitable[Any]], config: EngineCon
                     break
                 await asyncio.sleep(0.01)
             for lane in engine.stats().values():
-                assert (lane["open_sequences"], lane["used_pages"]) == (0, 0)
+                assert (lane["open_sequences"], lane["used_pages"], lane["host_used_pages"]) == (0, 0, 0)
             return result
 
     return asyncio.run(main())

@@ -35,8 +35,6 @@ def decode_step(rows: int, width: int, seed: int, futures: list[int] | None = No
         kv_len=rng.integers(1, 9, rows, dtype=np.int32),
         future_rows=np.array(late, dtype=np.int64),
         future_from=np.array(futures or [], dtype=np.int64),
-        copy_from=NONE,
-        copy_to=NONE,
         score_rows=NONE,
         score_ids=NONE,
         sample_rows=np.arange(rows),

@@ -1,8 +1,9 @@
-"""A lane under any order of commands, with a list of tokens as oracle and a pool small enough to force preemption."""
+"""A lane under any order of commands, with a list of tokens as oracle and pools small enough to force preemption."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from atts_engine.kv.pages import PAD_PAGE
 from atts_engine.runtime.commands import Append, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+from atts_engine.runtime.scheduler import Step
 from tests.fakes import VOCAB, fake_model, greedy, log_probability
 
 TOKENS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=7)
@@ -33,11 +35,19 @@ class Oracle:
 
 class LaneMachine(RuleBasedStateMachine):
     sequences = Bundle("sequences")
+    preemption = "swap"
 
     def __init__(self) -> None:
         super().__init__()
         self.core = LaneCore(
-            "fake", fake_model(), kv_tokens=40, page_size=PAGE, max_batch_tokens=6, device=torch.device("cpu")
+            "fake",
+            fake_model(),
+            kv_tokens=40,
+            page_size=PAGE,
+            max_batch_tokens=6,
+            device=torch.device("cpu"),
+            host_kv_tokens=28,
+            preemption=self.preemption,
         )
         self.ids = itertools.count()
         self.live: dict[int, Oracle] = {}
@@ -56,11 +66,11 @@ class LaneMachine(RuleBasedStateMachine):
             raise error
         return value
 
-    @rule(target=sequences, prompt=TOKENS)
+    @rule(target=sequences, prompt=TOKENS, group=st.sampled_from([None, "a", "b"]), priority=st.integers(-1, 1))
     @precondition(lambda self: len(self.live) < 6)
-    def open(self, prompt: list[int]) -> Oracle:
+    def open(self, prompt: list[int], group: str | None, priority: int) -> Oracle:
         seq = Oracle(next(self.ids), list(prompt))
-        self.core.open(seq.id, tuple(prompt))
+        self.core.open(seq.id, tuple(prompt), group, priority)
         self.live[seq.id] = seq
         return seq
 
@@ -95,6 +105,24 @@ class LaneMachine(RuleBasedStateMachine):
         likely = log_probability([], greedy([], 1)[0])
         assert [p for c in chunks for p in c.logprobs] == pytest.approx([likely] * n, abs=1e-6)
         seq.tokens.extend(written)
+
+    @rule(n=st.integers(1, 6))
+    def decode_all(self, n: int) -> None:
+        """All sequences that have room write side by side, in pools that do not hold them all."""
+        written: list[tuple[Oracle, list[TokenChunk]]] = []
+        for seq in self.live.values():
+            if len(seq.tokens) + n <= 30:
+                chunks: list[TokenChunk] = []
+                greedily = SamplingParams(temperature=0.0)
+                self.core.command(seq.id, Decode(n, greedily, 64, chunks.append, lambda value, error: None))
+                written.append((seq, chunks))
+        for _ in range(1000):
+            if not self.core.step(lambda request, result: None):
+                break
+        for seq, chunks in written:
+            tokens = [t for c in chunks for t in c.tokens]
+            assert tokens == greedy(seq.tokens, n)
+            seq.tokens.extend(tokens)
 
     @rule(seq=sequences, n=st.integers(2, 9), steps=st.integers(0, 4))
     def cancel_decode(self, seq: Oracle, n: int, steps: int) -> None:
@@ -131,6 +159,15 @@ class LaneMachine(RuleBasedStateMachine):
         self.core.close(seq.id)
         del self.live[seq.id]
 
+    @rule(seq=sequences, swap=st.booleans())
+    def preempt(self, seq: Oracle, swap: bool) -> None:
+        """Whoever it is and whatever it is at; pressure alone would take the young and the idle."""
+        core, held = self.core, self.core._sequences[seq.id]
+        if swap and 0 < len(held.table.private) <= core.host_pool.free:
+            core._runner.move(Step((), (), (), swap_out=tuple(held.park_kv())))
+        else:
+            held.drop_kv()
+
     @rule(n=st.integers(1, 3))
     def steps(self, n: int) -> None:
         for _ in range(n):
@@ -138,31 +175,49 @@ class LaneMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_conserved(self) -> None:
-        core = self.core
-        held: dict[int, int] = {}
-        for seq in core._sequences.values():
-            assert len(set(seq.table.pages)) == len(seq.table.pages)
-            for page in seq.table.pages:
-                held[page] = held.get(page, 0) + 1
-        assert PAD_PAGE not in held
-        assert all(core.pool.refs(page) == n for page, n in held.items())
-        assert core.pool.used == len(held)
-        assert core.pool.free + core.pool.used == core.pool.capacity
+        tables = [seq.table for seq in self.core._sequences.values()]
+        for pool, lists in (
+            (self.core.pool, [t.pages for t in tables]),
+            (self.core.host_pool, [t.parked for t in tables]),
+        ):
+            held = Counter(itertools.chain(*lists))
+            assert all(len(set(pages)) == len(pages) for pages in lists)
+            assert all(pool.refs(page) == n for page, n in held.items())
+            assert pool.used == len(held)
+            assert pool.free + pool.used == pool.capacity
+        assert all(PAD_PAGE not in t.pages for t in tables)
+
+    @invariant()
+    def shared_pages_come_first_and_nobody_holds_a_page_too_many(self) -> None:
+        for seq in self.core._sequences.values():
+            refs = [self.core.pool.refs(page) for page in seq.table.pages]
+            assert all(n > 1 for n in refs[: seq.table.shared]) and all(n == 1 for n in refs[seq.table.shared :])
+            assert len(refs) + len(seq.table.parked) == -(-seq.computed // PAGE)
 
     @invariant()
     def only_full_shared_pages_are_final(self) -> None:
         """What a sequence computed can be read back from its pages whoever shares them."""
-        flat = self.core._runner.kv[0, 0].view(-1, 2)[:, 0]
+        runner = self.core._runner
         for seq in self.core._sequences.values():
-            slots = seq.table.slots(0, seq.computed)
-            assert [int(flat[s]) for s in slots] == seq.tokens[: seq.computed]
+            pages = [runner.kv[0, 0, page] for page in seq.table.pages]
+            pages += [runner._host[slot, 0, 0] for slot in seq.table.parked]
+            held = [int(token) for page in pages for token in page.view(-1, 2)[:, 0]]
+            assert held[: seq.computed] == seq.tokens[: seq.computed]
 
     def teardown(self) -> None:
         for seq_id in list(self.live):
             self.core.close(seq_id)
-        assert self.core.pool.used == 0
+        assert self.core.pool.used == self.core.host_pool.used == 0
         assert self.core.open_sequences == 0
 
 
+class RecomputingLane(LaneMachine):
+    """There is no host pool: whatever is preempted is computed again."""
+
+    preemption = "recompute"
+
+
 LaneMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+RecomputingLane.TestCase.settings = settings(max_examples=30, stateful_step_count=40)
 TestLane = LaneMachine.TestCase
+TestRecomputingLane = RecomputingLane.TestCase

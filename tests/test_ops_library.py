@@ -25,6 +25,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "rope": (q, angle.cos(), angle.sin()),
         "kv_append": (q[:, :2].contiguous(), q[:, 2:].contiguous(), kv_layer, index),
         "kv_copy_pages": (kv_layer[None].contiguous(), index[:2], index[3:]),
+        "kv_swap": (kv_layer[None].contiguous(), torch.zeros(4, 1, 2, 4, 2, 8), index[:3], index[1:4], True),
         "paged_attention": (q, kv_layer, table, cu_q, kv_len, 0.3),
         "score_tokens": (x, torch.randn(40, 16, generator=g), index),
         "score_logits": (x, index),

@@ -40,7 +40,13 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lane(
-    *, overlap: bool, kv_tokens: int = ROOMY, budget: int = 6, poison: int | None = None, graphs: int = 0
+    *,
+    overlap: bool,
+    kv_tokens: int = ROOMY,
+    budget: int = 6,
+    poison: int | None = None,
+    graphs: int = 0,
+    swap: bool = False,
 ) -> LaneCore:
     core = LaneCore(
         "fake",
@@ -50,6 +56,8 @@ def lane(
         max_batch_tokens=budget,
         device=torch.device("cpu"),
         overlap=overlap,
+        host_kv_tokens=64 if swap else 0,
+        preemption="swap" if swap else "recompute",
     )
     if graphs:
         core._runner.capture(fake_capture, graphs)
@@ -171,19 +179,22 @@ def test_a_nan_that_only_a_discarded_row_meets_harms_nobody(script: Any, wait: b
 
 
 @settings(max_examples=60)
-@given(script=scripts(*APPENDS, DECODE, DECODE, TRUNCATE, VERDICT), wait=st.booleans())
-def test_the_same_with_a_pool_that_forces_preemption(script: Any, wait: bool) -> None:
-    assert play(late_lane(kv_tokens=64), script, wait=wait) == play(lane(overlap=False, kv_tokens=64), script)
+@given(script=scripts(*APPENDS, DECODE, DECODE, TRUNCATE, VERDICT), wait=st.booleans(), swap=st.booleans())
+def test_the_same_with_a_pool_that_forces_preemption(swap: bool, script: Any, wait: bool) -> None:
+    tight = {"kv_tokens": 36, "swap": swap}
+    assert play(late_lane(**tight), script, wait=wait) == play(lane(overlap=False, **tight), script)
 
 
-def test_preemption_happens_under_overlap_and_the_text_stays(late: None) -> None:
-    core = lane(overlap=True, kv_tokens=40, budget=64)
+@pytest.mark.parametrize("swap", [False, True])
+def test_preemption_happens_under_overlap_and_the_text_stays(late: None, swap: bool) -> None:
+    core = lane(overlap=True, kv_tokens=40, budget=64, swap=swap)
     texts: dict[int, list[Any]] = {i: [] for i in range(4)}
     for i, heard in texts.items():
         core.open(i, (i, i + 1))
         give(core, i, Order("decode", n=30), heard)
     run(core)
     assert core.stats.preemptions > 0
+    assert (core.stats.preemptions_swap > 0) == swap
     for i, heard in texts.items():
         assert [t for chunk in heard[:-1] for t in chunk.tokens] == greedy([i, i + 1], 30)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from typing import Any
 
 from atts_engine.backends.protocol import Seq
@@ -38,7 +38,7 @@ class InProcessLane:
         self._chunk_tokens = chunk_tokens
         self._ids = itertools.count()
 
-    async def open(self, prompt: Sequence[int]) -> InProcessSeq:
+    async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> InProcessSeq:
         """Hold `prompt`; its forward pass begins at once and is awaited by whatever needs it."""
         tokens = tuple(int(t) for t in prompt)
         if not tokens:
@@ -55,7 +55,7 @@ class InProcessLane:
                 "was it made by another tokenizer?"
             )
         seq = InProcessSeq(next(self._ids), len(tokens))
-        self._post(lambda: self.core.open(seq.id, tokens))
+        self._post(lambda: self.core.open(seq.id, tokens, group, priority))
         return seq
 
     async def fork(self, seq: Seq, n: int) -> list[Seq]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from typing import Protocol
 
 from atts_engine.conformal import GateRequest
@@ -24,7 +24,10 @@ class Lane(Protocol):
     sequence cannot go on and `LaneError` when the whole lane is gone; closing twice is allowed.
     """
 
-    async def open(self, prompt: Sequence[int]) -> Seq: ...
+    async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> Seq:
+        """Sequences of a group, and all that are forked from them, have one claim together to the lane's time; None: a
+        group for this sequence and its forks. A lower priority number is served first and preempted last."""
+        ...
 
     async def fork(self, seq: Seq, n: int) -> list[Seq]: ...
 

@@ -41,6 +41,19 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-tokens", type=int, default=None, metavar="N", help="KV capacity of a lane in tokens")
     group.add_argument(
+        "--kv-memory-fraction",
+        type=float,
+        default=None,
+        metavar="F",
+        help="of a device's free memory for KV, where --kv-tokens is left out (default: 0.85 on a GPU, 0.25 on a CPU)",
+    )
+    group.add_argument(
+        "--preemption",
+        choices=("auto", "swap", "recompute"),
+        default="auto",
+        help="KV that does not fit is moved to host memory, or dropped and computed again (default: the quicker)",
+    )
+    group.add_argument(
         "--chunk-tokens",
         type=int,
         default=64,
@@ -187,6 +200,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         dtype=args.dtype,
         page_size=args.page_size,
         kv_tokens=args.kv_tokens,
+        kv_memory_fraction=args.kv_memory_fraction,
+        preemption=args.preemption,
         chunk_tokens=args.chunk_tokens,
         threads=args.threads,
     )

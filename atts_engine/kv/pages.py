@@ -1,4 +1,5 @@
-"""The page pool: a free list and a reference count per page. Host-side integers only; tensors live in the lane."""
+"""The page pool: a free list and a reference count per page. Bookkeeping only; tensors live in the lane. A lane has one
+pool on its device and may have a second one in host memory, for the pages of preempted sequences."""
 
 from __future__ import annotations
 
@@ -15,27 +16,25 @@ class OutOfPages(AttsError):
 
 
 class PagePool:
-    """`num_pages` pages of `page_size` tokens, of which one (`PAD_PAGE`) is kept back.
+    """`num_pages` pages of `page_size` tokens, of which one (`PAD_PAGE`) is kept back, or none without `padding`.
 
-    Invariant: `free + used == num_pages - 1`. A page is free exactly when its count is 0 and it is not in quarantine:
+    Invariant: `free + used == capacity`. A page is free exactly when its count is 0 and it is not in quarantine:
     a tainted page (one that may hold NaN) is kept back when its last holder lets go, until `readmit` says it was wiped.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, padding: bool = True) -> None:
         if page_size < 1:
             raise InputError(f"page_size must be 1 or more tokens, not {page_size}")
-        if num_pages < 2:
-            raise InputError(f"a page pool needs 2 pages or more (one is kept for padding), not {num_pages}")
+        first = PAD_PAGE + 1 if padding else 0
+        if num_pages < first:
+            raise InputError(f"a page pool needs 1 page or more (one is kept for padding), not {num_pages}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, PAD_PAGE, -1))
+        self.capacity = num_pages - first
+        self._free = list(range(num_pages - 1, first - 1, -1))
         self._refs = [0] * num_pages
         self._tainted: set[int] = set()
         self._quarantine: list[int] = []
-
-    @property
-    def capacity(self) -> int:
-        return self.num_pages - 1
 
     @property
     def free(self) -> int:
@@ -72,6 +71,10 @@ class PagePool:
 
     def taint(self, pages: Iterable[int]) -> None:
         self._tainted.update(pages)
+
+    def clean(self, pages: Iterable[int]) -> bool:
+        """None of the pages may hold NaN."""
+        return self._tainted.isdisjoint(pages)
 
     @property
     def quarantined(self) -> list[int]:

@@ -18,6 +18,7 @@ OPS = (
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_swap",
     "linear",
     "paged_attention",
     "rms_norm",

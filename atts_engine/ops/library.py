@@ -14,7 +14,7 @@ from torch import Tensor
 from atts_engine.ops.attention import paged_attention
 from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
 from atts_engine.ops.gating import gate
-from atts_engine.ops.paging import kv_append, kv_copy_pages
+from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 
@@ -29,6 +29,8 @@ _SAMPLE_SCHEMA = (
 _ATTENTION_SCHEMA = (
     "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale) -> Tensor"
 )
+
+_SWAP_SCHEMA = "kv_swap(Tensor(a!) kv, Tensor(b!) host, Tensor pages, Tensor slots, bool to_host) -> ()"
 
 
 def _like_first(first: Tensor, *_: object) -> Tensor:
@@ -70,6 +72,7 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     ("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, _like_first),
     ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),
     ("kv_copy_pages(Tensor(a!) kv, Tensor src, Tensor dst) -> ()", kv_copy_pages, _nothing),
+    (_SWAP_SCHEMA, kv_swap, _nothing),
     (_ATTENTION_SCHEMA, paged_attention, _like_first),
     ("score_tokens(Tensor hidden, Tensor weight, Tensor ids) -> Tensor", score_tokens, _fp32_per_row),
     ("score_logits(Tensor logits, Tensor ids) -> Tensor", score_logits, _fp32_per_row),

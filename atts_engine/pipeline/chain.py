@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import time
@@ -32,7 +33,8 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChainSpec:
-    """What one chain is to do. `ends`: ids that end a text, on whichever lane they were written."""
+    """What one chain is to do. `ends`: ids that end a text, on whichever lane they were written. `deadline`: time of
+    the event loop after which a cancellation means "end where you are"."""
 
     problem: Problem
     chain: int
@@ -40,6 +42,12 @@ class ChainSpec:
     codec: Codec
     ends: frozenset[int]
     emit: Callable[[Event], None]
+    deadline: float | None = None
+
+    @property
+    def expired(self) -> bool:
+        # A timer may fire early by the resolution of the clock.
+        return self.deadline is not None and asyncio.get_running_loop().time() >= self.deadline - 1e-3
 
 
 @dataclass(slots=True)
@@ -149,9 +157,18 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
         finish = "length"
     except ChainError as failure:
         finish, error = "error", str(failure)
+    except asyncio.CancelledError:
+        if not spec.expired:
+            raise
+        finish = "deadline"
     finally:
         gate.leave(Place(spec.problem.id, spec.chain, len(turns)))
     return writer.result(turns, finish, error)
+
+
+async def unwritten(spec: ChainSpec) -> Chain:
+    """A chain whose deadline came before its lanes were ready for it."""
+    return _Writer(spec).result([], "deadline")
 
 
 async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
@@ -168,6 +185,10 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
         finish = span.finish or finish
     except ChainError as failure:
         finish, error = "error", str(failure)
+    except asyncio.CancelledError:
+        if not spec.expired:
+            raise
+        finish = "deadline"
     text, n = spec.codec.decode(span.tokens), len(span.tokens)
     if author == "draft":
         turn = Turn(0, text, n, t_draft=writer.elapsed())

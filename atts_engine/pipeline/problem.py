@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.pipeline.chain import ChainSpec, Codec, run_chain, run_single
+from atts_engine.pipeline.chain import ChainSpec, Codec, run_chain, run_single, unwritten
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent
 from atts_engine.pipeline.gate import Gate, RankingGate
 from atts_engine.pipeline.params import ATTSParams
@@ -44,44 +44,62 @@ async def run_problem(
     conformal: Gate,
     emit: Callable[[Event], None],
     chains: Sequence[int] | None = None,
+    priority: int = 0,
+    deadline_s: float | None = None,
 ) -> Solution:
-    """Write the chains (all of them, or those numbered in `chains`) and vote.
+    """Write the chains (all of them, or those numbered in `chains`) and vote. Those that still run `deadline_s` seconds
+    after the call end where they are, with `finish` "deadline". priority: see `Lane.open`.
 
     Cancelling it cancels every chain and gives their pages back in both lanes. Only errors that concern the
     whole problem are raised (`InputError` for its prompt, `LaneError`); a single chain's failure is in its record.
     """
     began = time.perf_counter()
     numbers = list(range(params.chains)) if chains is None else list(chains)
+    deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
 
     def spec(chain: int) -> ChainSpec:
-        return ChainSpec(problem, chain, params, pair.codec, pair.ends, emit)
+        return ChainSpec(problem, chain, params, pair.codec, pair.ends, emit, deadline)
+
+    async def forks(stack: AsyncExitStack, lane: Lane, prompt: Sequence[int]) -> list[Seq]:
+        async with asyncio.timeout_at(deadline):
+            return await stack.enter_async_context(_forks(lane, prompt, len(numbers), priority))
 
     async with AsyncExitStack() as stack:
         runs: list[Coroutine[Any, Any, Chain]]
-        if params.strategy in ("draft", "target"):
-            lane, prompt = (pair.draft, prompts.draft) if params.strategy == "draft" else (pair.target, prompts.target)
-            seqs = await stack.enter_async_context(_forks(lane, prompt, len(numbers)))
-            runs = [run_single(spec(c), lane, s, params.strategy) for c, s in zip(numbers, seqs, strict=True)]
-        else:
-            gate: Gate = RankingGate(numbers, params.alpha) if params.strategy == "atts-sync" else conformal
-            gate.begin(problem.id, numbers)
-            stack.callback(gate.end, problem.id)
-            drafts = await stack.enter_async_context(_forks(pair.draft, prompts.draft, len(numbers)))
-            targets = await stack.enter_async_context(_forks(pair.target, prompts.target, len(numbers)))
-            runs = [
-                run_chain(spec(c), pair.draft, d, pair.target, t, gate)
-                for c, d, t in zip(numbers, drafts, targets, strict=True)
-            ]
-        finished = await _gather(runs, emit)
+        try:
+            if params.strategy in ("draft", "target"):
+                one = params.strategy == "draft"
+                lane, prompt = (pair.draft, prompts.draft) if one else (pair.target, prompts.target)
+                seqs = await forks(stack, lane, prompt)
+                runs = [run_single(spec(c), lane, s, params.strategy) for c, s in zip(numbers, seqs, strict=True)]
+            else:
+                gate: Gate = RankingGate(numbers, params.alpha) if params.strategy == "atts-sync" else conformal
+                gate.begin(problem.id, numbers)
+                stack.callback(gate.end, problem.id)
+                drafts = await forks(stack, pair.draft, prompts.draft)
+                targets = await forks(stack, pair.target, prompts.target)
+                runs = [
+                    run_chain(spec(c), pair.draft, d, pair.target, t, gate)
+                    for c, d, t in zip(numbers, drafts, targets, strict=True)
+                ]
+        except TimeoutError:
+            if not spec(0).expired:
+                raise
+            runs = [unwritten(spec(c)) for c in numbers]
+        finished = await _gather(runs, deadline, emit)
     votes = tally(finished, params.vote)
     solution = Solution(problem.id, winner(votes), votes, tuple(finished), time.perf_counter() - began)
     emit(SolutionEvent(solution))
     return solution
 
 
-async def _gather(runs: list[Coroutine[Any, Any, Chain]], emit: Callable[[Event], None]) -> list[Chain]:
+async def _gather(
+    runs: list[Coroutine[Any, Any, Chain]], deadline: float | None, emit: Callable[[Event], None]
+) -> list[Chain]:
     async def announce(run: Coroutine[Any, Any, Chain]) -> Chain:
-        chain = await run
+        # The chain answers the timeout itself, with what it has written.
+        async with asyncio.timeout_at(deadline):
+            chain = await run
         emit(ChainEvent(chain))
         return chain
 
@@ -95,9 +113,9 @@ async def _gather(runs: list[Coroutine[Any, Any, Chain]], emit: Callable[[Event]
 
 
 @asynccontextmanager
-async def _forks(lane: Lane, prompt: Sequence[int], n: int) -> AsyncIterator[list[Seq]]:
+async def _forks(lane: Lane, prompt: Sequence[int], n: int, priority: int) -> AsyncIterator[list[Seq]]:
     """`n` sequences that share the prompt's pages, closed at the end whatever happens."""
-    root = await lane.open(prompt)
+    root = await lane.open(prompt, priority=priority)
     try:
         children = await lane.fork(root, n)
     finally:

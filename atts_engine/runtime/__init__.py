@@ -1,7 +1,8 @@
 """The in-process lane's loop: schedule, run, commit."""
 
-from atts_engine.runtime.lane import LaneCore, LaneStats, default_kv_tokens, kv_bytes_per_token
+from atts_engine.runtime.lane import LaneCore, LaneStats, kv_bytes_per_token
 from atts_engine.runtime.loop import EngineLoop, Mailbox
+from atts_engine.runtime.memory import available_bytes, pool_tokens
 from atts_engine.runtime.records import GateOutcome, SamplingParams, SpanResult, TokenChunk
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "SamplingParams",
     "SpanResult",
     "TokenChunk",
-    "default_kv_tokens",
+    "available_bytes",
     "kv_bytes_per_token",
+    "pool_tokens",
 ]

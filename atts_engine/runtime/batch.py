@@ -50,9 +50,8 @@ class StepArrays:
     [B + 1]; kv_len: int32 [B] (see `ForwardBatch`).
 
     future_rows, future_from [F]: rows whose token the host does not know, and where the step before has sampled it; ids
-    is 0 there. copy_from, copy_to [C]: page copies before anything is written. score_rows, score_ids [T]: rows that
-    predict a scored token, and that token. sample_rows [S]: rows that give a token. asked [A]: which of those S tell
-    its log-probability.
+    is 0 there. score_rows, score_ids [T]: rows that predict a scored token, and that token. sample_rows [S]: rows that
+    give a token. asked [A]: which of those S tell its log-probability.
     """
 
     ids: Ints
@@ -63,8 +62,6 @@ class StepArrays:
     kv_len: Ints32
     future_rows: Ints
     future_from: Ints
-    copy_from: Ints
-    copy_to: Ints
     score_rows: Ints
     score_ids: Ints
     sample_rows: Ints
@@ -118,8 +115,6 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
         kv_len=np.array([w.start + w.count for w in work], dtype=np.int32),
         future_rows=_ints(future_rows),
         future_from=_ints(future_from),
-        copy_from=_ints([source for source, _ in step.copies]),
-        copy_to=_ints([destination for _, destination in step.copies]),
         score_rows=_ints(score_rows),
         score_ids=_ints(score_ids),
         sample_rows=_ints([end - 1 for end, w in zip(ends, work, strict=True) if w.sample is not None]),

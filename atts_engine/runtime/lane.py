@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
 from atts_engine.runtime.runner import Pending, Runner
@@ -32,7 +33,7 @@ DecisionListener = Callable[[GateRequest, SpanResult], None]
 @dataclass(slots=True)
 class LaneStats:
     """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps.
-
+    preemptions: of which preemptions_swap moved the sequence's KV to host memory and preemptions_recompute dropped it.
     discarded_rows: forward passes of one token, not in computed_tokens, that were launched before the host knew that
     their sequence had ended.
     """
@@ -43,12 +44,19 @@ class LaneStats:
     scored_tokens: int = 0
     sampled_tokens: int = 0
     preemptions: int = 0
+    preemptions_swap: int = 0
+    preemptions_recompute: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
     discarded_rows: int = 0
     busy_s: float = 0.0
 
 
 class LaneCore:
     """A model, its KV pool and the sequences on it.
+
+    host_kv_tokens: capacity of the pool in host memory that the KV of preempted sequences may move to; preemption:
+    "auto" moves where that is quicker than computing it again, "swap" wherever there is room, "recompute" never.
 
     overlap: launch a step before the one before it is committed; None: on a GPU. graphs: see `Runner`.
     stream_priority: of the lane's CUDA streams, lower goes first. profile: NVTX ranges on a GPU.
@@ -63,6 +71,8 @@ class LaneCore:
         page_size: int,
         max_batch_tokens: int,
         device: torch.device,
+        host_kv_tokens: int = 0,
+        preemption: str = "auto",
         overlap: bool | None = None,
         graphs: bool | None = None,
         stream_priority: int = 0,
@@ -74,17 +84,23 @@ class LaneCore:
         self.max_length = model.config.max_positions
         num_pages = 1 + -(-kv_tokens // page_size)
         self.pool = PagePool(num_pages, page_size)
+        host_pages = 0 if preemption == "recompute" else -(-host_kv_tokens // page_size)
+        self.host_pool = PagePool(host_pages, page_size, padding=False)
         self._runner = Runner(
             model.decoder,
             num_pages,
             page_size,
             device,
             model.decoder.lm_head.dtype,
+            host_pages=host_pages,
             graphs=graphs,
             stream_priority=stream_priority,
         )
         self._max_batch_tokens = max_batch_tokens
-        self._scheduler = Scheduler(self.pool, max_batch_tokens)
+        costs = Costs.of(model.config, kv_bytes_per_token(model) * page_size, device.type)
+        self._scheduler = Scheduler(
+            self.pool, self.host_pool, max_batch_tokens, costs if preemption == "auto" else None
+        )
         overlaps = overlap if overlap is not None else device.type == "cuda"
         self._depth = 2 if overlaps else 1
         self._flight: deque[Pending] = deque()
@@ -104,8 +120,11 @@ class LaneCore:
 
     # -- commands --
 
-    def open(self, seq_id: int, prompt: tuple[int, ...]) -> None:
-        self._sequences[seq_id] = Sequence(seq_id, list(prompt), BlockTable(self.pool))
+    def open(self, seq_id: int, prompt: tuple[int, ...], group: Hashable = None, priority: int = 0) -> None:
+        """group: None is a group of its own, and of those that are forked from it."""
+        group = ("sequence", seq_id) if group is None else group
+        table = BlockTable(self.pool, self.host_pool)
+        self._sequences[seq_id] = Sequence(seq_id, list(prompt), table, group=group, priority=priority)
 
     def command(self, seq_id: int, command: Command) -> None:
         seq = self._sequences.get(seq_id)
@@ -173,7 +192,8 @@ class LaneCore:
             with self._ranges(f"{self.name}.commit"):
                 self._commit(self._flight.popleft())
         decided = self._decide(on_decision)
-        if not (launched or committed or decided):
+        # Pages in quarantine come free at the next step, and somebody may be waiting for them.
+        if not (launched or committed or decided or self.pool.quarantined):
             return False
         self.stats.busy_s += time.perf_counter() - began
         return True
@@ -183,13 +203,17 @@ class LaneCore:
             self._runner.wipe(self.pool.quarantined)
             self.pool.readmit()
         step = self._scheduler.schedule(self._sequences.values())
-        self.stats.preemptions = self._scheduler.preemptions
+        self.stats.preemptions += step.swapped + step.dropped
+        self.stats.preemptions_swap += step.swapped
+        self.stats.preemptions_recompute += step.dropped
+        self.stats.swapped_out_pages += len(step.swap_out)
+        self.stats.swapped_in_pages += len(step.swap_in)
         for seq in step.impossible:
             self._drop(
                 seq,
                 ChainError(
                     f"{self.name}: a sequence of {seq.goal} tokens does not fit the KV pool of "
-                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens"
+                    f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens or kv_memory_fraction"
                 ),
             )
         if step.work:
@@ -199,6 +223,9 @@ class LaneCore:
                 self.stats.recomputed_tokens += work.seq.launch(
                     work.start + work.count, work.score, work.sample is not None
                 )
+        elif step.swap_out:
+            # Pages were taken from somebody, and were not enough: what they held must not be lost.
+            self._runner.move(step)
         return bool(step.work or step.impossible)
 
     def _commit(self, pending: Pending) -> None:
@@ -352,7 +379,14 @@ class LaneCore:
             return False
         for child_id in command.ids:
             self._sequences[child_id] = Sequence(
-                child_id, list(seq.tokens), seq.table.fork(), computed=seq.computed, furthest=seq.computed
+                child_id,
+                list(seq.tokens),
+                seq.table.fork(),
+                computed=seq.computed,
+                furthest=seq.computed,
+                preempted=seq.preempted,
+                group=seq.group,
+                priority=seq.priority,
             )
         command.reply(None, None)
         return True
@@ -426,8 +460,3 @@ def kv_bytes_per_token(model: Model) -> int:
     """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
     c = model.config
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize
-
-
-def default_kv_tokens(model: Model, pool_bytes: int) -> int:
-    """Tokens that fit `pool_bytes`, at least one full context."""
-    return max(model.config.max_positions, math.floor(pool_bytes / kv_bytes_per_token(model)))

@@ -7,6 +7,8 @@ page that changes hands is written behind whoever read it last.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -22,6 +24,7 @@ from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
 
+_ALIGNMENT = 64
 GRAPH_OPS = ("linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
@@ -65,7 +68,8 @@ class Pending:
 
 
 class Runner:
-    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, and its stream on a GPU.
+    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, its host pool `[host_pages,
+    layers, 2, page_size, kv_heads, head_dim]`, pinned where the device is a GPU, and its streams there.
 
     graphs: decode steps as CUDA graphs; None: where the ops can be captured. Raises `InputError` when they are asked
     for and cannot be had.
@@ -78,6 +82,7 @@ class Runner:
         page_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        host_pages: int = 0,
         *,
         graphs: bool | None = False,
         stream_priority: int = 0,
@@ -95,13 +100,15 @@ class Runner:
             self._side = torch.cuda.Stream(device, priority=stream_priority)
             # The weights were put on the device by the default stream, which the lane's streams do not wait for.
             torch.cuda.synchronize(device)
+        page = (page_size, config.num_kv_heads, config.head_dim)
+        slots = (host_pages, config.num_layers, 2, *page)
         with self.on_stream():
             # Zeros, not empty: attention multiplies padding by weight 0, and 0 * NaN is NaN.
-            self.kv = torch.zeros(
-                (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim),
-                dtype=dtype,
-                device=device,
-            )
+            self.kv = _zeros((config.num_layers, 2, num_pages, *page), dtype, device)
+        if device.type == "cuda":
+            self._host = torch.empty(slots, dtype=dtype, pin_memory=True)
+        else:
+            self._host = _zeros(slots, dtype, torch.device("cpu"))
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Where everything that touches the KV is enqueued."""
@@ -120,8 +127,7 @@ class Runner:
         """The device's part of `launch`. Reads no sequence: these may have moved on already."""
         futures = before.sampled if before is not None else None
         with self.on_stream():
-            if len(arrays.copy_from):
-                ops.kv_copy_pages(self.kv, *to_device([arrays.copy_from, arrays.copy_to], self.device))
+            self.move(step)
             logits: torch.Tensor | None
             scores: torch.Tensor | None
             if self._graphs is not None and arrays.decodes_only and self._graphs.holds(len(arrays.ids)):
@@ -136,10 +142,28 @@ class Runner:
             return Pending(step, sampled, rows, arrived, HostCopy([sampled, *told]), tuple(arrays.asked.tolist()))
 
     @torch.inference_mode()
+    def move(self, step: Step) -> None:
+        """Carry out the page copies of a step; its forward pass comes after them.
+
+        The order matters: a page that is swapped out may be written by any of the rest, and what is copied from may
+        be written by what is swapped in.
+        """
+        with self.on_stream():
+            if step.swap_out:
+                pages, slots = zip(*step.swap_out, strict=True)
+                ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), True)
+            if step.copies:
+                source, destination = zip(*step.copies, strict=True)
+                ops.kv_copy_pages(self.kv, self._ints(source), self._ints(destination))
+            if step.swap_in:
+                slots, pages = zip(*step.swap_in, strict=True)
+                ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), False)
+
+    @torch.inference_mode()
     def wipe(self, pages: list[int]) -> None:
         """Zero pages that may hold NaN before somebody else gets them."""
         with self.on_stream():
-            self.kv.index_fill_(2, to_device([np.array(pages, dtype=np.int64)], self.device)[0], 0)
+            self.kv.index_fill_(2, self._ints(pages), 0)
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
@@ -167,6 +191,9 @@ class Runner:
             self._max_pages,
             capture,
         )
+
+    def _ints(self, values: Sequence[int]) -> torch.Tensor:
+        return to_device([np.array(values, dtype=np.int64)], self.device)[0]
 
     def _decode(self, batch: ForwardBatch) -> torch.Tensor:
         return self.decoder.logits(self.decoder.forward(batch, self.kv))
@@ -226,11 +253,20 @@ def _idle_arrays(rows: int) -> StepArrays:
         kv_len=np.ones(rows, dtype=np.int32),
         future_rows=none,
         future_from=none,
-        copy_from=none,
-        copy_to=none,
         score_rows=np.arange(rows),
         score_ids=zeros,
         sample_rows=np.arange(len(some)),
         asked=np.arange(len(some)),
         sampling=SamplingRows.of([SamplingParams()] * len(some), [1] * len(some)),
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The system's own zero pages are had on first touch, so a pool larger than what is used takes neither time nor
+    # memory; torch.zeros would write all of it. Aligned as torch aligns.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    first = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,8 +39,8 @@ class DecodeState:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Positions [0, computed) have their KV in the pages of `table`, or get it from a step in flight: whatever is
-    launched after that step finds it there.
+    """Positions [0, computed) have their KV in the pages of `table`, on the device or parked in host memory, or get it
+    from a step in flight: whatever is launched after that step finds it there.
 
     At rest `computed == len(tokens) - 1`: the last token is forwarded with whatever comes next, and that forward
     gives the log-probability of the next token, so a span's first token is scored like any other.
@@ -64,7 +65,12 @@ class Sequence:
     """Positions below this were computed before: computing them again is counted as recomputation."""
     last_step: int = -1
     preempted: bool = False
+    """It gave up pages and has not been placed in a step since."""
     closed: bool = False
+    group: Hashable = None
+    """Sequences of one group share one claim to the lane's time; see `ServiceCounters`."""
+    priority: int = 0
+    """Lower numbers are served first and preempted last."""
 
     @property
     def total(self) -> int:
@@ -107,8 +113,6 @@ class Sequence:
         again = max(0, min(end, self.furthest) - self.computed)
         self.computed = end
         self.furthest = max(self.furthest, end)
-        if self.remaining <= 0:
-            self.preempted = False
         self.flights += 1
         if score:
             done = score[-1][1]
@@ -138,8 +142,16 @@ class Sequence:
         self.scored = [(p, s[: length - p]) for p, s in self.scored if p < length]
         self.table.truncate(self.computed)
 
-    def drop_kv(self) -> None:
-        """Give all pages back; the tokens stay and are computed again when they are wanted."""
+    def park_kv(self) -> list[tuple[int, int]]:
+        """Move the pages that nobody shares to the host pool; returns the (page, slot) copies to be made."""
         self.preempted = True
-        self.computed = 0
-        self.table.release()
+        return self.table.park()
+
+    def drop_kv(self) -> None:
+        """Give up the KV that nobody shares, or all of it where nothing else would come free; the tokens stay and are
+        computed again when they are wanted."""
+        self.preempted = True
+        # What others hold as well stays for nothing, unless it is all that there is: then the last to let go frees it.
+        kept = self.table.shared if self.table.private else 0
+        self.computed = min(self.computed, kept * self.table.page_size)
+        self.table.truncate(self.computed)
