@@ -36,6 +36,9 @@ class EngineConfig:
     `QueueFull`. None: no bound.
     max_batch_tokens: rows of one forward pass. chunk_tokens: tokens handed over at a time while a span is written.
     threads: CPU threads of torch; None leaves torch's own choice.
+    overlap: a lane launches a step before it has seen the results of the one before; None: on a GPU, not on a CPU.
+    graphs: decode steps as CUDA graphs; None: where every op of a step can be captured.
+    lane_threads: "one" scheduler thread for both lanes, or "each" lane its own. profile: NVTX ranges on a GPU.
     prompt: user message with `{problem}` in it; None: the problem alone for the built-in pair, `MATH_PROMPT` otherwise.
     Raises `InputError` for a value outside its range.
     """
@@ -54,6 +57,10 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     chunk_tokens: int = 64
     threads: int | None = None
+    overlap: bool | None = None
+    graphs: bool | None = None
+    lane_threads: str = "one"
+    profile: bool = False
     prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +72,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {value}")
+        if self.lane_threads not in ("one", "each"):
+            raise InputError(f"lane_threads must be 'one' or 'each', not {self.lane_threads!r}")
         if self.kv_memory_fraction is not None and not 0.0 < self.kv_memory_fraction <= 1.0:
             raise InputError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")
         if self.preemption not in PREEMPTIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,7 +15,7 @@ from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
 from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
 from atts_engine.errors import InputError, QueueFull
-from atts_engine.models import Model, load_model
+from atts_engine.models import Decoder, Model, load_model, resolve_device
 from atts_engine.pipeline import (
     ATTSParams,
     ConformalGate,
@@ -69,12 +69,17 @@ class AsyncEngine:
         def decided(request: GateRequest, result: SpanResult) -> None:
             mailbox.post(lambda: self._decided(request, result))
 
-        self._loop = EngineLoop([(core, decided) for core in cores])
-        lanes = [InProcessLane(core, self._loop, mailbox, chunk_tokens=config.chunk_tokens) for core in cores]
+        heard = [(core, decided) for core in cores]
+        self._loops = [EngineLoop(heard)] if config.lane_threads == "one" else [EngineLoop([lane]) for lane in heard]
+        lanes = [
+            InProcessLane(core, loop, mailbox, chunk_tokens=config.chunk_tokens)
+            for core, loop in zip(cores, (self._loops[0], self._loops[-1]), strict=True)
+        ]
         ends = frozenset(draft.tokenizer.eos_token_ids) | frozenset(target.tokenizer.eos_token_ids)
         ends |= frozenset(draft.config.eos_token_ids) | frozenset(target.config.eos_token_ids)
         self._pair = Pair(lanes[0], lanes[1], target.tokenizer, ends)
-        self._loop.start()
+        for loop in self._loops:
+            loop.start()
 
     @classmethod
     async def create(cls, config: EngineConfig, calibrator: Calibrator | None = None) -> AsyncEngine:
@@ -90,7 +95,8 @@ class AsyncEngine:
             raise InputError(
                 f"{config.draft} and {config.target} have different tokenizers; choose a pair that shares one"
             )
-        return cls(config, draft, target, _cores(config, draft, target), calibrator)
+        cores = await asyncio.to_thread(_cores, config, draft, target)
+        return cls(config, draft, target, cores, calibrator)
 
     async def generate(
         self,
@@ -195,7 +201,8 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Stop both lanes; chains that still run end with `LaneError`. Closing twice is allowed."""
-        await asyncio.to_thread(self._loop.stop)
+        for loop in self._loops:
+            await asyncio.to_thread(loop.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -302,14 +309,17 @@ class Engine:
 
 def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
     dtype = dtype_of(config.dtype)
-    draft = load_model(config.draft, config.draft_device, dtype)
-    if config.target == config.draft and config.target_device == config.draft_device:
-        return draft, draft
-    return draft, load_model(config.target, config.target_device, dtype)
+    # Both before anything is loaded: a large draft should not be read for a target device that is not there.
+    places = resolve_device(config.draft_device), resolve_device(config.target_device)
+    draft = load_model(config.draft, places[0], dtype)
+    if config.target == config.draft and places[0] == places[1]:
+        # One copy of the weights, two decoders: a decoder's buffers belong to one lane's thread and stream.
+        return draft, replace(draft, decoder=Decoder(draft.config, draft.decoder.weights))
+    return draft, load_model(config.target, places[1], dtype)
 
 
 def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:
-    models, devices = (draft, target), (torch.device(config.draft_device), torch.device(config.target_device))
+    models, devices = (draft, target), (draft.decoder.device, target.decoder.device)
     token_bytes = [kv_bytes_per_token(model) for model in models]
     if config.kv_tokens is not None:
         tokens = [config.kv_tokens, config.kv_tokens]
@@ -319,12 +329,12 @@ def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore,
     cpu = torch.device("cpu")
     room = pool_tokens((cpu, cpu), token_bytes, [available_bytes(cpu)] * 2, None)
 
-    def core(name: str, lane: int) -> LaneCore:
+    def core(name: str, lane: int, stream_priority: int) -> LaneCore:
         host = config.host_kv_tokens
         if host is None:
             moves = config.preemption == "swap" or (config.preemption == "auto" and devices[lane].type != "cpu")
             host = min(tokens[lane], room[lane]) if moves else 0
-        return LaneCore(
+        made = LaneCore(
             name,
             models[lane],
             kv_tokens=tokens[lane],
@@ -333,9 +343,16 @@ def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore,
             device=devices[lane],
             host_kv_tokens=host,
             preemption=config.preemption,
+            overlap=config.overlap,
+            graphs=config.graphs,
+            stream_priority=stream_priority,
+            profile=config.profile,
         )
+        made.warm_up()
+        return made
 
-    return core("draft", 0), core("target", 1)
+    # Where both lanes share a GPU, drafting goes first: many short steps, and every chain waits for them.
+    return core("draft", 0, -1), core("target", 1, 0)
 
 
 def _default_prompt(draft: Model, target: Model) -> str:

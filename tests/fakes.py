@@ -50,6 +50,7 @@ class FakeDecoder:
         self.rows = 0
 
     def forward(self, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
+        assert bool((batch.ids >= 0).all()), "a row without a token"
         page = kv.shape[3]
         flat = kv[0, 0].view(-1, 2)[:, 0]
         values = batch.ids.to(torch.float32)

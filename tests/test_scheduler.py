@@ -36,7 +36,8 @@ class Simulation:
         for _ in range(n):
             seq = Sequence(len(self.sequences), [0] * prompt, BlockTable(self.pool, self.host), group=group)
             seq.priority = priority
-            seq.decode = DecodeState(Decode(1 << 40, SamplingParams(), 64, lambda c: None, lambda v, e: None))
+            decode = Decode(1 << 40, SamplingParams(), 64, lambda c: None, lambda v, e: None)
+            seq.decode = DecodeState(decode, limit=decode.max_tokens)
             self.sequences.append(seq)
             self.last[seq.id] = self.steps
             made.append(seq)

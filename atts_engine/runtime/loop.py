@@ -1,18 +1,22 @@
-"""One scheduler thread drives every lane of an engine; asyncio stays outside."""
+"""A scheduler thread drives one lane or several; asyncio stays outside."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from atts_engine.errors import LaneError
 from atts_engine.runtime.lane import DecisionListener, LaneCore
 
+_POLL_S = 50e-6
+"""How long a thread with several lanes sleeps while all of them wait for their devices. A wait for one lane's event
+would leave the other lane's device idle."""
+
 
 class Mailbox:
-    """Hands calls from the scheduler thread to an event loop, in order, with one wake-up for many."""
+    """Hands calls from scheduler threads to an event loop, with one wake-up for many; those of one thread in order."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -41,14 +45,18 @@ class Mailbox:
 
 
 class EngineLoop:
-    """Runs posted calls and lane steps in turns until it is stopped."""
+    """Runs posted calls and lane steps in turns until it is stopped.
 
-    def __init__(self, lanes: list[tuple[LaneCore, DecisionListener]]) -> None:
+    A lane belongs to one loop: its core is touched by that loop's thread alone, and its listener is called there.
+    """
+
+    def __init__(self, lanes: Sequence[tuple[LaneCore, DecisionListener]]) -> None:
         self._lanes = lanes
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="atts-scheduler", daemon=True)
+        name = "+".join(lane.name for lane, _ in lanes)
+        self._thread = threading.Thread(target=self._run, name=f"atts-{name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -70,13 +78,16 @@ class EngineLoop:
         self._thread.join()
 
     def _run(self) -> None:
+        alone = len(self._lanes) == 1
         while self._accept():
             worked = False
             for lane, listener in self._lanes:
-                worked |= lane.step(listener)
+                worked |= lane.step(listener, wait=alone)
             if not worked:
+                # In flight and not worked: every device is busy, and there is nothing to launch behind that.
+                timeout = _POLL_S if any(lane.in_flight for lane, _ in self._lanes) else None
                 with self._wake:
-                    self._wake.wait_for(lambda: self._inbox or self._stopping)
+                    self._wake.wait_for(lambda: self._inbox or self._stopping, timeout)
         for lane, _ in self._lanes:
             lane.fail(LaneError("the engine was closed"))
 

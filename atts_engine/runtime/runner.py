@@ -1,19 +1,32 @@
-"""Carries a step out on the device: one forward pass, then log-probabilities and samples of the rows that want them."""
+"""Carries a step out on the device: one forward pass, then log-probabilities and samples of the rows that want them.
+
+`launch` enqueues and returns; `Pending.collect` waits for that step alone. Everything that touches a lane's KV goes
+on the lane's one stream, in the order in which it was scheduled: a step reads what the step before it wrote, and a
+page that changes hands is written behind whoever read it last.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from atts_engine import ops
+from atts_engine.errors import InputError
 from atts_engine.models import Decoder, ForwardBatch
-from atts_engine.runtime.scheduler import Step, Work
+from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, sampling_work
+from atts_engine.runtime.graphs import MAX_GRAPH_BATCH, Capture, CudaCapture, DecodeGraphs
+from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.scheduler import Step
+from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
 
 _ALIGNMENT = 64
+GRAPH_OPS = ("linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
+"""What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +39,41 @@ class StepOutput:
     sampled: list[tuple[int, float | None]]
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step in flight. sampled: int64 [S] on the device, -1 where the logits held NaN; rows: which of them belongs
+    to which sequence (by id). The next step takes its ids from there before the host has seen them."""
+
+    step: Step
+    sampled: torch.Tensor | None = None
+    rows: dict[int, int] = field(default_factory=dict)
+    scores: HostCopy | None = None
+    drawn: HostCopy | None = None
+    asked: tuple[int, ...] = ()
+
+    def ready(self) -> bool:
+        """Whether `collect` would not wait."""
+        return all(copy is None or copy.ready() for copy in (self.scores, self.drawn))
+
+    def collect(self) -> StepOutput:
+        scores = np.empty(0, dtype=np.float32)
+        if self.scores is not None:
+            # A copy: the page-locked memory goes back as soon as possible.
+            scores = self.scores.wait()[0].numpy().copy()
+        if self.drawn is None:
+            return StepOutput(scores, [])
+        tokens, *told = self.drawn.wait()
+        found = dict(zip(self.asked, told[0].tolist(), strict=True)) if told else {}
+        return StepOutput(scores, [(token, found.get(i)) for i, token in enumerate(tokens.tolist())])
+
+
 class Runner:
-    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, and its host pool
-    `[host_pages, layers, 2, page_size, kv_heads, head_dim]`, pinned where the device is a GPU."""
+    """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, its host pool `[host_pages,
+    layers, 2, page_size, kv_heads, head_dim]`, pinned where the device is a GPU, and its streams there.
+
+    graphs: decode steps as CUDA graphs; None: where the ops can be captured. Raises `InputError` when they are asked
+    for and cannot be had.
+    """
 
     def __init__(
         self,
@@ -38,24 +83,63 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         host_pages: int = 0,
+        *,
+        graphs: bool | None = False,
+        stream_priority: int = 0,
     ) -> None:
         config = decoder.config
         self.decoder = decoder
         self.device = device
-        # Zeros, not empty: attention multiplies padding by weight 0, and 0 * NaN is NaN.
+        self._graphs: DecodeGraphs | None = None
+        self._want_graphs = _graphs_wanted(graphs, device)
+        self._max_pages = min(num_pages, -(-config.max_positions // page_size))
+        self._stream: torch.cuda.Stream | None = None
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=stream_priority)
+            self._side = torch.cuda.Stream(device, priority=stream_priority)
+            # The weights were put on the device by the default stream, which the lane's streams do not wait for.
+            torch.cuda.synchronize(device)
         page = (page_size, config.num_kv_heads, config.head_dim)
-        self.kv = _zeros((config.num_layers, 2, num_pages, *page), dtype, device)
         slots = (host_pages, config.num_layers, 2, *page)
+        with self.on_stream():
+            # Zeros, not empty: attention multiplies padding by weight 0, and 0 * NaN is NaN.
+            self.kv = _zeros((config.num_layers, 2, num_pages, *page), dtype, device)
         if device.type == "cuda":
             self._host = torch.empty(slots, dtype=dtype, pin_memory=True)
         else:
             self._host = _zeros(slots, dtype, torch.device("cpu"))
 
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Where everything that touches the KV is enqueued."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Where work that needs no KV is enqueued: waiting for it does not wait for the step in flight."""
+        return torch.cuda.stream(self._side) if self._side is not None else nullcontext()
+
+    def launch(self, step: Step, before: Pending | None) -> Pending:
+        """Enqueue a step. before: the step in flight, if the host has not collected it; it samples the futures."""
+        return self.execute(step, arrays_of(step, before.rows if before is not None else {}), before)
+
     @torch.inference_mode()
-    def run(self, step: Step) -> StepOutput:
-        self.move(step)
-        hidden = self.decoder.forward(self._batch(step.work), self.kv)
-        return StepOutput(self._score(step.work, hidden), self._sample(step.work, hidden))
+    def execute(self, step: Step, arrays: StepArrays, before: Pending | None) -> Pending:
+        """The device's part of `launch`. Reads no sequence: these may have moved on already."""
+        futures = before.sampled if before is not None else None
+        with self.on_stream():
+            self.move(step)
+            logits: torch.Tensor | None
+            scores: torch.Tensor | None
+            if self._graphs is not None and arrays.decodes_only and self._graphs.holds(len(arrays.ids)):
+                logits, scores = self._graphs.run(arrays, futures), None
+            else:
+                logits, scores = self._forward(arrays, futures)
+            rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
+            arrived = HostCopy([scores]) if scores is not None else None
+            if logits is None:
+                return Pending(step, scores=arrived)
+            sampled, told = self._sample(arrays, logits)
+            return Pending(step, sampled, rows, arrived, HostCopy([sampled, *told]), tuple(arrays.asked.tolist()))
 
     @torch.inference_mode()
     def move(self, step: Step) -> None:
@@ -64,87 +148,117 @@ class Runner:
         The order matters: a page that is swapped out may be written by any of the rest, and what is copied from may
         be written by what is swapped in.
         """
-        if step.swap_out:
-            pages, slots = zip(*step.swap_out, strict=True)
-            ops.kv_swap(self.kv, self._host, self._ints(list(pages)), torch.tensor(slots), True)
-        if step.copies:
-            source, destination = (self._ints(list(side)) for side in zip(*step.copies, strict=True))
-            ops.kv_copy_pages(self.kv, source, destination)
-        if step.swap_in:
-            slots, pages = zip(*step.swap_in, strict=True)
-            ops.kv_swap(self.kv, self._host, self._ints(list(pages)), torch.tensor(slots), False)
+        with self.on_stream():
+            if step.swap_out:
+                pages, slots = zip(*step.swap_out, strict=True)
+                ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), True)
+            if step.copies:
+                source, destination = zip(*step.copies, strict=True)
+                ops.kv_copy_pages(self.kv, self._ints(source), self._ints(destination))
+            if step.swap_in:
+                slots, pages = zip(*step.swap_in, strict=True)
+                ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), False)
 
     @torch.inference_mode()
     def wipe(self, pages: list[int]) -> None:
         """Zero pages that may hold NaN before somebody else gets them."""
-        self.kv[:, :, self._ints(pages)] = 0
+        with self.on_stream():
+            self.kv.index_fill_(2, self._ints(pages), 0)
 
-    def _batch(self, work: tuple[Work, ...]) -> ForwardBatch:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for w in work:
-            end = w.start + w.count
-            ids.extend(w.seq.tokens[w.start : end])
-            positions.extend(range(w.start, end))
-            slots.extend(w.seq.table.slots(w.start, end))
-        width = max(len(w.seq.table.pages) for w in work)
-        table = np.zeros((len(work), width), dtype=np.int32)
-        for row, w in enumerate(work):
-            table[row, : len(w.seq.table.pages)] = w.seq.table.pages
-        return ForwardBatch(
-            ids=self._ints(ids),
-            positions=self._ints(positions),
-            slots=self._ints(slots),
-            block_table=torch.from_numpy(table).to(self.device),
-            cu_q=self._ints([0, *accumulate(w.count for w in work)], torch.int32),
-            kv_len=self._ints([w.start + w.count for w in work], torch.int32),
+    @torch.inference_mode()
+    def warm_up(self, max_rows: int) -> None:
+        """Run a step of every kind and capture every graph, so that no request pays for compilation. Nothing to do on
+        the CPU."""
+        if self.device.type != "cuda":
+            return
+        with self.on_stream():
+            for rows in sorted({1, min(MAX_GRAPH_BATCH, max_rows), max_rows}):
+                arrays = _idle_arrays(rows)
+                logits, _ = self._forward(arrays, None)
+                assert logits is not None
+                self._sample(arrays, logits)
+            assert self._stream is not None
+            if self._want_graphs:
+                self.capture(CudaCapture(self._stream), max_rows)
+            self._stream.synchronize()
+
+    def capture(self, capture: Capture, max_rows: int) -> None:
+        """Have decode steps of up to `max_rows` sequences run as graphs that `capture` makes."""
+        self._graphs = DecodeGraphs(
+            self._decode,
+            self.device,
+            min(max_rows, MAX_GRAPH_BATCH),
+            self._max_pages,
+            capture,
         )
 
-    def _score(self, work: tuple[Work, ...], hidden: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        rows: list[int] = []
-        ids: list[int] = []
-        offset = 0
-        for w in work:
-            for first, last in w.score:
-                # The row that predicts position p forwards position p - 1.
-                rows.extend(range(offset + first - 1 - w.start, offset + last - 1 - w.start))
-                ids.extend(w.seq.tokens[first:last])
-            offset += w.count
-        if not rows:
-            return np.empty(0, dtype=np.float32)
-        logprobs = ops.score_tokens(hidden[self._ints(rows)], self.decoder.lm_head, self._ints(ids))
-        return logprobs.cpu().numpy()
+    def _ints(self, values: Sequence[int]) -> torch.Tensor:
+        return to_device([np.array(values, dtype=np.int64)], self.device)[0]
 
-    def _sample(self, work: tuple[Work, ...], hidden: torch.Tensor) -> list[tuple[int, float | None]]:
-        ends = list(accumulate(w.count for w in work))
-        rows = [end - 1 for end, w in zip(ends, work, strict=True) if w.sample]
-        if not rows:
-            return []
-        states = [(w.seq, w.seq.decode.command.sampling) for w in work if w.sample and w.seq.decode is not None]
-        logits = self.decoder.logits(hidden[self._ints(rows)])
-        sampled = ops.sample(
-            logits,
-            temperature=torch.tensor([p.temperature for _, p in states], dtype=torch.float32, device=self.device),
-            top_k=self._ints([p.top_k for _, p in states]),
-            top_p=torch.tensor([p.top_p for _, p in states], dtype=torch.float32, device=self.device),
-            min_p=torch.tensor([p.min_p for _, p in states], dtype=torch.float32, device=self.device),
-            seed=self._ints([p.seed for _, p in states]),
-            position=self._ints([seq.total for seq, _ in states]),
-        )
-        asked = [i for i, (_, p) in enumerate(states) if p.logprobs]
-        if not asked:
-            return [(token, None) for token in sampled.tolist()]
+    def _decode(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.decoder.logits(self.decoder.forward(batch, self.kv))
+
+    def _forward(
+        self, arrays: StepArrays, futures: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(logits [S, V], log-probabilities [T] of scored tokens), None where nobody wants them."""
+        a = arrays
+        ids, positions, slots, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
+            [
+                a.ids, a.positions, a.slots, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from,
+                a.score_rows, a.score_ids, a.sample_rows,
+            ],
+            self.device,
+        )  # fmt: skip
+        fill_futures(ids, late, source, futures)
+        hidden = self.decoder.forward(ForwardBatch(ids, positions, slots, table, cu_q, kv_len), self.kv)
+        scores = ops.score_tokens(hidden[score_rows], self.decoder.lm_head, score_ids) if len(score_rows) else None
+        logits = self.decoder.logits(hidden[sample_rows]) if len(sample_rows) else None
+        return logits, scores
+
+    def _sample(self, arrays: StepArrays, logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Ids int64 [S], and the log-probabilities float32 [A] of those that are asked for, if any."""
+        asked, *parameters = to_device([arrays.asked, *arrays.sampling.arrays], self.device)
+        sampled = ops.sample(logits, *parameters)
+        if not len(asked):
+            return sampled, []
         # A row without a draw holds NaN, so any id will do for it.
         ids = sampled.clamp(min=0)
-        if len(asked) < len(states):
-            some = self._ints(asked)
-            logits, ids = logits[some], ids[some]
-        found = dict(zip(asked, ops.score_logits(logits, ids).tolist(), strict=True))
-        return [(token, found.get(i)) for i, token in enumerate(sampled.tolist())]
+        if len(asked) < len(sampled):
+            logits, ids = logits[asked], ids[asked]
+        return sampled, [ops.score_logits(logits, ids)]
 
-    def _ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+
+def _graphs_wanted(graphs: bool | None, device: torch.device) -> bool:
+    if graphs is False:
+        return False
+    missing = [op for op in GRAPH_OPS if not ops.capturable(op, device)]
+    if graphs and missing:
+        raise InputError(
+            f"CUDA graphs cannot be had on {device}: {', '.join(missing)} cannot be captured there; leave graphs out"
+        )
+    return not missing
+
+
+def _idle_arrays(rows: int) -> StepArrays:
+    """A step of `rows` sequences of one token each, which all lie in the first slot of PAD_PAGE: it writes where
+    nobody's tokens are, and what it writes is finite."""
+    none, zeros, some = (np.zeros(n, dtype=np.int64) for n in (0, rows, min(rows, MAX_GRAPH_BATCH)))
+    return StepArrays(
+        ids=zeros.copy(),
+        positions=zeros,
+        slots=zeros,
+        block_table=np.zeros((rows, 1), dtype=np.int32),
+        cu_q=np.arange(rows + 1, dtype=np.int32),
+        kv_len=np.ones(rows, dtype=np.int32),
+        future_rows=none,
+        future_from=none,
+        score_rows=np.arange(rows),
+        score_ids=zeros,
+        sample_rows=np.arange(len(some)),
+        asked=np.arange(len(some)),
+        sampling=SamplingRows.of([SamplingParams()] * len(some), [1] * len(some)),
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from atts_engine.kv import PagePool
 from atts_engine.runtime.fairness import ServiceCounters
 from atts_engine.runtime.preemption import Costs
-from atts_engine.runtime.sequence import Sequence
+from atts_engine.runtime.sequence import DecodeState, Sequence
 
 PREFILL_SHARE = 8
 """One row in this many is kept for prefill while there is any; see `Scheduler`."""
@@ -20,14 +20,15 @@ PREFILL_SHARE = 8
 class Work:
     """Forward positions [start, start + count) of a sequence.
 
-    `score`: position ranges whose log-probability is wanted. `sample`: the last row gives the next token.
+    `score`: position ranges whose log-probability is wanted. `sample`: the decode whose next token the last row gives;
+    when the row's token becomes known and the sequence decodes something else by then, the token is for nobody.
     """
 
     seq: Sequence
     start: int
     count: int
     score: tuple[tuple[int, int], ...]
-    sample: bool
+    sample: DecodeState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +108,21 @@ class Scheduler:
         wanted: list[Sequence] = []
         impossible: list[Sequence] = []
         for seq in sequences:
-            if seq.wanted:
-                (wanted if self._pages(seq.goal) <= self._pool.capacity else impossible).append(seq)
+            if not seq.wanted:
+                continue
+            if self._pages(seq.goal) <= self._pool.capacity:
+                wanted.append(seq)
+            elif not seq.futures:
+                # Otherwise the token that a step in flight samples may be the last one.
+                impossible.append(seq)
         self._service.begin({s.group for s in sequences}, {s.group for s in wanted})
         plan = _Plan(sequences, self._budget)
         levels = sorted({s.priority for s in wanted})
         self._owed = {level: self._owed.get(level, 0) for level in levels}
         for level in levels:
             self._serve(level, [s for s in wanted if s.priority == level], plan)
-        if not plan.work:
+        # What is in flight may free pages, and lets go of its own when it has arrived.
+        if not plan.work and not any(s.flights for s in sequences):
             self._force(wanted, plan)
         # Only now: a slot that is read in this step must not be written in it.
         self._host.release(slot for slot, _ in plan.swap_in)
@@ -169,7 +176,8 @@ class Scheduler:
         start = seq.computed
         count = min(seq.remaining, plan.budget)
         while seq.table.needed(start, start + count) > self._pool.free:
-            victim = self._victim([s for s in self._holders(seq, plan) if may_take(s)])
+            # Nobody gives up pages for a row that may turn out to be for nobody.
+            victim = None if seq.futures else self._victim([s for s in self._holders(seq, plan) if may_take(s)])
             if victim is None:
                 return
             self._preempt(victim, plan)
@@ -181,12 +189,13 @@ class Scheduler:
         self._service.charge(seq.group, count)
         seq.last_step = self._step
         seq.preempted = False
-        sample = seq.decode is not None and start + count == seq.total
+        sample = seq.decode if start + count == seq.total else None
         plan.work.append(Work(seq, start, count, tuple(seq.score_ranges(start, count)), sample))
 
     def _holders(self, seq: Sequence, plan: _Plan) -> list[Sequence]:
-        """Who else holds pages that this step does not need."""
-        return [s for s in plan.sequences if s is not seq and s.table.pages and s.id not in plan.chosen]
+        """Who else holds pages that neither this step nor one in flight needs."""
+        others = (s for s in plan.sequences if s is not seq and s.id not in plan.chosen)
+        return [s for s in others if s.table.pages and not s.flights]
 
     def _may_take(self, seq: Sequence, plan: _Plan) -> Callable[[Sequence], bool]:
         """Whose pages a running sequence may take."""

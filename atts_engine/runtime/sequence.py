@@ -20,6 +20,8 @@ class DecodeState:
     """Progress of the decode command at the head of a sequence."""
 
     command: Decode
+    limit: int
+    """Tokens it may produce: `max_tokens`, or fewer where the context ends."""
     produced: int = 0
     buffer: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -37,7 +39,8 @@ class DecodeState:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens[:computed]` have their KV in the pages of `table`, on the device or parked in host memory.
+    """Positions [0, computed) have their KV in the pages of `table`, on the device or parked in host memory, or get it
+    from a step in flight: whatever is launched after that step finds it there.
 
     At rest `computed == len(tokens) - 1`: the last token is forwarded with whatever comes next, and that forward
     gives the log-probability of the next token, so a span's first token is scored like any other.
@@ -53,6 +56,11 @@ class Sequence:
     """Half-open position ranges that are still to be scored, ascending."""
     scored: list[tuple[int, FloatArray]] = field(default_factory=list)
     """(first position, log-probabilities) since the last verdict, ascending."""
+    futures: int = 0
+    """Tokens at the end that steps in flight sample: their places are taken, the host does not know them yet."""
+    flights: int = 0
+    """Steps in flight that hold rows of this sequence. Its pages are let go, shared or moved only when there are none:
+    until then they are being written, and nobody knows whether what is written is finite."""
     furthest: int = 0
     """Positions below this were computed before: computing them again is counted as recomputation."""
     last_step: int = -1
@@ -66,12 +74,14 @@ class Sequence:
 
     @property
     def total(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.futures
 
     @property
     def goal(self) -> int:
         """`computed` when the work at hand is done."""
-        return self.total if self.decode is not None else self.total - 1
+        state = self.decode
+        more = state is not None and state.produced + self.futures < state.limit
+        return self.total if more else self.total - 1
 
     @property
     def remaining(self) -> int:
@@ -95,14 +105,32 @@ class Sequence:
         clipped = ((max(a, low), min(b, high)) for a, b in self.to_score)
         return [(a, b) for a, b in clipped if a < b]
 
-    def take_scores(self, first: int, logprobs: FloatArray) -> None:
-        """Record log-probabilities of positions first .. first + len - 1 and strike them off `to_score`."""
-        self.scored.append((first, logprobs))
-        done = first + len(logprobs)
-        while self.to_score and self.to_score[0][1] <= done:
-            self.to_score.popleft()
-        if self.to_score and self.to_score[0][0] < done:
-            self.to_score[0] = (done, self.to_score[0][1])
+    def launch(self, end: int, score: tuple[tuple[int, int], ...], sample: bool) -> int:
+        """Take rows up to position `end` as computed: a step that does so was launched.
+
+        Returns how many positions were computed before.
+        """
+        again = max(0, min(end, self.furthest) - self.computed)
+        self.computed = end
+        self.furthest = max(self.furthest, end)
+        self.flights += 1
+        if score:
+            done = score[-1][1]
+            while self.to_score and self.to_score[0][1] <= done:
+                self.to_score.popleft()
+            if self.to_score and self.to_score[0][0] < done:
+                self.to_score[0] = (done, self.to_score[0][1])
+        if sample:
+            self.futures += 1
+        return again
+
+    def end_decode(self) -> None:
+        """Leave the decode where the host knows it to be. Rows in flight for it are for nobody: the KV that they
+        write stays uncounted, and the last token is forwarded again like that of any sequence at rest."""
+        self.decode = None
+        self.futures = 0
+        self.computed = min(self.computed, self.total - 1)
+        self.furthest = min(self.furthest, self.total - 1)
 
     def truncate(self, length: int) -> None:
         """Forget tokens from `length` on."""

@@ -1,0 +1,160 @@
+"""Decode graphs through a graph that repeats a Python function; blocks of bytes; what can be captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atts_engine import InputError, ops
+from atts_engine.models import ForwardBatch
+from atts_engine.runtime.batch import SamplingRows, StepArrays
+from atts_engine.runtime.graphs import DecodeGraphs, batch_sizes
+from atts_engine.runtime.ranges import make_ranges, no_ranges
+from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.runner import Runner
+from atts_engine.runtime.transfer import HostCopy, Layout, to_device
+from tests.fakes import VOCAB, fake_model
+from tests.late import fake_capture
+
+CPU = torch.device("cpu")
+NONE = np.zeros(0, dtype=np.int64)
+
+
+def decode_step(rows: int, width: int, seed: int, futures: list[int] | None = None) -> StepArrays:
+    rng = np.random.default_rng(seed)
+    late = [] if futures is None else sorted(int(r) for r in rng.choice(rows, len(futures), replace=False))
+    return StepArrays(
+        ids=rng.integers(0, 9, rows),
+        positions=rng.integers(0, 9, rows),
+        slots=rng.integers(0, 9, rows),
+        block_table=rng.integers(1, 9, (rows, width), dtype=np.int32),
+        cu_q=np.arange(rows + 1, dtype=np.int32),
+        kv_len=rng.integers(1, 9, rows, dtype=np.int32),
+        future_rows=np.array(late, dtype=np.int64),
+        future_from=np.array(futures or [], dtype=np.int64),
+        score_rows=NONE,
+        score_ids=NONE,
+        sample_rows=np.arange(rows),
+        asked=NONE,
+        sampling=SamplingRows.of([SamplingParams()] * rows, [1] * rows),
+    )
+
+
+class Recorder:
+    """Stands for a decoder: remembers batches, and gives each row's id, position, slot, length and pages as logits."""
+
+    def __init__(self) -> None:
+        self.batches: list[ForwardBatch] = []
+
+    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+        self.batches.append(batch)
+        columns = (batch.ids, batch.positions, batch.slots, batch.kv_len)
+        return torch.cat((torch.stack(columns, 1), batch.block_table), 1)
+
+
+def test_sizes_are_powers_of_two_up_to_the_largest() -> None:
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(8) == (1, 2, 4, 8)
+    assert batch_sizes(11) == (1, 2, 4, 8, 11)
+
+
+def test_a_step_takes_the_smallest_graph_and_idle_rows_fill_it() -> None:
+    decode = Recorder()
+    sizes: list[int] = []
+
+    def capture(work: Any) -> Any:
+        replay, output = fake_capture(work)
+        sizes.append(len(output))
+        return replay, output
+
+    graphs = DecodeGraphs(decode, CPU, 11, 5, capture)
+    assert sizes == [11, 8, 4, 2, 1]
+    assert [graphs.size_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 11)] == [1, 2, 4, 4, 8, 8, 11, 11]
+    assert graphs.holds(11) and not graphs.holds(12)
+    places = {t.data_ptr() for b in decode.batches for t in (b.ids, b.positions, b.slots, b.kv_len, b.block_table)}
+    assert len(places) == 5  # every size reads the same buffers
+    for seed, (rows, width) in enumerate([(3, 5), (11, 2), (3, 1), (8, 4), (1, 3)]):
+        step = decode_step(rows, width, seed)
+        found = graphs.run(step, None)
+        assert found.shape == (rows, 4 + 5)
+        want = np.stack([step.ids, step.positions, step.slots, step.kv_len], 1)
+        assert np.array_equal(found[:, :4], want)
+        assert np.array_equal(found[:, 4 : 4 + width], step.block_table)
+        assert not found[:, 4 + width :].any()  # PAD_PAGE, whatever an earlier step left there
+        batch = decode.batches[-1]
+        assert len(batch.ids) == graphs.size_for(rows)
+        assert batch.cu_q.tolist() == list(range(len(batch.ids) + 1))
+        for idle, value in ((batch.ids, 0), (batch.positions, 0), (batch.slots, 0), (batch.kv_len, 1)):
+            assert (idle[rows:] == value).all()
+        assert not batch.block_table[rows:].any()
+
+
+def test_ids_that_the_host_does_not_know_come_from_the_step_before() -> None:
+    graphs = DecodeGraphs(Recorder(), CPU, 4, 2, fake_capture)
+    step = decode_step(4, 2, 0, futures=[2, 0])
+    found = graphs.run(step, torch.tensor([70, 71, -1]))
+    want = step.ids.copy()
+    want[step.future_rows] = [0, 70]  # -1 is no token: logits held NaN, and the row will be dropped
+    assert np.array_equal(found[:, 0], want)
+
+
+def test_arrays_cross_in_one_block_and_come_out_as_they_were() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.integers(-(2**62), 2**62, 5),
+        rng.integers(0, 9, (3, 7), dtype=np.int32),
+        NONE,
+        rng.random(3, dtype=np.float32),
+        rng.integers(0, 9, (1, 1)),
+    ]
+    layout = Layout.of(arrays)
+    block = torch.empty(layout.size, dtype=torch.uint8)
+    layout.pack(arrays, block)
+    for array, view in zip(arrays, layout.views(block), strict=True):
+        assert view.data_ptr() % 16 == block.data_ptr() % 16 or not array.size
+        assert np.array_equal(view.numpy(), array) and view.numpy().dtype == array.dtype
+    for array, tensor in zip(arrays, to_device(arrays, CPU), strict=True):
+        assert np.array_equal(tensor.numpy(), array)
+    copy = HostCopy([torch.arange(3)])
+    assert copy.ready() and copy.wait()[0].tolist() == [0, 1, 2]
+
+
+def test_only_what_reads_nothing_on_the_host_can_be_captured() -> None:
+    assert not any(ops.capturable(op, "cpu") for op in ("linear", "paged_attention"))
+    assert ops.capturable("linear", "cuda")
+    with ops.use("reference"):
+        assert ops.capturable("score_tokens", "cuda")
+        assert not any(ops.capturable(op, "cuda") for op in ("paged_attention", "sample", "gate", "span_mean"))
+    with pytest.raises(InputError, match="no op"):
+        ops.capturable("nothing", "cuda")
+
+
+def test_on_the_cpu_warming_up_is_nothing_and_graphs_are_refused_by_name() -> None:
+    model = fake_model()
+    runner = Runner(model.decoder, 4, 4, CPU, torch.float32, graphs=None)
+    runner.warm_up(64)
+    assert model.decoder.rows == 0  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"CUDA graphs cannot be had on cpu: .*paged_attention"):
+        Runner(model.decoder, 4, 4, CPU, torch.float32, graphs=True)
+
+
+def test_a_warm_up_step_touches_the_padding_page_alone_and_leaves_it_finite() -> None:
+    from atts_engine.runtime.runner import _idle_arrays
+
+    model = fake_model()
+    runner = Runner(model.decoder, 4, 4, CPU, torch.float32, graphs=None)
+    logits, scores = runner._forward(_idle_arrays(9), None)
+    assert logits is not None and scores is not None
+    assert logits.shape == (9, VOCAB) and scores.shape == (9,)
+    assert not runner.kv[:, :, 1:].any() and torch.isfinite(runner.kv).all()
+
+
+def test_ranges_are_nothing_unless_profiling_on_a_gpu() -> None:
+    assert make_ranges(True, CPU) is no_ranges
+    assert make_ranges(False, torch.device("cuda:0")) is no_ranges
+    assert make_ranges(True, torch.device("cuda:0")) is torch.cuda.nvtx.range
+    with no_ranges("draft.decode"):
+        pass
