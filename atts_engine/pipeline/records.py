@@ -58,7 +58,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One finished chain: a line of chains.jsonl. `error` is set where the chain could not go on."""
+    """One finished chain: a line of chains.jsonl. `error` is set where the chain could not go on.
+
+    wait_s: of duration_s, the seconds in which the chain waited for a span or a verdict and was in no running step, and
+    those at a barrier; None where a lane does not tell.
+    """
 
     problem_id: str
     problem_index: int
@@ -70,6 +74,7 @@ class Chain:
     strategy: str = "atts"
     finish: str = "answer"
     error: str | None = None
+    wait_s: float | None = field(default=None, compare=False)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

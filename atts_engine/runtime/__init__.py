@@ -3,6 +3,7 @@
 from atts_engine.runtime.lane import LaneCore, LaneStats, kv_bytes_per_token
 from atts_engine.runtime.loop import EngineLoop, Mailbox
 from atts_engine.runtime.memory import available_bytes, pool_tokens
+from atts_engine.runtime.probe import Rates, probe
 from atts_engine.runtime.records import GateOutcome, SamplingParams, SpanResult, TokenChunk
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "LaneCore",
     "LaneStats",
     "Mailbox",
+    "Rates",
     "SamplingParams",
     "SpanResult",
     "TokenChunk",
     "available_bytes",
     "kv_bytes_per_token",
     "pool_tokens",
+    "probe",
 ]
