@@ -31,9 +31,9 @@ HOST = ("schedule", "launch", "commit", "gate", "command")
 
 COLUMNS = ("lane", "tokens", "again", "passes", "T_c", "T_m", "T_s", "T_other", "blocked", "r", "explained")
 NOTE = (
-    "T_c, T_m: operations and bytes of the steps at the rates that this device reached in a probe; passes, T_s (idle, with "
-    "chains open), T_other (host) and blocked: measured. r = T_c / (T_m + T_s). explained: the larger of T_c and T_m, to "
-    "their sum, over passes. again: tokens forwarded more than once."
+    "T_c, T_m: operations and bytes of the steps at the rates that this device reached in a probe; passes, T_s (idle, "
+    "with chains open), T_other (host) and blocked: measured. r = T_c / (T_m + T_s). explained: the larger of T_c and "
+    "T_m, to their sum, over passes. again: tokens forwarded more than once."
 )
 
 

@@ -28,8 +28,8 @@ class Place(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Judged:
     """percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
-    tokens under the target, where its lane tells them; wait_s: seconds of waiting until the verdict, where the lane tells
-    them, those at a barrier among them."""
+    tokens under the target, where its lane tells them; wait_s: seconds of waiting until the verdict, those at a barrier
+    among them, where the lane tells its own."""
 
     score: float
     takeover: bool

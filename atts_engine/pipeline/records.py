@@ -74,8 +74,8 @@ class Chain:
     strategy: str = "atts"
     finish: str = "answer"
     error: str | None = None
-    wait_s: float | None = field(default=None, compare=False)
     extra: dict[str, Any] = field(default_factory=dict)
+    wait_s: float | None = field(default=None, compare=False)
 
     @property
     def draft_tokens(self) -> int:

@@ -40,7 +40,8 @@ class LaneStats:
     computed_tokens = distinct_tokens + recomputed_tokens + repeated_tokens. distinct_tokens: tokens forwarded for the
     first time in their sequence, where forks share what their parent has computed (all but its last token).
     recomputed_tokens: forwarded again since a preemption dropped their KV. repeated_tokens: forwarded again since a
-    truncate made them the last of their sequence, one each. rolled_back_tokens: computed, then taken back by a truncate.
+    truncate made them the last of their sequence, one each. rolled_back_tokens: computed, then taken back by a
+    truncate.
     """
 
     steps: int = 0

@@ -45,8 +45,9 @@ class SamplingParams:
 class TokenChunk:
     """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
     string), "length" (max_tokens reached). logprobs: nats, float32, one for each token where `SamplingParams.logprobs`
-    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. wait_s: on the last chunk, seconds since the
-    decode was asked for in which the sequence was in no running step; None where the lane does not tell."""
+    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. wait_s: on the
+    last chunk, seconds since the decode was asked for in which the sequence was in no running step; None where the lane
+    does not tell."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
