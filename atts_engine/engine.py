@@ -205,7 +205,7 @@ class AsyncEngine:
         }
 
     async def rates(self) -> dict[str, Rates]:
-        """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes up to a
+        """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a
         second a device. Ask while no chain runs: a busy device measures low."""
         found = {}
         for core in self._cores:
