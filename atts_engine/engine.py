@@ -33,10 +33,12 @@ from atts_engine.runtime import (
     EngineLoop,
     LaneCore,
     Mailbox,
+    Rates,
     SpanResult,
     available_bytes,
     kv_bytes_per_token,
     pool_tokens,
+    probe,
 )
 
 DecisionListener = Callable[[Decision], None]
@@ -62,6 +64,7 @@ class AsyncEngine:
         self._defaults: dict[tuple[object, ...], Calibrator] = {}
         self._gates: dict[tuple[int, str], ConformalGate] = {}
         self._listeners: list[DecisionListener] = []
+        self._rates: dict[tuple[torch.device, torch.dtype], Rates] = {}
         self._open_chains = 0
         self._prompt = config.prompt if config.prompt is not None else _default_prompt(draft, target)
         mailbox = Mailbox(asyncio.get_running_loop())
@@ -186,9 +189,11 @@ class AsyncEngine:
         )
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Counters of each lane since it began (see `LaneStats`), its pool's pages, and its open sequences."""
+        """Counters of each lane since it began (see `LaneStats` and `LaneTotals`), its pool's pages, and its open
+        sequences."""
         return {
             core.name: asdict(core.stats)
+            | asdict(core.meter.totals)
             | {
                 "free_pages": core.pool.free,
                 "used_pages": core.pool.used,
@@ -198,6 +203,18 @@ class AsyncEngine:
             }
             for core in self._cores
         }
+
+    async def rates(self) -> dict[str, Rates]:
+        """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a
+        second a device. Ask while no chain runs: a busy device measures low."""
+        found = {}
+        for core in self._cores:
+            decoder = core.model.decoder
+            key = (decoder.lm_head.device, decoder.lm_head.dtype)
+            if key not in self._rates:
+                self._rates[key] = await asyncio.to_thread(probe, *key)
+            found[core.name] = self._rates[key]
+        return found
 
     async def close(self) -> None:
         """Stop both lanes; chains that still run end with `LaneError`. Closing twice is allowed."""

@@ -11,7 +11,7 @@ extern "C" const char* atts_strerror(int status) {
     case ATTS_ERROR_NULL_POINTER:
       return "an array pointer is null";
     case ATTS_ERROR_SHAPE:
-      return "batch, keys or capacity is out of range";
+      return "a count or the capacity is out of range";
     case ATTS_ERROR_KEY:
       return "a key is outside the store";
     case ATTS_ERROR_VALUE:

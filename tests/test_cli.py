@@ -181,7 +181,7 @@ def _untimed(text: str) -> list[str]:
     chains = []
     for line in text.splitlines():
         chain = json.loads(line)
-        del chain["duration_s"]
+        del chain["duration_s"], chain["wait_s"]
         for turn in chain["turns"]:
             del turn["t_draft"], turn["t_verdict"], turn["t_target"]
         chains.append(json.dumps(chain))

@@ -45,7 +45,7 @@ def untimed(path: Path) -> dict[tuple[str, int], object]:
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         chain = json.loads(line)
-        del chain["duration_s"]
+        del chain["duration_s"], chain["wait_s"]
         for turn in chain["turns"]:
             del turn["t_draft"], turn["t_verdict"], turn["t_target"]
         key = (chain["problem_id"], chain["chain"])

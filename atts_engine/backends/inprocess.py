@@ -83,7 +83,8 @@ class InProcessLane:
             self._mailbox.post(lambda: chunks.put_nowait(error))
 
         command = Decode(max_tokens, sampling, self._chunk_tokens, emit, reply)
-        self._post(lambda: self.core.command(own.id, command))
+        asked_at = self.core.meter.clock()
+        self._post(lambda: self.core.command(own.id, command, asked_at))
         running = True
         try:
             while (item := await chunks.get()) is not None:
@@ -142,5 +143,6 @@ class InProcessLane:
             self._mailbox.post(lambda: resolve(value, error))
 
         command = make(reply)
-        self._post(lambda: self.core.command(own.id, command))
+        asked_at = self.core.meter.clock()
+        self._post(lambda: self.core.command(own.id, command, asked_at))
         return await answer

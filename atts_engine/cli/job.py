@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.tables import count, human_stream, percent, seconds
+from atts_engine.cli.tables import Table, count, human_stream, percent, seconds
 from atts_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ async def watched_job(
     calibrator: Calibrator | None,
     folder: RunFolder | None,
 ) -> JobResult:
-    """Run one job with the view that the user's terminal allows."""
+    """Run one job with the view that the user's terminal allows, and read the meters of both lanes."""
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
     from atts_engine.conformal import Monitored
     from atts_engine.evaluation.grading import Grader
     from atts_engine.evaluation.job import run_job
+    from atts_engine.evaluation.lanes import LaneUse
     from atts_engine.evaluation.summary import voter
 
     same = Grader().equal
@@ -93,9 +94,25 @@ async def watched_job(
     with make_view(heading, progress, human_stream(args.json), args.plain) as view:
         if args.monitor and calibrator is not None:
             calibrator = Monitored(calibrator, on_alarm=lambda alarm: view.notice(str(alarm)))
-        return await run_job(
+        before = engine.stats()
+        result = await run_job(
             engine, problems, params, view, calibrator=calibrator, folder=folder, concurrency=args.concurrency
         )
+    after, rates = engine.stats(), await engine.rates()
+    lanes = {name: LaneUse.between(before[name], after[name], rates[name]) for name in after}
+    return replace(result, lanes=lanes)
+
+
+def lane_table(figures: Mapping[str, dict[str, Any]]) -> Table:
+    """The lanes of each strategy. figures: {name of the strategy: `summary.figures`}."""
+    from atts_engine.evaluation import lanes
+
+    rows = [
+        row
+        for name, found in figures.items()
+        for row in lanes.lane_rows(found["lanes"], f"{name} " if len(figures) > 1 else "")
+    ]
+    return Table("lanes", lanes.COLUMNS, tuple(rows))
 
 
 def resume_hint(args: argparse.Namespace, saved: str) -> str:

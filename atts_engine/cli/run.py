@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Solve, save, report. `InputError` before any work for anything that cannot be used."""
-    from atts_engine.cli.job import CalibrationChoice, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, lane_table, resume_hint
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.job import job_settings
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     write_report(folder.path / "report.html", run_report(result, found))
     out = human_stream(args.json)
     show(_table(found), out, args.plain)
+    show(lane_table({found["strategy"]: found}), out, args.plain)
     out.write(f"report: {folder.path / 'report.html'}\n")
     write_json(found, args.json)
     return 0
@@ -106,6 +107,8 @@ def _table(found: dict[str, Any]) -> Table:
         ("tokens by target", count(tokens["target"])),
         ("time", seconds(found["wall_s"])),
     ]
+    if (cell := found["waiting"]) is not None:
+        rows.append(("a chain waited", f"{seconds(cell['mean_s'])}, {percent(cell['share'])} of its time"))
     note = (
         f"{count(found['restored_chains'])} chains were saved by an earlier process"
         if found["restored_chains"]

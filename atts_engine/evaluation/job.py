@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from atts_engine.conformal import Alarm, Calibrator, Monitored
 from atts_engine.evaluation.decisions import restore
 from atts_engine.evaluation.folder import RunFolder
+from atts_engine.evaluation.lanes import LaneUse
 from atts_engine.pipeline.events import ChainEvent, Event, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, Decision, Problem
@@ -49,7 +50,7 @@ class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
 
     wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them;
-    alarms: of a monitored calibrator.
+    alarms: of a monitored calibrator; lanes: what each did in this process, where it is known.
     """
 
     strategy: str
@@ -59,6 +60,7 @@ class JobResult:
     wall_s: float
     restored: int
     alarms: tuple[Alarm, ...] = ()
+    lanes: Mapping[str, LaneUse] = field(default_factory=dict)
 
     def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
         """The problem's chains in order."""

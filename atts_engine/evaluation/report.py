@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atts_engine.evaluation import chains_html, page, plots
+from atts_engine.evaluation import chains_html, lanes, page, plots
 from atts_engine.evaluation.folder import write_text
 from atts_engine.evaluation.grading import Grader
 from atts_engine.evaluation.job import JobResult
@@ -32,6 +32,7 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
     sections: list[Section] = [(None, page.cards(_cards(figures)))]
     sections += _plot_sections(lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"]))
     sections += _chain_sections(result)
+    sections += _lane_sections({figures["strategy"]: figures})
     sections.append(("Problems", _problem_table(figures)))
     sections.append(("Settings", _settings(figures["settings"])))
     return page.page(f"ATTS run: {models['draft']} and {models['target']}", lead, sections)
@@ -57,6 +58,7 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
     sections += _plot_sections(draw)
     shown = results.get("atts") or next(iter(results.values()))
     sections += _chain_sections(shown)
+    sections += _lane_sections(each)
     sections.append(("Settings", _settings(figures["settings"])))
     return page.page(f"ATTS compared: {', '.join(each)}", lead, sections)
 
@@ -145,6 +147,15 @@ def _plot_sections(draw: Callable[[], list[plots.Plot]]) -> list[Section]:
         return []
     figures = "".join(f"<figure>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in drawn)
     return [("Plots", f'<div class="plots">{figures}</div>')]
+
+
+def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    rows, notes = [], []
+    for name, figures in each.items():
+        rows += lanes.lane_rows(figures["lanes"], f"{name} " if len(each) > 1 else "")
+        if (cell := figures["waiting"]) is not None:
+            notes.append(f"{name}: a chain waited {cell['mean_s']:.3g} s, {100 * cell['share']:.1f}% of its time.")
+    return [("Lanes", page.table(lanes.COLUMNS, rows, [lanes.NOTE, *notes]))] if rows else []
 
 
 def _chain_sections(result: JobResult) -> list[Section]:

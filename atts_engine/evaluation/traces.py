@@ -15,7 +15,7 @@ from atts_engine.evaluation.jsonl import Line, read_lines
 from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 
 _CHAIN_FIELDS = frozenset(
-    "problem_id problem_index chain gold final_answer duration_s turns strategy finish error".split()
+    "problem_id problem_index chain gold final_answer duration_s turns strategy finish error wait_s".split()
 )
 TOKENS_RECORDED = "tokens_recorded"
 """Key of `Chain.extra` that is False for a trace without token counts (the published recordings hold texts
@@ -78,6 +78,7 @@ def chain_from_line(line: Line) -> Chain:
         strategy=line.optional_text("strategy") or "atts",
         finish=line.optional_text("finish") or "answer",
         error=line.optional_text("error"),
+        wait_s=line.optional_number("wait_s"),
         extra=extra,
     )
 
@@ -140,6 +141,7 @@ def chain_to_json(chain: Chain, *, texts: bool = True) -> dict[str, Any]:
         "strategy": chain.strategy,
         "finish": chain.finish,
         "error": chain.error,
+        "wait_s": chain.wait_s,
         **extra,
         "turns": [_turn_to_json(turn, texts, has_tokens(chain)) for turn in chain.turns],
     }

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import linear as _torch_linear
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
+from atts_engine.ops.dispatch import NATIVE, chosen
 
 ROW_MULTIPLE = 16
 
@@ -21,6 +23,8 @@ def pad_rows(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
 
+    bfloat16 on a CPU that cannot multiply it runs in csrc/ where that was built: 16-bit weights, fp32 sums.
+
     Raises InputError where the inner sizes or the dtypes differ.
     """
     if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
@@ -28,6 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: x {tuple(x.shape)} {x.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
         )
     rows = x.shape[0]
+    if x.dtype == torch.bfloat16 and chosen("linear", x.device) == NATIVE:
+        return native.linear(x, weight, bias)
     if x.is_cuda or rows % ROW_MULTIPLE == 0:
         return _torch_linear(x, weight, bias)
     # CPU BLAS takes another kernel for the rows that are left over from its tile: with 1-3 rows, and with 5-7 and

@@ -11,9 +11,12 @@ from functools import cache
 import torch
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
 
 REFERENCE = "reference"
 TRITON = "triton"
+NATIVE = "native-bf16"
+"""csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 OPS = (
     "gate",
     "kv_append",
@@ -32,6 +35,7 @@ OPS = (
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
+NATIVE_OPS = frozenset({"linear"})
 
 
 class _Selection:
@@ -54,23 +58,41 @@ def _has_triton(op: str, device_type: str) -> bool:
     return op in TRITON_OPS and device_type in _triton_devices()
 
 
+def _has_native(op: str) -> bool:
+    return op in NATIVE_OPS and native.library() is not None
+
+
 def available() -> dict[str, list[str]]:
     """Implementations of every op that this machine can run, the reference first."""
-    return {op: [REFERENCE, TRITON] if op in TRITON_OPS and _triton_devices() else [REFERENCE] for op in OPS}
+    return {
+        op: [
+            REFERENCE,
+            *([TRITON] if op in TRITON_OPS and _triton_devices() else []),
+            *([NATIVE] if _has_native(op) else []),
+        ]
+        for op in OPS
+    }
 
 
 def chosen(op: str, device: torch.device | str) -> str:
-    """The implementation of op that runs for tensors on device: "reference" or "triton".
+    """The implementation of op that runs for tensors on device: "reference", "triton" or "native-bf16".
 
     An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run
-    on that device raises InputError instead of falling back.
+    on that device raises InputError instead of falling back. So with "native-bf16", which is chosen by itself on a CPU
+    that cannot multiply bfloat16.
     """
     if op not in OPS:
         raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     forced = _Selection.forced
     if forced is None:
+        if device_type == "cpu":
+            return NATIVE if _has_native(op) and not native.multiplies_bf16() else REFERENCE
         return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
+    if forced == NATIVE:
+        if op in NATIVE_OPS and device_type != "cpu":
+            raise InputError(f"the native kernel of {op} runs on the CPU, not on {device_type}: use('reference')")
+        return NATIVE if op in NATIVE_OPS else REFERENCE
     if forced == TRITON and op in TRITON_OPS and not _has_triton(op, device_type):
         raise InputError(
             f"the Triton kernel of {op} cannot run on {device_type}: use a cuda device or use('reference')"
@@ -86,12 +108,16 @@ def capturable(op: str, device: torch.device | str) -> bool:
 
 
 def use(impl: str | None) -> AbstractContextManager[None]:
-    """Force "reference" or "triton" from here on, or leave the choice to the device again (None).
+    """Force "reference", "triton" or "native-bf16" from here on, or leave the choice to the device again (None).
 
     Also a context manager that restores what was set before. Raises InputError where this machine cannot run it.
     """
-    if impl not in (None, REFERENCE, TRITON):
-        raise InputError(f"an implementation is 'reference' or 'triton', not {impl!r}")
+    if impl not in (None, REFERENCE, TRITON, NATIVE):
+        raise InputError(f"an implementation is '{REFERENCE}', '{TRITON}' or '{NATIVE}', not {impl!r}")
+    if impl == NATIVE and native.library() is None:
+        raise InputError(
+            "csrc/ was not built: install CMake and a C++ compiler, then pip install --no-build-isolation -e ."
+        )
     if impl == TRITON and not _triton_devices():
         raise InputError("Triton kernels need a CUDA device and triton: pip install 'atts-engine[gpu]'")
     before, _Selection.forced = _Selection.forced, impl

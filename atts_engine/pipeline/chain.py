@@ -52,12 +52,14 @@ class ChainSpec:
 
 @dataclass(slots=True)
 class _Span:
-    """logprobs: of the tokens, where the lane tells them; ends: length of the span at the end of each chunk."""
+    """logprobs: of the tokens, where the lane tells them; ends: length of the span at the end of each chunk; wait_s:
+    as in `TokenChunk`."""
 
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
     logprobs: list[float] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    wait_s: float | None = None
 
     def add(self, chunk: TokenChunk) -> None:
         self.tokens.extend(chunk.tokens)
@@ -65,6 +67,7 @@ class _Span:
         if chunk.tokens:
             self.ends.append(len(self.tokens))
         self.finish = chunk.finish
+        self.wait_s = chunk.wait_s
 
 
 class _Writer:
@@ -74,6 +77,11 @@ class _Writer:
         self.spec = spec
         self.history: list[int] = []
         self.began = time.perf_counter()
+        self.wait_s: float | None = 0.0
+
+    def waited(self, seconds: float | None) -> None:
+        """None: the lane does not tell, so the sum is not known either."""
+        self.wait_s = None if self.wait_s is None or seconds is None else self.wait_s + seconds
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -108,6 +116,7 @@ class _Writer:
             strategy=spec.params.strategy,
             finish=finish,
             error=error,
+            wait_s=self.wait_s,
         )
 
 
@@ -182,6 +191,7 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
             async for chunk in chunks:
                 span.add(chunk)
                 writer.wrote(0, author, chunk.tokens)
+        writer.waited(span.wait_s)
         finish = span.finish or finish
     except ChainError as failure:
         finish, error = "error", str(failure)
@@ -209,7 +219,9 @@ async def _draft_and_judge(
             await target.append(t, chunk.tokens, score=True)
             writer.wrote(turn, "draft", chunk.tokens)
     drafted_at = writer.elapsed()
+    writer.waited(span.wait_s)
     judged = await gate.ask(target, t, Place(spec.problem.id, spec.chain, turn), spec.params.seed)
+    writer.waited(judged.wait_s)
     spec.emit(
         VerdictEvent(spec.problem.id, spec.chain, turn, judged.score, judged.p_value, judged.takeover, judged.decision)
     )
@@ -248,6 +260,7 @@ async def _target_span(
             held = chunk.tokens
             span.add(chunk)
             writer.wrote(turn, "target", chunk.tokens)
+    writer.waited(span.wait_s)
     return span, held
 
 

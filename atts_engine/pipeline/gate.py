@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ class Place(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Judged:
     """percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
-    tokens under the target, where its lane tells them."""
+    tokens under the target, where its lane tells them; wait_s: seconds of waiting until the verdict, those at a barrier
+    among them, where the lane tells its own."""
 
     score: float
     takeover: bool
@@ -35,6 +37,7 @@ class Judged:
     percentile: float | None = None
     decision: Decision | None = None
     logprobs: tuple[float, ...] = ()
+    wait_s: float | None = None
 
 
 class Gate(Protocol):
@@ -135,6 +138,7 @@ class ConformalGate:
             lower / decision.n if decision.n else None,
             decision,
             result.logprobs,
+            result.wait_s,
         )
 
     async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> tuple[Decision, SpanResult]:
@@ -259,8 +263,11 @@ class RankingGate:
         result = await lane.verdict(seq, None)
         answer: asyncio.Future[Judged] = asyncio.get_running_loop().create_future()
         self._asked[place.chain] = (result.score, answer)
+        began = time.perf_counter()
         self._rank_when_all_are_here()
-        return replace(await answer, logprobs=result.logprobs)
+        judged = await answer
+        waited = None if result.wait_s is None else result.wait_s + time.perf_counter() - began
+        return replace(judged, logprobs=result.logprobs, wait_s=waited)
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         return None

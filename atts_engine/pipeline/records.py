@@ -58,7 +58,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One finished chain: a line of chains.jsonl. `error` is set where the chain could not go on."""
+    """One finished chain: a line of chains.jsonl. `error` is set where the chain could not go on.
+
+    wait_s: of duration_s, the seconds in which the chain waited for a span or a verdict and was in no running step, and
+    those at a barrier; None where a lane does not tell.
+    """
 
     problem_id: str
     problem_index: int
@@ -71,6 +75,7 @@ class Chain:
     finish: str = "answer"
     error: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    wait_s: float | None = field(default=None, compare=False)
 
     @property
     def draft_tokens(self) -> int:

@@ -6,10 +6,9 @@ Everything here happens on the scheduler thread; other threads reach it through 
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,36 +19,16 @@ from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.meters import CudaPasses, HostPasses, LaneMeter, ModelCost, Standing
 from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
 from atts_engine.runtime.runner import Pending, Runner
 from atts_engine.runtime.scheduler import Scheduler, Step
 from atts_engine.runtime.sequence import DecodeState, Sequence
+from atts_engine.runtime.stats import LaneStats
 
 DecisionListener = Callable[[GateRequest, SpanResult], None]
-
-
-@dataclass(slots=True)
-class LaneStats:
-    """Counters since the lane began. Tokens are forward passes of one token; busy_s is wall time inside steps.
-    preemptions: of which preemptions_swap moved the sequence's KV to host memory and preemptions_recompute dropped it.
-    discarded_rows: forward passes of one token, not in computed_tokens, that were launched before the host knew that
-    their sequence had ended.
-    """
-
-    steps: int = 0
-    computed_tokens: int = 0
-    recomputed_tokens: int = 0
-    scored_tokens: int = 0
-    sampled_tokens: int = 0
-    preemptions: int = 0
-    preemptions_swap: int = 0
-    preemptions_recompute: int = 0
-    swapped_out_pages: int = 0
-    swapped_in_pages: int = 0
-    discarded_rows: int = 0
-    busy_s: float = 0.0
 
 
 class LaneCore:
@@ -96,6 +75,8 @@ class LaneCore:
             graphs=graphs,
             stream_priority=stream_priority,
         )
+        passes = CudaPasses(self._runner.on_stream) if device.type == "cuda" else HostPasses()
+        self.meter = LaneMeter(ModelCost.of(model.config, model.decoder.lm_head.dtype.itemsize), passes)
         self._max_batch_tokens = max_batch_tokens
         costs = Costs.of(model.config, kv_bytes_per_token(model) * page_size, device.type)
         self._scheduler = Scheduler(
@@ -124,17 +105,25 @@ class LaneCore:
         """group: None is a group of its own, and of those that are forked from it."""
         group = ("sequence", seq_id) if group is None else group
         table = BlockTable(self.pool, self.host_pool)
+        self.meter.arrived(self.meter.clock())
         self._sequences[seq_id] = Sequence(seq_id, list(prompt), table, group=group, priority=priority)
 
-    def command(self, seq_id: int, command: Command) -> None:
+    def command(self, seq_id: int, command: Command, asked_at: float | None = None) -> None:
+        """asked_at: time of the meter's clock at which it was asked, which may be before this thread came to it."""
+        began = self.meter.clock()
+        asked_at = began if asked_at is None else asked_at
+        self.meter.arrived(asked_at)
         seq = self._sequences.get(seq_id)
         if self._failure is not None:
             command.reply(None, self._failure)
         elif seq is None:
             command.reply(None, ChainError(f"{self.name}: sequence {seq_id} is closed"))
         else:
+            if isinstance(command, Decode | Verdict):
+                seq.asked(asked_at)
             seq.pending.append(command)
             self._advance(seq)
+        self.meter.carried_out(began)
 
     def stop_decode(self, seq_id: int) -> None:
         """End the running decode where it stands: its reader is gone."""
@@ -147,6 +136,8 @@ class LaneCore:
         seq = self._sequences.get(seq_id)
         if seq is not None:
             self._drop(seq, ChainError(f"{self.name}: sequence {seq_id} was closed"))
+            if not self._sequences and not self._flight:
+                self.meter.emptied()
 
     @property
     def open_sequences(self) -> int:
@@ -183,7 +174,7 @@ class LaneCore:
             self._drop(seq, failure)
 
     def _step(self, on_decision: DecisionListener, wait: bool) -> bool:
-        began = time.perf_counter()
+        began = self.meter.begin()
         # The device gets its next step before the host looks at the results of the last one.
         launched = len(self._flight) < self._depth and self._launch()
         full = len(self._flight) == self._depth
@@ -192,11 +183,21 @@ class LaneCore:
             with self._ranges(f"{self.name}.commit"):
                 self._commit(self._flight.popleft())
         decided = self._decide(on_decision)
+        if decided:
+            self.meter.decided()
+        ended = self.meter.end(self._standing())
         # Pages in quarantine come free at the next step, and somebody may be waiting for them.
         if not (launched or committed or decided or self.pool.quarantined):
             return False
-        self.stats.busy_s += time.perf_counter() - began
+        self.stats.busy_s += ended - began
         return True
+
+    def _standing(self) -> Standing:
+        if self._flight:
+            return Standing.FLIGHT
+        if self._ready or any(seq.wanted for seq in self._sequences.values()):
+            return Standing.READY
+        return Standing.IDLE if self._sequences else Standing.CLOSED
 
     def _launch(self) -> bool:
         if self.pool.quarantined:
@@ -216,13 +217,18 @@ class LaneCore:
                     f"{self.pool.capacity * self.pool.page_size} tokens; raise kv_tokens or kv_memory_fraction"
                 ),
             )
+        now = self.meter.scheduled(launching=bool(step.work))
         if step.work:
             with self._ranges(f"{self.name}.{_kinds(step)}"):
                 self._flight.append(self._runner.launch(step, self._flight[-1] if self._flight else None))
+            self.meter.launched(step)
             for work in step.work:
-                self.stats.recomputed_tokens += work.seq.launch(
-                    work.start + work.count, work.score, work.sample is not None
-                )
+                work.seq.served(now)
+                dropped, repeated = work.seq.launch(work.start + work.count, work.score, work.sample is not None)
+                self.stats.recomputed_tokens += dropped
+                self.stats.repeated_tokens += repeated
+                self.stats.distinct_tokens += work.count - dropped - repeated
+            self.meter.scheduled()
         elif step.swap_out:
             # Pages were taken from somebody, and were not enough: what they held must not be lost.
             self._runner.move(step)
@@ -230,6 +236,7 @@ class LaneCore:
 
     def _commit(self, pending: Pending) -> None:
         output = pending.collect()
+        now = self.meter.collected()
         scores = output.logprobs
         sampled = iter(output.sampled)
         offset = 0
@@ -243,6 +250,8 @@ class LaneCore:
                 offset += last - first
                 self.stats.scored_tokens += last - first
             seq.flights -= 1
+            if not seq.flights and (seq.decode is not None or seq.pending):
+                seq.asked(now)
             if work.sample is not None:
                 token, logprob = next(sampled)
                 if work.sample is seq.decode:
@@ -256,10 +265,12 @@ class LaneCore:
                 seq.table.release()
             elif not seq.closed:
                 self._advance(seq)
+        self.meter.committed()
 
     def _discard(self, seq: Sequence, token: int) -> None:
         """A row that was launched before the host knew that its sequence had ended its decode."""
         self.stats.computed_tokens -= 1
+        self.stats.distinct_tokens -= 1
         self.stats.discarded_rows += 1
         if token < 0:
             self.pool.taint(seq.table.pages)
@@ -308,8 +319,9 @@ class LaneCore:
         state = seq.decode
         assert state is not None
         seq.end_decode()
+        waited = seq.take_wait(self.meter.clock())
         if finish is not None:
-            state.command.emit(state.hand_over(finish))
+            state.command.emit(state.hand_over(finish, waited))
         state.command.reply(None, None)
 
     # -- commands of one sequence --
@@ -370,7 +382,7 @@ class LaneCore:
                 InputError(f"truncate to {command.length} tokens: the sequence has {seq.total}, and one must stay"),
             )
             return True
-        seq.truncate(command.length)
+        self.stats.rolled_back_tokens += seq.truncate(command.length)
         command.reply(None, None)
         return True
 
@@ -384,6 +396,7 @@ class LaneCore:
                 seq.table.fork(),
                 computed=seq.computed,
                 furthest=seq.computed,
+                known=seq.computed,
                 preempted=seq.preempted,
                 group=seq.group,
                 priority=seq.priority,
@@ -420,10 +433,11 @@ class LaneCore:
             return bool(ready)
         with self._ranges(f"{self.name}.gate"), self._runner.aside():
             results = self._gate.decide(spans)
+        now = self.meter.clock()
         for (seq, command), result in zip(replies, results, strict=True):
             if command.gate is not None:
                 on_decision(command.gate, result)
-            command.reply(result, None)
+            command.reply(replace(result, wait_s=seq.take_wait(now)), None)
             self._advance(seq)
         return True
 

@@ -38,8 +38,13 @@ class Costs:
 def forward_flops(config: ModelConfig, first: int, end: int) -> float:
     """Floating-point operations that compute the KV of positions [first, end), those before being in the cache: two for
     each weight of the blocks, and four for each element of q and each position it attends to. No LM head."""
-    c = config
-    q = c.num_heads * c.head_dim
-    weights = c.num_layers * (c.hidden_size * (2 * q + 2 * c.num_kv_heads * c.head_dim + 3 * c.intermediate_size))
     attended = (end * (end + 1) - first * (first + 1)) / 2
-    return 2.0 * weights * (end - first) + 4.0 * c.num_layers * q * attended
+    q = config.num_heads * config.head_dim
+    return 2.0 * block_weights(config) * (end - first) + 4.0 * config.num_layers * q * attended
+
+
+def block_weights(config: ModelConfig) -> int:
+    """Elements of the matrices of all blocks: q, k, v, output, and the three of the MLP."""
+    c = config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return c.num_layers * c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atts_engine.errors import InputError
 
@@ -45,11 +45,14 @@ class SamplingParams:
 class TokenChunk:
     """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
     string), "length" (max_tokens reached). logprobs: nats, float32, one for each token where `SamplingParams.logprobs`
-    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away."""
+    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. wait_s: on the
+    last chunk, seconds since the decode was asked for in which the sequence was in no running step; None where the lane
+    does not tell."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
     logprobs: tuple[float, ...] = ()
+    wait_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,12 @@ class GateOutcome:
 class SpanResult:
     """What a lane knows of a scored span. sum_logprob: nats, summed over n_tokens in a fixed order;
     score: -sum_logprob / n_tokens as float32; outcome: None when no gate was asked for; logprobs: nats, float32, the
-    terms of the sum in its order, or none where the lane knows the sum alone."""
+    terms of the sum in its order, or none where the lane knows the sum alone. wait_s: seconds since the verdict was
+    asked for in which the sequence was in no running step; None where the lane does not tell."""
 
     sum_logprob: float
     n_tokens: int
     score: float
     outcome: GateOutcome | None = None
     logprobs: tuple[float, ...] = ()
+    wait_s: float | None = field(default=None, compare=False)

@@ -29,9 +29,9 @@ class DecodeState:
     recent: list[int] = field(default_factory=list)
     """The last tokens, as far back as a stop string can reach."""
 
-    def hand_over(self, finish: str | None = None) -> TokenChunk:
+    def hand_over(self, finish: str | None = None, wait_s: float | None = None) -> TokenChunk:
         """The tokens since the last chunk."""
-        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs))
+        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s)
         self.buffer.clear()
         self.logprobs.clear()
         return chunk
@@ -63,6 +63,13 @@ class Sequence:
     until then they are being written, and nobody knows whether what is written is finite."""
     furthest: int = 0
     """Positions below this were computed before: computing them again is counted as recomputation."""
+    known: int = 0
+    """Positions below this hold tokens that were computed at the places where they are. Beyond `furthest` lies at most
+    the one that a truncate made the last: its KV stands, but what it predicts must be computed again."""
+    waits_since: float | None = None
+    """Time at which it was asked for a decode or a verdict, or last served, unless it is in a step or asked nothing."""
+    waited: float = 0.0
+    """Seconds of waiting since the last answer."""
     last_step: int = -1
     preempted: bool = False
     """It gave up pages and has not been placed in a step since."""
@@ -105,14 +112,33 @@ class Sequence:
         clipped = ((max(a, low), min(b, high)) for a, b in self.to_score)
         return [(a, b) for a, b in clipped if a < b]
 
-    def launch(self, end: int, score: tuple[tuple[int, int], ...], sample: bool) -> int:
+    def asked(self, at: float) -> None:
+        """Somebody waits for it from now on."""
+        if self.waits_since is None and not self.flights:
+            self.waits_since = at
+
+    def served(self, now: float) -> None:
+        """It has rows in a step that begins."""
+        if self.waits_since is not None:
+            self.waited += now - self.waits_since
+            self.waits_since = None
+
+    def take_wait(self, now: float) -> float:
+        """Seconds from question to answer during which it was in no running step; the answer is there now."""
+        self.served(now)
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def launch(self, end: int, score: tuple[tuple[int, int], ...], sample: bool) -> tuple[int, int]:
         """Take rows up to position `end` as computed: a step that does so was launched.
 
-        Returns how many positions were computed before.
+        Returns how many tokens were computed before and dropped, and how many others were computed before.
         """
-        again = max(0, min(end, self.furthest) - self.computed)
+        dropped = max(0, min(end, self.furthest) - self.computed)
+        repeated = max(0, min(end, self.known) - self.computed) - dropped
         self.computed = end
         self.furthest = max(self.furthest, end)
+        self.known = max(self.known, end)
         self.flights += 1
         if score:
             done = score[-1][1]
@@ -122,7 +148,7 @@ class Sequence:
                 self.to_score[0] = (done, self.to_score[0][1])
         if sample:
             self.futures += 1
-        return again
+        return dropped, repeated
 
     def end_decode(self) -> None:
         """Leave the decode where the host knows it to be. Rows in flight for it are for nobody: the KV that they
@@ -131,16 +157,20 @@ class Sequence:
         self.futures = 0
         self.computed = min(self.computed, self.total - 1)
         self.furthest = min(self.furthest, self.total - 1)
+        self.known = min(self.known, self.total - 1)
 
-    def truncate(self, length: int) -> None:
-        """Forget tokens from `length` on."""
+    def truncate(self, length: int) -> int:
+        """Forget tokens from `length` on; returns how many of them were computed."""
+        rolled_back = max(0, self.known - length)
         del self.tokens[length:]
         # The new last token must be forwarded again: what follows it is scored from that forward.
         self.computed = min(self.computed, length - 1)
-        self.furthest = min(self.furthest, self.computed)
+        self.furthest = min(self.furthest, length - 1)
+        self.known = min(self.known, length)
         self.to_score = deque((a, min(b, length)) for a, b in self.to_score if a < length)
         self.scored = [(p, s[: length - p]) for p, s in self.scored if p < length]
         self.table.truncate(self.computed)
+        return rolled_back
 
     def park_kv(self) -> list[tuple[int, int]]:
         """Move the pages that nobody shares to the host pool; returns the (page, slot) copies to be made."""

@@ -28,7 +28,7 @@ typedef enum atts_status {
   ATTS_OK = 0,
   ATTS_ERROR_ABI = 1,          /* params.struct_size is not this header's */
   ATTS_ERROR_NULL_POINTER = 2, /* an array is missing */
-  ATTS_ERROR_SHAPE = 3,        /* batch < 0, keys < 1, or capacity outside 1..ATTS_GATE_MAX_CAPACITY */
+  ATTS_ERROR_SHAPE = 3,        /* a count that is negative or 0 where it must not be, or a capacity above ATTS_GATE_MAX_CAPACITY */
   ATTS_ERROR_KEY = 4,          /* a key outside 0..keys-1 */
   ATTS_ERROR_VALUE = 5,        /* a level outside 0.., or a u outside 1..ATTS_LEVEL_ONE */
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
@@ -64,6 +64,21 @@ typedef struct atts_gate_params {
   int64_t capacity;
 } atts_gate_params;
 
+/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. All arrays are dense, row by row,
+ * on the host; a bfloat16 is its 16 bits. A row of `out` has the same bits whatever rows share the call and however many
+ * threads there are. Safe to call from several threads at once. */
+typedef struct atts_linear_params {
+  uint64_t struct_size;    /* sizeof(atts_linear_params) */
+  const uint16_t* x;       /* [rows, in_features] */
+  const uint16_t* weight;  /* [out_features, in_features] */
+  const uint16_t* bias;    /* [out_features], or NULL */
+  uint16_t* out;           /* [rows, out_features], written; must not overlap x */
+  int64_t rows;            /* 0 or more */
+  int64_t in_features;     /* 1 or more */
+  int64_t out_features;    /* 1 or more */
+  int32_t threads;         /* 1 or more */
+} atts_linear_params;
+
 /* ATTS_VERSION of the library that was loaded. */
 ATTS_API int atts_version(void);
 
@@ -75,6 +90,9 @@ ATTS_API int atts_has_cuda(void);
 
 /* On the host. Checks every argument before it writes anything. */
 ATTS_API int atts_gate_cpu(const atts_gate_params* params);
+
+/* On the host, at AVX2 speed where the processor has it. Checks every argument before it writes anything. */
+ATTS_API int atts_linear_cpu(const atts_linear_params* params);
 
 /* On the device, in one launch on `stream` (a cudaStream_t; NULL is the default stream), without a wait. The arrays cannot
  * be read here, so keys, levels and sizes are the caller's care: a row whose key does not exist is not written. */

@@ -1,0 +1,1 @@
+"""The engine beside another one, same weights, same machine, same run."""
