@@ -107,19 +107,12 @@ class EncodingRules:
     def check_spelled(self, encoding: tokenizers.Encoding, first: int, end: int, text: str, span: range) -> None:
         """`InputError` where tokens first .. end - 1 do not spell the characters `span` of `text`."""
         part = text[span.start : span.stop]
-        if self.unknown_id is not None and self.unknown_id in encoding.ids[first:end]:
+        if _drops(encoding, text) or (self.unknown_id is not None and self.unknown_id in encoding.ids[first:end]):
             raise InputError(f"the tokenizer has no token for a character of {part!r}")
         if self.byte_level:
             for character in part if self.missing_bytes else "":
                 if not self.missing_bytes.isdisjoint(character.encode("utf-8", "surrogatepass")):
                     raise InputError(f"the tokenizer cannot spell {character!r} (U+{ord(character):04X})")
-            return
-        # A backend without an unknown token leaves out what it cannot spell.
-        reached = span.start
-        for start, stop in (*encoding.offsets[first:end], (span.stop, span.stop)):
-            if start > reached:
-                raise InputError(f"the tokenizer has no token for {text[reached:start]!r}")
-            reached = max(reached, stop)
 
 
 class StableEncoder:
@@ -159,6 +152,9 @@ class StableEncoder:
         if begin is None or first is None or encoding.ids[begin:first] != self._context:
             raise InputError(f"the tokenizer's segmentation of {self._text[: self._given]!r} depends on what follows")
         end = len(text)
+        if not final and _drops(encoding, text):
+            # What follows may still make a token of it, as of the first characters of an added one.
+            return []
         if not final:
             limit, words = rules.limit(text), encoding.word_ids
             end = max(
@@ -170,6 +166,12 @@ class StableEncoder:
         if end > given:
             self._text, self._given, self._context = text[given:], end - given, fresh
         return fresh
+
+
+def _drops(encoding: tokenizers.Encoding, text: str) -> bool:
+    """Whether the backend left out a character. One without an unknown token does so without a word, and all that
+    follows moves up in its offsets."""
+    return max((end for _, end in encoding.offsets), default=0) < len(text)
 
 
 def _cuts(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
