@@ -84,6 +84,8 @@ def _call(kind: type[_Params], *fields: float | None) -> None:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """x with all but its first dimension dense."""
+    if x.is_contiguous():
+        return x
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if stride != expected and size != 1:
@@ -146,15 +148,25 @@ def paged_attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = _side_by_side(x), weight.contiguous()
-    out = x.new_empty(x.shape)
-    pointers = (t.data_ptr() for t in (x, weight, out))
-    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, width = x.shape
+    _call(
+        _RmsNorm,
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        x.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
     return out
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = _side_by_side(gate), _side_by_side(up)
-    out = gate.new_empty(gate.shape)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (gate, up, out))
     _call(_SiluMul, *pointers, *gate.shape, gate.stride(0), up.stride(0), torch.get_num_threads())
     return out
@@ -162,7 +174,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _side_by_side(x), cos.contiguous(), sin.contiguous()
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (x, cos, sin, out))
     _call(_Rope, *pointers, *x.shape, x.stride(0), torch.get_num_threads())
     return out
