@@ -138,6 +138,15 @@ def test_rms_norm(rows: int, width: int) -> None:
     assert bool(((found.double() - oracle).abs() <= oracle.abs() * 2.1 * HALF_ULP).all())
 
 
+@pytest.mark.parametrize("rows", [0, 1, 33, 200])
+@pytest.mark.parametrize("width", [8, 61, 576])
+def test_add_rms_norm_is_a_sum_and_its_norm(rows: int, width: int) -> None:
+    x, delta, weight = random(rows, width + 8)[:, :width], random(rows, width, scale=3), random(width)
+    total, normed = ops.add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 33])
 @pytest.mark.parametrize("width", [8, 61, 1536])
 def test_silu_mul_of_halves(rows: int, width: int) -> None:

@@ -40,7 +40,9 @@ _Attention = _params(
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
     rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F, threads=_T,
 )  # fmt: skip
-_RmsNorm = _params("rms_norm", x=_P, weight=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T)
+_RmsNorm = _params(
+    "rms_norm", x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T
+)
 _SiluMul = _params("silu_mul", gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, threads=_T)
 _Rope = _params("rope", x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, threads=_T)
 _KvAppend = _params(
@@ -153,7 +155,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _call(
         _RmsNorm,
         x.data_ptr(),
+        None,
         weight.data_ptr(),
+        None,
         out.data_ptr(),
         rows,
         width,
@@ -162,6 +166,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, delta, weight = _side_by_side(x), delta.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(delta), torch.empty_like(delta)
+    pointers = (t.data_ptr() for t in (x, delta, weight, total, out))
+    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    return total, out
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ PROMPT_TOKENS = 32
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "enforce_eager": True},
     {"dtype": "float32", "enforce_eager": True},
+    {"dtype": "bfloat16", "enforce_eager": False},
+    {"dtype": "float32", "enforce_eager": False},
 )
 
 
