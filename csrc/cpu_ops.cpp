@@ -162,7 +162,8 @@ extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
   const atts_rms_norm_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
-  if (p.x == nullptr || p.weight == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  if (p.x == nullptr || p.weight == nullptr || p.out == nullptr || (p.delta == nullptr) != (p.sum == nullptr))
+    return ATTS_ERROR_NULL_POINTER;
   atts::by_rows(p, p.rows, p.width, kernels().rms_norm);
   return ATTS_OK;
 }

@@ -50,6 +50,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(s, rms_norm(s, weight[H], eps)) of s = x[N, H] + delta[N, H] in their dtype: a residual and the norm behind it,
+    which reads it while it is at hand. Raises InputError where x and delta differ in shape or dtype."""
+    if x.shape != delta.shape or x.dtype != delta.dtype:
+        raise InputError(
+            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and delta {tuple(delta.shape)} {delta.dtype} differ"
+        )
+    if runs_native("add_rms_norm", x) and x.shape[1] == weight.shape[0] and weight.dtype == x.dtype:
+        return native.add_rms_norm(x, delta, weight, eps)
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate[N, F]) * up[N, F] -> [N, F]; fp32 inside, the dtype of gate outside.
 

@@ -18,6 +18,7 @@ TRITON = "triton"
 NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 OPS = (
+    "add_rms_norm",
     "gate",
     "kv_append",
     "kv_copy_pages",
@@ -36,7 +37,7 @@ _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
 NATIVE_OPS = frozenset(
-    {"kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
+    {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
 )
 _PRODUCTS = frozenset({"linear", "score_tokens"})
 """Native ops that a CPU with bfloat16 instructions leaves to torch."""

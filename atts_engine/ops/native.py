@@ -40,7 +40,9 @@ _Attention = _params(
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
     rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F, threads=_T,
 )  # fmt: skip
-_RmsNorm = _params("rms_norm", x=_P, weight=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T)
+_RmsNorm = _params(
+    "rms_norm", x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T
+)
 _SiluMul = _params("silu_mul", gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, threads=_T)
 _Rope = _params("rope", x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, threads=_T)
 _KvAppend = _params(
@@ -84,6 +86,8 @@ def _call(kind: type[_Params], *fields: float | None) -> None:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """x with all but its first dimension dense."""
+    if x.is_contiguous():
+        return x
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if stride != expected and size != 1:
@@ -146,15 +150,35 @@ def paged_attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = _side_by_side(x), weight.contiguous()
-    out = x.new_empty(x.shape)
-    pointers = (t.data_ptr() for t in (x, weight, out))
-    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, width = x.shape
+    _call(
+        _RmsNorm,
+        x.data_ptr(),
+        None,
+        weight.data_ptr(),
+        None,
+        out.data_ptr(),
+        rows,
+        width,
+        x.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
     return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, delta, weight = _side_by_side(x), delta.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(delta), torch.empty_like(delta)
+    pointers = (t.data_ptr() for t in (x, delta, weight, total, out))
+    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    return total, out
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = _side_by_side(gate), _side_by_side(up)
-    out = gate.new_empty(gate.shape)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (gate, up, out))
     _call(_SiluMul, *pointers, *gate.shape, gate.stride(0), up.stride(0), torch.get_num_threads())
     return out
@@ -162,7 +186,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _side_by_side(x), cos.contiguous(), sin.contiguous()
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (x, cos, sin, out))
     _call(_Rope, *pointers, *x.shape, x.stride(0), torch.get_num_threads())
     return out

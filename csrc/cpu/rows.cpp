@@ -11,6 +11,14 @@ void rms_norm(const atts_rms_norm_params& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const uint16_t* x = p.x + row * p.x_stride;
     uint16_t* out = p.out + row * p.width;
+    if (p.delta != nullptr) {
+      const uint16_t* delta = p.delta + row * p.width;
+      uint16_t* sum = p.sum + row * p.width;
+      for (int64_t i = 0; i < whole; i += 8)
+        store(sum + i, to_bf16(from_bf16(load<H8>(x + i)) + from_bf16(load<H8>(delta + i))));
+      for (int64_t i = whole; i < p.width; ++i) sum[i] = to_bf16(from_bf16(x[i]) + from_bf16(delta[i]));
+      x = sum;
+    }
     F8 squares = all(0.0f);
     for (int64_t i = 0; i < whole; i += 8) {
       const F8 v = from_bf16(load<H8>(x + i));

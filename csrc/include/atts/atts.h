@@ -109,11 +109,13 @@ typedef struct atts_attention_params {
   int32_t threads;             /* 1 or more */
 } atts_attention_params;
 
-/* out = x / sqrt(mean(x^2) + eps), rounded, times weight, rounded. Rows of x lie x_stride elements apart. */
+/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum. */
 typedef struct atts_rms_norm_params {
   uint64_t struct_size;    /* sizeof(atts_rms_norm_params) */
-  const uint16_t* x;       /* [rows, width] */
+  const uint16_t* x;       /* [rows, width], rows x_stride apart */
+  const uint16_t* delta;   /* [rows, width], dense, or NULL */
   const uint16_t* weight;  /* [width] */
+  uint16_t* sum;           /* [rows, width], dense, written; NULL where delta is */
   uint16_t* out;           /* [rows, width], dense, written */
   int64_t rows, width, x_stride;
   float eps;
