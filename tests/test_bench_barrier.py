@@ -43,6 +43,12 @@ def test_slots_problems_in_flight_and_rows_by_hand() -> None:
     assert simulate(pair, LaneModel(1.0, 1.0), TARGET, in_flight=1, barrier="none", one_device=False).seconds == 5.0
 
 
+def test_the_step_that_scores_a_span_by_hand() -> None:
+    # 2 + a target step of 2 s + 3 * 2; then 1 + 2. With a device for each lane nothing of it delays the other chain.
+    found = simulate(TWO_CHAINS, DRAFT, TARGET, in_flight=1, barrier="none", one_device=False, score_steps=1)
+    assert (found.seconds, found.chain_s) == (13.0, 13.0 + (5.0 + 2.0 + 1.0 + 2.0))
+
+
 def test_a_barrier_over_all_problems_by_hand() -> None:
     job = [[[TurnWork(1), TurnWork(4)]], [[TurnWork(3), TurnWork(1)]]]
     alone = simulate(job, DRAFT, TARGET, in_flight=2, barrier="problem", one_device=False)

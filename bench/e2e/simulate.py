@@ -54,8 +54,8 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Lane:
-    """progress: tokens that a row which was there from the beginning would have by now; a span of n tokens that gets its
-    slot at progress v is over at v + n."""
+    """progress: tokens that a row which was there from the beginning would have by now; a span of n tokens that gets
+    its slot at progress v is over at v + n."""
 
     model: LaneModel
     progress: float = 0.0
@@ -75,25 +75,42 @@ class _Chain:
     turns: Sequence[TurnWork]
     since: float
     turn: int = 0
-    drafting: bool = True
+    phase: Literal["draft", "score", "target"] = "draft"
 
 
 def simulate(
-    job: Job, draft: LaneModel, target: LaneModel, *, in_flight: int, barrier: Scope, one_device: bool
+    job: Job,
+    draft: LaneModel,
+    target: LaneModel,
+    *,
+    in_flight: int,
+    barrier: Scope,
+    one_device: bool,
+    score_steps: int = 0,
 ) -> Outcome:
     """The job with `in_flight` problems open at a time, the next one starting when one has ended.
 
     one_device: a step of one lane and a step of the other take turns, so that a token of either takes as long as both
-    steps; otherwise each lane has a device of its own. A span's score costs nothing here beyond what `draft.row_s` says.
+    steps; otherwise each lane has a device of its own. score_steps: of the target lane, between a draft span and its
+    verdict; the rest of what a score costs is to be in `draft.row_s`.
     Raises ValueError for a job without tokens to write.
     """
     if in_flight < 1 or not job or not all(chains and all(chains) for chains in job):
         raise ValueError("a job needs a problem or more in flight, a chain in each problem, and a turn in each chain")
-    return _Simulation(job, _Lane(draft), _Lane(target), in_flight, barrier, one_device).run()
+    return _Simulation(job, _Lane(draft), _Lane(target), in_flight, barrier, one_device, score_steps).run()
 
 
 class _Simulation:
-    def __init__(self, job: Job, draft: _Lane, target: _Lane, in_flight: int, barrier: Scope, one_device: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        draft: _Lane,
+        target: _Lane,
+        in_flight: int,
+        barrier: Scope,
+        one_device: bool,
+        score_steps: int,
+    ) -> None:
         self._waiting_problems = deque(range(len(job)))
         self._job = job
         self._draft = draft
@@ -101,6 +118,7 @@ class _Simulation:
         self._in_flight = in_flight
         self._scope = barrier
         self._one_device = one_device
+        self._score_steps = score_steps
         self._now = 0.0
         self._chains: list[_Chain] = []
         self._open: dict[int, int] = {}
@@ -160,8 +178,11 @@ class _Simulation:
 
     def _span_over(self, number: int) -> None:
         chain = self._chains[number]
-        if not chain.drafting:
+        if chain.phase == "target":
             self._turn_over(number)
+        elif chain.phase == "draft" and self._score_steps:
+            chain.phase = "score"
+            self._write(self._target, number, self._score_steps)
         elif self._scope == "none":
             self._judged(number)
         else:
@@ -173,14 +194,14 @@ class _Simulation:
         chain = self._chains[number]
         tokens = chain.turns[chain.turn].target
         if tokens:
-            chain.drafting = False
+            chain.phase = "target"
             self._write(self._target, number, tokens)
         else:
             self._turn_over(number)
 
     def _turn_over(self, number: int) -> None:
         chain = self._chains[number]
-        chain.turn, chain.drafting = chain.turn + 1, True
+        chain.turn, chain.phase = chain.turn + 1, "draft"
         if chain.turn < len(chain.turns):
             self._write(self._draft, number, chain.turns[chain.turn].draft)
             return
