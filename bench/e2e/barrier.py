@@ -101,7 +101,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Run:
+    """cpu_s: of all threads of this process; unlike `seconds` it hardly knows what else the machine does."""
+
     seconds: float
+    cpu_s: float
     chain_s: float
     barrier_s: float
     written: dict[tuple[int, int], Written]
@@ -140,9 +143,10 @@ async def run_job(pair: Pair, job: Job, in_flight: int, scope: Scope) -> Run:
                     *(one(problem, c, d, t, group) for c, (d, t) in enumerate(zip(drafts, targets, strict=True)))
                 )
 
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return Run(time.perf_counter() - began, chain_s, barrier.waited_s, written)
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+    return Run(seconds, cpu_s, chain_s, barrier.waited_s, written)
 
 
 async def _forks(stack: AsyncExitStack, lane: Lane, prompt: Sequence[int], n: int) -> list[Seq]:
@@ -273,8 +277,13 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 if run.written != first:
                     raise SystemExit(f"scope {scope!r}: other tokens or scores than the first run's")
                 share = run.barrier_s / run.chain_s
-                runs.append({"scope": scope, "round": round_, "seconds": run.seconds, "barrier_share": share})
-                print(f"round {round_} {scope:8} {run.seconds:7.2f} s, at barriers {share:.3f}", flush=True)
+                costs = {"seconds": run.seconds, "cpu_s": run.cpu_s, "barrier_share": share}
+                runs.append({"scope": scope, "round": round_, "load": os.getloadavg()[0]} | costs)
+                print(
+                    f"round {round_} {scope:8} {run.seconds:7.2f} s, CPU {run.cpu_s:7.2f} s, at barriers {share:.3f}, "
+                    f"load {os.getloadavg()[0]:.1f}",
+                    flush=True,
+                )
     found = measured(runs)
     print(table("measured", found))
     return {
@@ -299,13 +308,14 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds; `times_async` is the median of the ratios within each round."""
+    """Medians over rounds; `times_async`, and the same of CPU time, are medians of the ratios within each round."""
     by_scope = {scope: [r for r in runs if r["scope"] == scope] for scope in SCOPES}
-    alone = {r["round"]: r["seconds"] for r in by_scope["none"]}
+    alone = {r["round"]: r for r in by_scope["none"]}
     return {
         scope: {
             "seconds": statistics.median(r["seconds"] for r in rows),
-            "times_async": statistics.median(r["seconds"] / alone[r["round"]] for r in rows),
+            "times_async": statistics.median(r["seconds"] / alone[r["round"]]["seconds"] for r in rows),
+            "times_async_cpu": statistics.median(r["cpu_s"] / alone[r["round"]]["cpu_s"] for r in rows),
             "barrier_share": statistics.median(r["barrier_share"] for r in rows),
         }
         for scope, rows in by_scope.items()
