@@ -13,7 +13,7 @@ extern "C" const char* atts_strerror(int status) {
     case ATTS_ERROR_SHAPE:
       return "a count or the capacity is out of range";
     case ATTS_ERROR_KEY:
-      return "a key is outside the store";
+      return "a key, token id or slot is outside the store";
     case ATTS_ERROR_VALUE:
       return "a level or a uniform is outside 1..2^32";
     case ATTS_ERROR_STORE:
@@ -22,6 +22,8 @@ extern "C" const char* atts_strerror(int status) {
       return "this library was built without CUDA";
     case ATTS_ERROR_CUDA:
       return "the CUDA launch failed";
+    case ATTS_ERROR_BATCH:
+      return "cu_q, kv_len and the block table do not describe one batch over the pages";
     default:
       return "unknown status";
   }

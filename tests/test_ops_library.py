@@ -21,6 +21,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
     return {
         "linear": (x, torch.randn(7, 16, generator=g)),
         "rms_norm": (x, torch.ones(16), 1e-5),
+        "add_rms_norm": (x, x.clone(), torch.ones(16), 1e-5),
         "silu_mul": (x, x.clone()),
         "rope": (q, angle.cos(), angle.sin()),
         "kv_append": (q[:, :2].contiguous(), q[:, 2:].contiguous(), kv_layer, index),

@@ -87,11 +87,16 @@ class Decoder:
         calls, in order.
         """
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [N, D/2]
+        eps = self.config.rms_norm_eps
         x = F.embedding(batch.ids, self.weights.embed)
-        for layer, kv_layer in zip(self.weights.layers, kv, strict=True):
-            x = x + self._attention(layer, x, cos, sin, batch, kv_layer)
-            x = x + self._mlp(layer, x)
-        return ops.rms_norm(x, self.weights.norm, self.config.rms_norm_eps)
+        normed = ops.rms_norm(x, self.weights.layers[0].attn_norm, eps)
+        # A residual is added on the way into the norm behind it: the next block's, after the last block the final one.
+        behind = [*(layer.attn_norm for layer in self.weights.layers[1:]), self.weights.norm]
+        for layer, kv_layer, norm in zip(self.weights.layers, kv, behind, strict=True):
+            mixed = self._attention(layer, normed, cos, sin, batch, kv_layer)
+            x, normed = ops.add_rms_norm(x, mixed, layer.mlp_norm, eps)
+            x, normed = ops.add_rms_norm(x, self._mlp(layer, normed), norm, eps)
+        return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] in the decoder's dtype, of hidden[N, H]."""
@@ -100,14 +105,14 @@ class Decoder:
     def _attention(
         self,
         layer: LayerWeights,
-        x: torch.Tensor,
+        normed: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         batch: ForwardBatch,
         kv_layer: torch.Tensor,
     ) -> torch.Tensor:
         c = self.config
-        rows = ops.linear(ops.rms_norm(x, layer.attn_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
+        rows = ops.linear(normed, layer.qkv, layer.qkv_bias)
         heads = rows.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -121,7 +126,6 @@ class Decoder:
         )
         return ops.linear(mixed.reshape(-1, c.num_heads * c.head_dim), layer.out)
 
-    def _mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        normed = ops.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+    def _mlp(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         gate, up = ops.linear(normed, layer.gate_up).chunk(2, dim=-1)
         return ops.linear(ops.silu_mul(gate, up), layer.down)

@@ -4,7 +4,7 @@ and is the oracle; `chosen` tells which implementation runs. All are also regist
 from __future__ import annotations
 
 from atts_engine.ops.attention import Scratch, paged_attention
-from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
+from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
 from atts_engine.ops.dispatch import available, capturable, chosen, use
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
@@ -15,6 +15,7 @@ from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 __all__ = [
     "GateResult",
     "Scratch",
+    "add_rms_norm",
     "available",
     "capturable",
     "chosen",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
+from atts_engine.ops.dispatch import runs_native
 
 ROW_BLOCK = 4
 """Query rows are padded to a multiple of this: a batched CPU product gives a row the same bits for every such M
@@ -83,9 +85,10 @@ def paged_attention(
     queries' own included). Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens.
     Hq is a multiple of Hkv; softmax in fp32.
 
-    On the CPU in fp32 a row's bits depend on its own query, keys and values alone: neither on the other rows, nor on
-    the chunks a span came in, nor on padding. Keys are taken in fixed blocks, the row maximum (exact in any order)
-    first, and the blocks' sums are added in order; a block that is masked for a row adds exact zeros to it.
+    On the CPU in fp32 and bfloat16 a row's bits depend on its own query, keys and values alone: neither on the other
+    rows, nor on the chunks a span came in, nor on padding. In fp32 keys are taken in fixed blocks, the row maximum
+    (exact in any order) first, and the blocks' sums are added in order; a block that is masked for a row adds exact
+    zeros to it.
 
     scratch: buffers to work in, None for fresh ones.
     Raises InputError where shapes do not fit or a sequence has more query rows than tokens.
@@ -94,6 +97,8 @@ def paged_attention(
     kv_heads = kv_layer.shape[3]
     if heads % kv_heads or kv_layer.shape[4] != dim:
         raise InputError(f"paged_attention: q {tuple(q.shape)} does not fit the cache {tuple(kv_layer.shape)}")
+    if runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
+        return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
     out = torch.empty_like(q)
     for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len):

@@ -18,6 +18,7 @@ TRITON = "triton"
 NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 OPS = (
+    "add_rms_norm",
     "gate",
     "kv_append",
     "kv_copy_pages",
@@ -35,7 +36,11 @@ OPS = (
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
-NATIVE_OPS = frozenset({"linear"})
+NATIVE_OPS = frozenset(
+    {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
+)
+_PRODUCTS = frozenset({"linear", "score_tokens"})
+"""Native ops that a CPU with bfloat16 instructions leaves to torch."""
 
 
 class _Selection:
@@ -62,6 +67,11 @@ def _has_native(op: str) -> bool:
     return op in NATIVE_OPS and native.library() is not None
 
 
+def runs_native(op: str, x: torch.Tensor) -> bool:
+    """Whether op on x is the native kernel's: bfloat16, and the kernel is chosen."""
+    return x.dtype == torch.bfloat16 and chosen(op, x.device) == NATIVE
+
+
 def available() -> dict[str, list[str]]:
     """Implementations of every op that this machine can run, the reference first."""
     return {
@@ -78,8 +88,8 @@ def chosen(op: str, device: torch.device | str) -> str:
     """The implementation of op that runs for tensors on device: "reference", "triton" or "native-bf16".
 
     An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run
-    on that device raises InputError instead of falling back. So with "native-bf16", which is chosen by itself on a CPU
-    that cannot multiply bfloat16.
+    on that device raises InputError instead of falling back. So with "native-bf16", which is chosen by itself on a CPU,
+    for products on one that cannot multiply bfloat16.
     """
     if op not in OPS:
         raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
@@ -87,7 +97,7 @@ def chosen(op: str, device: torch.device | str) -> str:
     forced = _Selection.forced
     if forced is None:
         if device_type == "cpu":
-            return NATIVE if _has_native(op) and not native.multiplies_bf16() else REFERENCE
+            return NATIVE if _has_native(op) and not (op in _PRODUCTS and native.multiplies_bf16()) else REFERENCE
         return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
     if forced == NATIVE:
         if op in NATIVE_OPS and device_type != "cpu":

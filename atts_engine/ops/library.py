@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.ops.attention import paged_attention
-from atts_engine.ops.dense import linear, rms_norm, rope, silu_mul
+from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
 from atts_engine.ops.gating import gate
 from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
 from atts_engine.ops.sampling import sample
@@ -35,6 +35,10 @@ _SWAP_SCHEMA = "kv_swap(Tensor(a!) kv, Tensor(b!) host, Tensor pages, Tensor slo
 
 def _like_first(first: Tensor, *_: object) -> Tensor:
     return torch.empty_like(first)
+
+
+def _two_like_first(first: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(first), torch.empty_like(first)
 
 
 def _fp32_per_row(first: Tensor, *_: object) -> Tensor:
@@ -68,6 +72,11 @@ def _sample_fake(logits: Tensor, *_: object) -> Tensor:
 _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...] = (
     ("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _linear_fake),
     ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, _like_first),
+    (
+        "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor sum, Tensor normed)",
+        add_rms_norm,
+        _two_like_first,
+    ),
     ("silu_mul(Tensor gate, Tensor up) -> Tensor", silu_mul, _like_first),
     ("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, _like_first),
     ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),

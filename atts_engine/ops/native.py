@@ -1,31 +1,59 @@
-"""The C library of csrc/ on the CPU, through ctypes: no header of torch is in it, so one build serves every torch."""
+"""The C library of csrc/ on the CPU, through ctypes: no header of torch is in it, so one build serves every torch.
+
+Each function below is the bfloat16 form of the op of its name; the op has checked the shapes. A row's bits depend on
+itself alone.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
 
+_P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
-class _LinearParams(ctypes.Structure):
-    """`atts_linear_params` of csrc/include/atts/atts.h."""
 
-    _fields_ = (
-        ("struct_size", ctypes.c_uint64),
-        ("x", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("threads", ctypes.c_int32),
-    )
+class _Params(ctypes.Structure):
+    """A struct of csrc/include/atts/atts.h, whose first field is its own size."""
+
+    function: ClassVar[str]
+
+
+def _params(function: str, **kinds: type) -> type[_Params]:
+    """The struct that `function` takes; fields in the header's order."""
+    fields = (("struct_size", ctypes.c_uint64), *kinds.items())
+    return type(f"{function}_params", (_Params,), {"function": f"atts_{function}_cpu", "_fields_": fields})
+
+
+_Linear = _params("linear", x=_P, weight=_P, bias=_P, out=_P, rows=_N, in_features=_N, out_features=_N, threads=_T)
+_ScoreTokens = _params(
+    "score_tokens", hidden=_P, weight=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
+)
+_Attention = _params(
+    "attention",
+    q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
+    rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F, threads=_T,
+)  # fmt: skip
+_RmsNorm = _params(
+    "rms_norm", x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T
+)
+_SiluMul = _params("silu_mul", gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, threads=_T)
+_Rope = _params("rope", x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, threads=_T)
+_KvAppend = _params(
+    "kv_append", k=_P, v=_P, slots=_P, kv=_P, rows=_N, width=_N, k_stride=_N, v_stride=_N, slot_count=_N
+)
+_Sample = _params(
+    "sample",
+    logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
+    rows=_N, vocab=_N, logits_stride=_N, threads=_T,
+)  # fmt: skip
+_ALL = (_Linear, _ScoreTokens, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
 
 
 @cache
@@ -34,7 +62,8 @@ def library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_libatts*")):
         loaded = ctypes.CDLL(str(path))
         loaded.atts_strerror.restype = ctypes.c_char_p
-        loaded.atts_linear_cpu.argtypes = (ctypes.POINTER(_LinearParams),)
+        for kind in _ALL:
+            getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
         return loaded
     return None
 
@@ -45,16 +74,34 @@ def multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], all bfloat16 on the CPU, summed in fp32; shapes are the caller's
-    care. A row's bits depend on itself alone."""
+def _call(kind: type[_Params], *fields: float | None) -> None:
     loaded = library()
     assert loaded is not None
+    params = kind(ctypes.sizeof(kind), *fields)
+    status = getattr(loaded, kind.function)(ctypes.byref(params))
+    if status:
+        name = kind.function.removeprefix("atts_").removesuffix("_cpu")
+        raise InputError(f"{name}: {loaded.atts_strerror(status).decode()}")
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x with all but its first dimension dense."""
+    if x.is_contiguous():
+        return x
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if stride != expected and size != 1:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
-    params = _LinearParams(
-        ctypes.sizeof(_LinearParams),
+    _call(
+        _Linear,
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -64,7 +111,112 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.shape[0],
         torch.get_num_threads(),
     )
-    status = loaded.atts_linear_cpu(ctypes.byref(params))
-    if status:
-        raise InputError(f"linear: {loaded.atts_strerror(status).decode()}")
+    return out
+
+
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
+    rows, width = hidden.shape
+    out = hidden.new_empty(rows, dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (hidden, weight, ids, out))
+    _call(_ScoreTokens, *pointers, rows, width, weight.shape[0], torch.get_num_threads())
+    return out
+
+
+def serves_attention(q: Tensor, kv_layer: Tensor) -> bool:
+    """Whether head sizes, dtypes and layout are those of the native kernel."""
+    return q.dtype == kv_layer.dtype == torch.bfloat16 and q.shape[2] % 16 == 0 and kv_layer.is_contiguous()
+
+
+def paged_attention(
+    q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, scale: float
+) -> Tensor:
+    q, block_table, cu_q, kv_len = (t.contiguous() for t in (q, block_table, cu_q, kv_len))
+    if block_table.dtype != torch.int32 or cu_q.dtype != torch.int32 or kv_len.dtype != torch.int32:
+        raise InputError("paged_attention: block_table, cu_q and kv_len must be int32")
+    batch = kv_len.shape[0]
+    if cu_q.shape != (batch + 1,) or block_table.shape[0] != batch:
+        raise InputError(
+            f"paged_attention: cu_q {tuple(cu_q.shape)}, block table {tuple(block_table.shape)}, {batch} sequences"
+        )
+    out = torch.empty_like(q)
+    rows, heads, dim = q.shape
+    _, pages, page, kv_heads, _ = kv_layer.shape
+    pointers = (t.data_ptr() for t in (q, kv_layer, block_table, cu_q, kv_len, out))
+    sizes = (rows, batch, block_table.shape[1], pages, page, heads, kv_heads, dim)
+    _call(_Attention, *pointers, *sizes, scale, torch.get_num_threads())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = _side_by_side(x), weight.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, width = x.shape
+    _call(
+        _RmsNorm,
+        x.data_ptr(),
+        None,
+        weight.data_ptr(),
+        None,
+        out.data_ptr(),
+        rows,
+        width,
+        x.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, delta, weight = _side_by_side(x), delta.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(delta), torch.empty_like(delta)
+    pointers = (t.data_ptr() for t in (x, delta, weight, total, out))
+    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    return total, out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = _side_by_side(gate), _side_by_side(up)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    pointers = (t.data_ptr() for t in (gate, up, out))
+    _call(_SiluMul, *pointers, *gate.shape, gate.stride(0), up.stride(0), torch.get_num_threads())
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = _side_by_side(x), cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pointers = (t.data_ptr() for t in (x, cos, sin, out))
+    _call(_Rope, *pointers, *x.shape, x.stride(0), torch.get_num_threads())
+    return out
+
+
+def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
+    k, v, slots = _side_by_side(k), _side_by_side(v), slots.contiguous()
+    width = k.shape[1] * k.shape[2]
+    count = kv_layer.shape[1] * kv_layer.shape[2]
+    pointers = (t.data_ptr() for t in (k, v, slots, kv_layer))
+    _call(_KvAppend, *pointers, k.shape[0], width, k.stride(0), v.stride(0), count)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    logits = _side_by_side(logits)
+    rows, vocab = logits.shape
+    kinds = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+    parameters = [
+        t.to(kind).contiguous()
+        for t, kind in zip((temperature, top_k, top_p, min_p, seed, position), kinds, strict=True)
+    ]
+    out = logits.new_empty(rows, dtype=torch.int64)
+    pointers = (t.data_ptr() for t in (logits, *parameters, out))
+    _call(_Sample, *pointers, rows, vocab, logits.stride(0), torch.get_num_threads())
     return out

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
+from atts_engine.ops.dispatch import runs_native
 
 _STAGED_BYTES = 64 << 20
 """Device memory that `kv_swap` gathers pages in: it runs when memory is short."""
@@ -22,9 +24,12 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
             f"kv_append: k {tuple(k.shape)}, v {tuple(v.shape)}, slots {tuple(slots.shape)} do not fit the "
             f"cache {tuple(kv_layer.shape)}"
         )
+    if runs_native("kv_append", kv_layer) and k.dtype == v.dtype == kv_layer.dtype and kv_layer.is_contiguous():
+        return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
     rows[0].index_copy_(0, slots, k.to(kv_layer.dtype))
     rows[1].index_copy_(0, slots, v.to(kv_layer.dtype))
+    return None
 
 
 def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:

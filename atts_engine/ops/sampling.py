@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
+from atts_engine.ops.dispatch import runs_native
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -35,6 +37,8 @@ def sample(
     rows, vocab = logits.shape
     if any(t.shape != (rows,) for t in (temperature, top_k, top_p, min_p, seed, position)):
         raise InputError(f"sample: every parameter must have {rows} rows")
+    if runs_native("sample", logits):
+        return native.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     logits = logits.float()
     step = max(1, _CHUNK // vocab)
     if rows <= step:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops import native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import TRITON, chosen
+from atts_engine.ops.dispatch import TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -40,6 +41,8 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         import atts_triton
 
         return atts_triton.score_tokens(hidden, weight, ids)
+    if runs_native("score_tokens", hidden) and weight.dtype == hidden.dtype:
+        return native.score_tokens(hidden, weight, ids)
     parts = [
         _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK])
         for at in range(0, rows, _ROW_CHUNK)

@@ -25,7 +25,7 @@ from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
 
 _ALIGNMENT = 64
-GRAPH_OPS = ("linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
+GRAPH_OPS = ("add_rms_norm", "linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 

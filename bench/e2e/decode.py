@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import aclosing
@@ -35,6 +36,8 @@ PROMPT_TOKENS = 32
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "enforce_eager": True},
     {"dtype": "float32", "enforce_eager": True},
+    {"dtype": "bfloat16", "enforce_eager": False},
+    {"dtype": "float32", "enforce_eager": False},
 )
 
 
@@ -120,11 +123,25 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     version = None
 
+    def found() -> dict[str, Any]:
+        return {
+            "provenance": provenance("python -m bench.e2e.decode " + " ".join(sys.argv[1:])),
+            "model": args.model,
+            "tokens": args.tokens,
+            "threads": torch.get_num_threads(),
+            "ops": {op: ops.chosen(op, "cpu") for op in ops.available()},
+            "vllm": version,
+            "runs": runs,
+            "medians": medians(runs),
+        }
+
     async def rounds(name: str, side: Ours | Peer, sequences: int) -> None:
         for round_ in range(args.rounds):
-            found = await speed(side, sequences, args.tokens, round_)
-            runs.append({"engine": name, "sequences": sequences, "round": round_, "tokens_per_s": found})
-            print(f"{name:42} {sequences:3} sequences: {found:7.1f} tokens/s", flush=True)
+            rate = await speed(side, sequences, args.tokens, round_)
+            runs.append({"engine": name, "sequences": sequences, "round": round_, "tokens_per_s": rate})
+            print(f"{name:62} {sequences:3} sequences: {rate:7.1f} tokens/s", flush=True)
+        if args.out:  # after every cell: what was measured outlives an interruption
+            args.out.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
         if args.vllm:
@@ -142,16 +159,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             if peer is not None:
                 peer.close()
     await ours.close()
-    return {
-        "provenance": provenance("python -m bench.e2e.decode"),
-        "model": args.model,
-        "tokens": args.tokens,
-        "threads": torch.get_num_threads(),
-        "linear": ops.chosen("linear", "cpu"),
-        "vllm": version,
-        "runs": runs,
-        "medians": medians(runs),
-    }
+    return found()
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -189,8 +197,6 @@ def main() -> None:
     args = parser.parse_args()
     found = asyncio.run(measure(args))
     print(table(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

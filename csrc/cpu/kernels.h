@@ -1,0 +1,40 @@
+// The inner loops of the host's bfloat16 ops. They are compiled once for each instruction set; `kernels` picks what this
+// processor runs. A bfloat16 is its 16 bits.
+#ifndef ATTS_CPU_KERNELS_H_
+#define ATTS_CPU_KERNELS_H_
+
+#include "atts/atts.h"
+
+namespace atts {
+
+constexpr int64_t kScoreBlock = 512;  // logits of one normaliser's block
+constexpr int64_t kAttentionRows = 16;  // query rows of one unit of attention
+
+struct Kernels {
+  // x[rows, n] -> fp32 times scale, in the order in which `dot` reads it (see widen in dense.cpp).
+  void (*widen)(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, float scale, float* out);
+  // out[r * out_stride + c] = x[r] . weight[c], x widened.
+  void (*dot)(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
+              int64_t out_stride);
+  // out[n] = sum[n] + bias[n], rounded once.
+  void (*narrow)(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out);
+  // The largest of values[n] and the sum of exp(value - largest); values[n .. n rounded up to 8) are overwritten.
+  void (*softmax_parts)(float* values, int64_t n, float* largest, float* sum);
+  // Query rows first .. last-1 of sequence b for the query heads that share KV head h; scratch as attention_scratch says.
+  void (*attend)(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch);
+  void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
+  void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
+  void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);
+};
+
+// Floats of scratch that `attend` takes for keys 0 .. longest-1.
+inline int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
+  const int64_t group = p.heads / p.kv_heads;
+  return kAttentionRows * group * p.head_dim + 3 * p.head_dim + 3 * ((longest + 7) / 8 * 8);
+}
+
+const Kernels& kernels();
+
+}  // namespace atts
+
+#endif  // ATTS_CPU_KERNELS_H_

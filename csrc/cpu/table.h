@@ -1,0 +1,29 @@
+// What one instruction set compiles, and its table.
+#ifndef ATTS_CPU_TABLE_H_
+#define ATTS_CPU_TABLE_H_
+
+#include "cpu/kernels.h"
+
+namespace atts {
+
+#define ATTS_DECLARE_KERNELS(isa)                                                                                    \
+  namespace isa {                                                                                                    \
+  void widen(const uint16_t*, int64_t, int64_t, int64_t, float, float*);                                             \
+  void dot(const float*, int64_t, const uint16_t*, int64_t, int64_t, float*, int64_t);                               \
+  void narrow(const float*, const uint16_t*, int64_t, uint16_t*);                                                    \
+  void softmax_parts(float*, int64_t, float*, float*);                                                               \
+  void attend(const atts_attention_params&, int64_t, int64_t, int64_t, int64_t, float*);                             \
+  void rms_norm(const atts_rms_norm_params&, int64_t, int64_t);                                                      \
+  void silu_mul(const atts_silu_mul_params&, int64_t, int64_t);                                                      \
+  void rope(const atts_rope_params&, int64_t, int64_t);                                                              \
+  inline constexpr Kernels kTable{widen, dot, narrow, softmax_parts, attend, rms_norm, silu_mul, rope};              \
+  }
+
+ATTS_DECLARE_KERNELS(plain)
+#if defined(__x86_64__)
+ATTS_DECLARE_KERNELS(avx2)
+#endif
+
+}  // namespace atts
+
+#endif  // ATTS_CPU_TABLE_H_

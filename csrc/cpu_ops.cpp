@@ -1,0 +1,205 @@
+// The host's bfloat16 ops behind the C ABI: arguments checked, work cut for the threads.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "atts/atts.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/table.h"
+
+namespace atts {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return avx2::kTable;
+#endif
+  return plain::kTable;
+}
+
+namespace {
+
+constexpr int64_t kColumns = 32;         // weight rows handed to a thread at a time
+constexpr int64_t kRows = 256;           // input rows whose results lie in a thread's scratch
+constexpr int64_t kScoreRows = 64;       // the same for a block of logits
+constexpr int64_t kSerialValues = 32768;  // below, waking a thread costs more than the work
+
+template <class Params>
+int checked(const Params* params) {
+  if (params == nullptr) return ATTS_ERROR_NULL_POINTER;
+  return params->struct_size == sizeof(Params) ? ATTS_OK : ATTS_ERROR_ABI;
+}
+
+const float* widened(const uint16_t* x, int64_t rows, int64_t n) {
+  thread_local std::vector<float> wide;
+  wide.resize(static_cast<size_t>(rows * n));
+  kernels().widen(x, n, rows, n, 1.0f, wide.data());
+  return wide.data();
+}
+
+// Rows first .. last-1 to each thread, in one piece where the work is small.
+template <class Params, class Kernel>
+void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
+  const int64_t part = rows * width < kSerialValues ? rows : (rows + p.threads - 1) / p.threads;
+  parallel((rows + part - 1) / part, p.threads,
+           [&](int64_t i) { kernel(p, i * part, (i + 1) * part < rows ? (i + 1) * part : rows); });
+}
+
+}  // namespace
+}  // namespace atts
+
+using atts::kernels;
+using atts::parallel;
+
+extern "C" int atts_linear_cpu(const atts_linear_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_linear_params& p = *params;
+  if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.x == nullptr || p.weight == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  const float* x = atts::widened(p.x, p.rows, p.in_features);
+  parallel((p.out_features + atts::kColumns - 1) / atts::kColumns, p.threads, [&](int64_t block) {
+    const int64_t first = block * atts::kColumns, left = p.out_features - first;
+    const int64_t columns = left < atts::kColumns ? left : atts::kColumns;
+    float* sums = atts::scratch(atts::kRows * atts::kColumns);
+    for (int64_t at = 0; at < p.rows; at += atts::kRows) {
+      const int64_t rows = p.rows - at < atts::kRows ? p.rows - at : atts::kRows;
+      kernels().dot(x + at * p.in_features, rows, p.weight + first * p.in_features, columns, p.in_features, sums,
+                    atts::kColumns);
+      for (int64_t row = 0; row < rows; ++row)
+        kernels().narrow(sums + row * atts::kColumns, p.bias == nullptr ? nullptr : p.bias + first, columns,
+                         p.out + (at + row) * p.out_features + first);
+    }
+  });
+  return ATTS_OK;
+}
+
+extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_score_tokens_params& p = *params;
+  if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.hidden == nullptr || p.weight == nullptr || p.ids == nullptr || p.logprob == nullptr)
+    return ATTS_ERROR_NULL_POINTER;
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
+  const float* hidden = atts::widened(p.hidden, p.rows, p.width);
+  const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
+  std::vector<float> peaks(static_cast<size_t>(blocks * p.rows)), sums(peaks.size());
+  std::vector<float> target(static_cast<size_t>(p.rows));
+  parallel(blocks, p.threads, [&](int64_t block) {
+    const int64_t first = block * atts::kScoreBlock, left = p.vocab - first;
+    const int64_t columns = left < atts::kScoreBlock ? left : atts::kScoreBlock;
+    float* logits = atts::scratch(atts::kScoreRows * atts::kScoreBlock);
+    for (int64_t at = 0; at < p.rows; at += atts::kScoreRows) {
+      const int64_t rows = p.rows - at < atts::kScoreRows ? p.rows - at : atts::kScoreRows;
+      kernels().dot(hidden + at * p.width, rows, p.weight + first * p.width, columns, p.width, logits,
+                    atts::kScoreBlock);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* own = logits + row * atts::kScoreBlock;
+        const int64_t id = p.ids[at + row] - first;
+        if (id >= 0 && id < columns) target[static_cast<size_t>(at + row)] = own[id];
+        const size_t place = static_cast<size_t>(block * p.rows + at + row);
+        kernels().softmax_parts(own, columns, &peaks[place], &sums[place]);
+      }
+    }
+  });
+  for (int64_t row = 0; row < p.rows; ++row) {
+    float peak = -std::numeric_limits<float>::infinity();
+    for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[static_cast<size_t>(b * p.rows + row)]);
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const size_t place = static_cast<size_t>(b * p.rows + row);
+      // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
+      if (std::isnan(sums[place]) && peaks[place] == -std::numeric_limits<float>::infinity() && std::isfinite(peak))
+        continue;
+      total += static_cast<double>(sums[place]) * std::exp(static_cast<double>(peaks[place]) - peak);
+    }
+    p.logprob[row] = static_cast<float>(static_cast<double>(target[static_cast<size_t>(row)]) - peak - std::log(total));
+  }
+  return ATTS_OK;
+}
+
+extern "C" int atts_attention_cpu(const atts_attention_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_attention_params& p = *params;
+  if (p.rows < 0 || p.batch < 0 || p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads || p.head_dim < 16 ||
+      p.head_dim % 16 || p.page < 1 || p.pages < 0 || p.table_width < 0 || p.threads < 1)
+    return ATTS_ERROR_SHAPE;
+  if (p.cu_q == nullptr || (p.batch > 0 && p.kv_len == nullptr)) return ATTS_ERROR_NULL_POINTER;
+  if (p.cu_q[0] != 0 || p.cu_q[p.batch] != p.rows) return ATTS_ERROR_BATCH;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.q == nullptr || p.kv == nullptr || p.block_table == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  struct Unit {
+    int64_t sequence, first, last;
+  };
+  std::vector<Unit> units;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = p.cu_q[b + 1] - p.cu_q[b], length = p.kv_len[b];
+    if (rows < 0 || rows > length || length > p.table_width * p.page) return ATTS_ERROR_BATCH;
+    if (rows == 0) continue;
+    for (int64_t i = 0; i * p.page < length; ++i) {
+      const int32_t page = p.block_table[b * p.table_width + i];
+      if (page < 0 || page >= p.pages) return ATTS_ERROR_BATCH;
+    }
+    longest = length > longest ? length : longest;
+    for (int64_t first = 0; first < rows; first += atts::kAttentionRows)
+      units.push_back({b, first, first + atts::kAttentionRows < rows ? first + atts::kAttentionRows : rows});
+  }
+  const int64_t floats = atts::attention_scratch(p, longest);
+  parallel(static_cast<int64_t>(units.size()) * p.kv_heads, p.threads, [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i / p.kv_heads)];
+    kernels().attend(p, unit.sequence, i % p.kv_heads, unit.first, unit.last, atts::scratch(floats));
+  });
+  return ATTS_OK;
+}
+
+extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_rms_norm_params& p = *params;
+  if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.x == nullptr || p.weight == nullptr || p.out == nullptr || (p.delta == nullptr) != (p.sum == nullptr))
+    return ATTS_ERROR_NULL_POINTER;
+  atts::by_rows(p, p.rows, p.width, kernels().rms_norm);
+  return ATTS_OK;
+}
+
+extern "C" int atts_silu_mul_cpu(const atts_silu_mul_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_silu_mul_params& p = *params;
+  if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.gate == nullptr || p.up == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  atts::by_rows(p, p.rows, p.width, kernels().silu_mul);
+  return ATTS_OK;
+}
+
+extern "C" int atts_rope_cpu(const atts_rope_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_rope_params& p = *params;
+  if (p.rows < 0 || p.heads < 1 || p.head_dim < 2 || p.head_dim % 2 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.x == nullptr || p.cosine == nullptr || p.sine == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  atts::by_rows(p, p.rows, p.heads * p.head_dim, kernels().rope);
+  return ATTS_OK;
+}
+
+extern "C" int atts_kv_append_cpu(const atts_kv_append_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_kv_append_params& p = *params;
+  if (p.rows < 0 || p.width < 1 || p.slot_count < 0) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.k == nullptr || p.v == nullptr || p.slots == nullptr || p.kv == nullptr) return ATTS_ERROR_NULL_POINTER;
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (p.slots[row] < 0 || p.slots[row] >= p.slot_count) return ATTS_ERROR_KEY;
+  const size_t bytes = static_cast<size_t>(p.width) * sizeof(uint16_t);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    std::memcpy(p.kv + p.slots[row] * p.width, p.k + row * p.k_stride, bytes);
+    std::memcpy(p.kv + (p.slot_count + p.slots[row]) * p.width, p.v + row * p.v_stride, bytes);
+  }
+  return ATTS_OK;
+}

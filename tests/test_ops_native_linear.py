@@ -1,0 +1,93 @@
+"""The dense layer of csrc/ in bfloat16 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atts_engine import ops
+from atts_engine.errors import InputError
+from atts_engine.ops import native
+
+needs_library = pytest.mark.skipif(
+    native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
+)
+SHAPES = [(1, 8, 1), (3, 5, 7), (16, 576, 64), (7, 577, 101), (70, 64, 33)]
+
+
+def inputs(rows: int, width: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(rows * 1000 + columns)
+    shapes = ((rows, width), (columns, width), (columns,))
+    x, weight, bias = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    return x, weight, bias
+
+
+@pytest.fixture
+def forced() -> object:
+    with ops.use("native-bf16"):
+        yield
+
+
+@needs_library
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_float64(shape: tuple[int, int, int], with_bias: bool) -> None:
+    x, weight, bias = inputs(*shape)
+    oracle = x.double() @ weight.double().T + (bias.double() if with_bias else 0.0)
+    # Sums of K terms in fp32, then one rounding to 8 bits of mantissa.
+    terms = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    bound = terms * shape[1] * 2.0**-24 + oracle.abs() * 2.0**-8
+    found = ops.linear(x, weight, bias if with_bias else None)
+    assert found.dtype == torch.bfloat16
+    assert bool(((found.double() - oracle).abs() <= bound).all())
+
+
+@needs_library
+@pytest.mark.usefixtures("forced")
+def test_a_row_has_its_bits_whatever_company_it_keeps() -> None:
+    x, weight, _ = inputs(70, 576, 101)
+    whole = ops.linear(x, weight)
+    for rows in (1, 2, 3, 4, 5, 16, 17, 69):
+        assert torch.equal(ops.linear(x[:rows], weight), whole[:rows])
+        assert torch.equal(ops.linear(x[-rows:], weight), whole[-rows:])
+    order = torch.randperm(70)
+    assert torch.equal(ops.linear(x[order], weight), whole[order])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.linear(x, weight), whole)
+        torch.set_num_threads(2)
+        assert torch.equal(ops.linear(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.usefixtures("forced")
+def test_strides_empty_batches_and_values_that_are_not_finite() -> None:
+    x, weight, bias = inputs(6, 64, 32)
+    assert torch.equal(ops.linear(x[::2], weight, bias), ops.linear(x[::2].contiguous(), weight, bias))
+    assert torch.equal(ops.linear(x, weight.T.contiguous().T), ops.linear(x, weight))
+    assert ops.linear(x[:0], weight).shape == (0, 32)
+    x[2, 3], x[4, 5] = float("nan"), float("inf")
+    found = ops.linear(x, weight)
+    assert bool(found[2].isnan().all()) and not bool(found[4].isfinite().any())
+    assert torch.equal(found[[0, 1, 3, 5]], ops.linear(x[[0, 1, 3, 5]], weight))
+
+
+@needs_library
+def test_other_dtypes_run_the_reference_bit_for_bit() -> None:
+    x, weight, bias = (t.float() for t in inputs(5, 64, 32))
+    with ops.use("reference"):
+        reference = ops.linear(x, weight, bias)
+    with ops.use("native-bf16"):
+        assert torch.equal(ops.linear(x, weight, bias), reference)
+
+
+def test_without_the_library_it_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert ops.available()["linear"] == ["reference"]
+    assert ops.chosen("linear", "cpu") == "reference"
+    with pytest.raises(InputError, match="CMake"):
+        ops.use("native-bf16")
