@@ -25,6 +25,7 @@ from atts_engine import (
     SolutionEvent,
     TokensEvent,
     VerdictEvent,
+    ops,
 )
 from atts_engine.conformal import Mondrian
 from atts_engine.evaluation.decisions import check_log
@@ -73,9 +74,24 @@ def frozen_calibrator(alpha: float = 0.4) -> Mondrian:
     return calibrator
 
 
-@pytest.mark.parametrize("takeover", ["continue", "replace"])
-def test_same_chains_at_any_concurrency_and_batch_size(takeover: str) -> None:
+@pytest.mark.parametrize(
+    ("takeover", "dtype"),
+    [
+        ("continue", "float32"),
+        ("replace", "float32"),
+        pytest.param(
+            "continue",
+            "bfloat16",
+            marks=pytest.mark.skipif(
+                ops.chosen("linear", "cpu") != "native-bf16",
+                reason="bfloat16 products are torch's on this machine, whose bits depend on the batch",
+            ),
+        ),
+    ],
+)
+def test_same_chains_at_any_concurrency_and_batch_size(takeover: str, dtype: str) -> None:
     params = replace(PARAMS, takeover=takeover)
+    plain = replace(CONFIG, dtype=dtype)
 
     def run(in_flight: int, config: EngineConfig) -> list[Chain]:
         async def work(engine: AsyncEngine) -> list[Chain]:
@@ -91,11 +107,11 @@ def test_same_chains_at_any_concurrency_and_batch_size(takeover: str) -> None:
 
         return with_engine(work, config)
 
-    alone = run(1, CONFIG)
+    alone = run(1, plain)
     assert any(t.takeover for c in alone for t in c.turns)
-    assert alone == run(6, CONFIG)
+    assert alone == run(6, plain)
     # A small token budget cuts spans elsewhere, small chunks hand them over elsewhere, a small pool preempts.
-    other = run(6, replace(CONFIG, max_batch_tokens=9, chunk_tokens=5, page_size=8, kv_tokens=1200))
+    other = run(6, replace(plain, max_batch_tokens=9, chunk_tokens=5, page_size=8, kv_tokens=1200))
     assert [content(c, chunks=False) for c in alone] == other
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import random
+from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
 
 from atts_engine import AsyncEngine, ATTSParams, EngineConfig, Problem, SamplingParams
+from atts_engine.backends import Lane, Seq
 
 pytestmark = [
     pytest.mark.skipif(
@@ -25,8 +29,6 @@ TEXT = " First, 7 + 5 = 12. Then 12 * 3 = 36, so the answer is \\boxed{36}."
 
 
 def test_greedy_text_and_scores_equal_transformers() -> None:
-    from tests.test_models_gguf import transformers_smollm2
-
     async def work() -> tuple[list[int], list[int], list[tuple[int, int, float]]]:
         config = EngineConfig("smollm2-135m", "smollm2-135m", kv_tokens=2048)
         async with await AsyncEngine.create(config) as engine:
@@ -46,13 +48,96 @@ def test_greedy_text_and_scores_equal_transformers() -> None:
             return greedy, history, spans
 
     greedy, history, spans = asyncio.run(work())
-    with torch.no_grad():
-        logits = transformers_smollm2()(torch.tensor([history])).logits[0].double()
+    logprobs = oracle_logprobs(history)
     first = spans[0][0] - len(greedy)
-    assert greedy == logits[first - 1 : first - 1 + len(greedy)].argmax(-1).tolist()
-    logprobs = logits.log_softmax(-1)
+    assert greedy == logprobs[first - 1 : first - 1 + len(greedy)].argmax(-1).tolist()
     for start, end, score in spans:
         expected = -sum(float(logprobs[p - 1, history[p]]) for p in range(start, end)) / (end - start)
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+ASKED = [
+    f"{name} has {a} {things} and {verb} {b}. How many are there now?"
+    for name, verb in (("Ana", "buys"), ("Tom", "sells"), ("Mia", "finds"), ("Sam", "breaks"), ("The shop", "gets"))
+    for a, b, things in ((17, 4, "pears"), (120, 36, "stamps"), (9, 8, "cups"), (51, 50, "old books"))
+]
+
+
+@cache
+def oracle() -> torch.nn.Module:
+    from tests.test_models_gguf import transformers_smollm2
+
+    return transformers_smollm2()
+
+
+def oracle_logprobs(history: Sequence[int]) -> torch.Tensor:
+    """log softmax [len, V] fp64 of transformers' fp32 forward pass over the whole history."""
+    with torch.no_grad():
+        return oracle()(torch.tensor([list(history)])).logits[0].double().log_softmax(-1)
+
+
+async def greedy_text(lane: Lane, seq: Seq, n: int) -> list[int]:
+    return [token async for chunk in lane.decode(seq, n, GREEDY) for token in chunk.tokens]
+
+
+def test_greedy_text_of_20_prompts_side_by_side() -> None:
+    """64 tokens each, all in flight together. Each token is the oracle's choice after the tokens before it, so by
+    induction the text is the oracle's."""
+
+    async def work() -> list[tuple[list[int], list[int]]]:
+        config = EngineConfig("smollm2-135m", "smollm2-135m", kv_tokens=20 * 160)
+        async with await AsyncEngine.create(config) as engine:
+            lane = engine._pair.target
+
+            async def one(text: str) -> tuple[list[int], list[int]]:
+                prompt = list(engine._prompts(Problem("0", text)).target)
+                return prompt, await greedy_text(lane, await lane.open(prompt), 64)
+
+            return await asyncio.gather(*map(one, ASKED))
+
+    for prompt, written in asyncio.run(work()):
+        chosen = oracle_logprobs(prompt + written).argmax(-1).tolist()
+        assert written == chosen[len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("host_tokens", [0, 512])
+def test_scores_do_not_know_how_a_span_came(host_tokens: int) -> None:
+    """Spans cut at random, appended in random chunks, after forks and truncations, in a pool so small that sequences
+    are dropped and computed again, or moved to host memory and back."""
+    config = EngineConfig(
+        "smollm2-135m", "smollm2-135m", kv_tokens=192, host_kv_tokens=host_tokens,
+        preemption="swap" if host_tokens else "recompute", max_batch_tokens=24,
+    )  # fmt: skip
+
+    async def work() -> tuple[list[tuple[list[int], int, float]], dict[str, dict[str, float]]]:
+        scored = []  # the history up to a span's end, where it starts, its score
+        async with await AsyncEngine.create(config) as engine:
+            lane, tokenizer = engine._pair.target, engine.target_model.tokenizer
+            prompt = list(engine._prompts(Problem("0", ASKED[0])).target)
+
+            async def one(number: int, seq: Seq) -> None:
+                rng = random.Random(number)
+                history, start = list(prompt), len(prompt)
+                for text in (TEXT, f" No: {number + 2} of them, then {number}.", " Done."):
+                    if history != prompt:  # as a takeover by replacement does: back into the span
+                        del history[rng.randrange(start, len(history)) :]
+                        await lane.truncate(seq, len(history))
+                    start, span = len(history), tokenizer.encode(text)
+                    while span:
+                        n = rng.randint(1, len(span))
+                        await lane.append(seq, span[:n], score=True)
+                        history, span = history + span[:n], span[n:]
+                    scored.append((list(history), start, (await lane.verdict(seq, None)).score))
+
+            forks = await lane.fork(await lane.open(prompt), 4)
+            await asyncio.gather(*(one(number, seq) for number, seq in enumerate(forks)))
+            return scored, engine.stats()
+
+    scored, stats = asyncio.run(work())
+    assert stats["target"]["preemptions"] > 0
+    for history, start, score in scored:
+        logprobs = oracle_logprobs(history)
+        expected = -sum(float(logprobs[p - 1, history[p]]) for p in range(start, len(history))) / (len(history) - start)
         assert score == pytest.approx(expected, abs=1e-4)
 
 
