@@ -107,12 +107,25 @@ class EncodingRules:
     def check_spelled(self, encoding: tokenizers.Encoding, first: int, end: int, text: str, span: range) -> None:
         """`InputError` where tokens first .. end - 1 do not spell the characters `span` of `text`."""
         part = text[span.start : span.stop]
-        if _drops(encoding, text) or (self.unknown_id is not None and self.unknown_id in encoding.ids[first:end]):
-            raise InputError(f"the tokenizer has no token for a character of {part!r}")
+        if self.drops(encoding, text) or self.unknown_id in encoding.ids[first:end]:
+            raise InputError(f"the tokenizer has no token for {self._unspelled(part)!r}")
         if self.byte_level:
             for character in part if self.missing_bytes else "":
                 if not self.missing_bytes.isdisjoint(character.encode("utf-8", "surrogatepass")):
                     raise InputError(f"the tokenizer cannot spell {character!r} (U+{ord(character):04X})")
+
+    def drops(self, encoding: tokenizers.Encoding, text: str) -> bool:
+        """Whether the backend left out a character. One without an unknown token does so without a word, and all that
+        follows moves up in its offsets. A byte-level one has its own check; composition shortens its offsets too."""
+        return not self.byte_level and max((end for _, end in encoding.offsets), default=0) < len(text)
+
+    def _unspelled(self, part: str) -> str:
+        """The first character of `part` that has no token of its own, to be named; `part` where each has one."""
+        for character in part:
+            ids = self.backend.encode(character, add_special_tokens=False).ids
+            if not ids or self.unknown_id in ids:
+                return character
+        return part
 
 
 class StableEncoder:
@@ -152,7 +165,7 @@ class StableEncoder:
         if begin is None or first is None or encoding.ids[begin:first] != self._context:
             raise InputError(f"the tokenizer's segmentation of {self._text[: self._given]!r} depends on what follows")
         end = len(text)
-        if not final and _drops(encoding, text):
+        if not final and rules.drops(encoding, text):
             # What follows may still make a token of it, as of the first characters of an added one.
             return []
         if not final:
@@ -166,12 +179,6 @@ class StableEncoder:
         if end > given:
             self._text, self._given, self._context = text[given:], end - given, fresh
         return fresh
-
-
-def _drops(encoding: tokenizers.Encoding, text: str) -> bool:
-    """Whether the backend left out a character. One without an unknown token does so without a word, and all that
-    follows moves up in its offsets."""
-    return max((end for _, end in encoding.offsets), default=0) < len(text)
 
 
 def _cuts(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
