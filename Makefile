@@ -12,7 +12,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN_READY := $(VENV)/.atts-run
 DEV_READY := $(VENV)/.atts-dev
-PACKAGING := pyproject.toml setup.py $(CONSTRAINTS)
+# What an installation is made of beyond Python files, which an editable one follows by itself.
+PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 DEMO_OUT ?= demo-out
 DEMO_STEPS ?= 4-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,3 +290,8 @@ def test_a_forked_child_works_alone() -> None:
     if child == 0:
         os._exit(0 if torch.equal(ops.linear(x, weight), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_library_of_other_sources_is_refused() -> None:
+    with pytest.raises(InputError, match="built from other sources"):
+        native.load(Path(torch._C.__file__))

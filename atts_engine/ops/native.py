@@ -59,13 +59,21 @@ _ALL = (_Linear, _ScoreTokens, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend,
 @cache
 def library() -> ctypes.CDLL | None:
     """The library that the installation built, or None where it could not (no CMake or no C++ compiler)."""
-    for path in sorted(Path(__file__).parent.glob("_libatts*")):
-        loaded = ctypes.CDLL(str(path))
+    built = sorted(Path(__file__).parent.glob("_libatts*"))
+    return load(built[0]) if built else None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Raises `InputError` for a library that was built from other sources: an editable installation does not build it
+    anew by itself."""
+    loaded = ctypes.CDLL(str(path))
+    try:
         loaded.atts_strerror.restype = ctypes.c_char_p
         for kind in _ALL:
             getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
-        return loaded
-    return None
+    except AttributeError as error:
+        raise InputError(f"{path} was built from other sources; install again (`make setup`)") from error
+    return loaded
 
 
 @cache
