@@ -43,7 +43,10 @@ def byte_level(*splits: str, nfc: bool = False, added: tuple[str, ...] = (), gpt
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"], show_progress=False
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<eos>"],
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens([tokenizers.AddedToken(t, special=False, normalized=False) for t in added])
@@ -61,7 +64,9 @@ def sentencepiece(metaspace: bool) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     # Byte tokens are ordinary entries of the vocabulary, as in converted SentencePiece models.
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special + singles, show_progress=False, limit_alphabet=60)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special + singles, show_progress=False, limit_alphabet=60
+    )
     backend.train_from_iterator(CORPUS, trainer)
     if not metaspace:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -94,12 +99,28 @@ def made(name: str) -> Tokenizer:
 PARTS = st.sampled_from(
     [
         *"abceglLrsStTvV '’`1234567 90\n\r\t.,!?=<>/\\{}éßñ日本😀👍🏽",
-        *("\u0301", "\u0323", "\u1161", "\u1100", "\u11a8", "\u00a0", "\u200d", "  ", "\n\n", "'ll", "'re", "<think>", "</th"),
+        *(
+            "\u0301",
+            "\u0323",
+            "\u1161",
+            "\u1100",
+            "\u11a8",
+            "\u00a0",
+            "\u200d",
+            "  ",
+            "\n\n",
+            "'ll",
+            "'re",
+            "<think>",
+            "</th",
+        ),
         *("ink>", "the", " cat", "12345", "===", "aaaa", " x = 3"),
     ]
 )
 TEXT = st.lists(PARTS, max_size=40).map("".join) | st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-TINY = st.lists(st.sampled_from([*"0123456789abcdefghij+-*?} \n.,:;=()/{!%", " = ", "; ", "Q: ", "Wait, ", "\\boxed{"]), max_size=40)
+TINY = st.lists(
+    st.sampled_from([*"0123456789abcdefghij+-*?} \n.,:;=()/{!%", " = ", "; ", "Q: ", "Wait, ", "\\boxed{"]), max_size=40
+)
 
 
 def whole(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -220,7 +241,9 @@ def test_normalizers_without_boundaries_are_refused() -> None:
 
 def test_a_segmentation_that_the_rules_do_not_bound_is_seen() -> None:
     """`a+b|.` gives a run back however long it is."""
-    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "aaaaaaaaaaaaab": 2, "c": 3}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({"<unk>": 0, "a": 1, "aaaaaaaaaaaaab": 2, "c": 3}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("a+b|."), behavior="isolated")
     backend.decoder = decoders.Fuse()
     encoder = StableEncoder(Tokenizer(backend).encoding_rules)

@@ -21,6 +21,10 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str: ...
 
+    def settle(self) -> str:
+        """Text of the ids that wait, where they are whole characters; else they are forgotten. The stream goes on."""
+        ...
+
     def copy(self) -> Detokenizer:
         """A stream of its own that has seen the same ids."""
         ...
@@ -71,6 +75,10 @@ class ByteLevelDetokenizer:
     def push(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip))
 
+    def settle(self) -> str:
+        self._decoder.reset()
+        return ""
+
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
@@ -114,6 +122,13 @@ class WindowDetokenizer:
         while ready and self._waiting[ready - 1] in self._byte_ids:
             ready -= 1
         return self._take(ready)
+
+    def settle(self) -> str:
+        context, waiting = self._context, self._waiting
+        text = self._take(len(waiting))
+        if "\ufffd" in text:
+            self._context, text = context, ""
+        return text
 
     def flush(self) -> str:
         text = self._take(len(self._waiting))

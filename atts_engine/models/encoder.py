@@ -148,8 +148,10 @@ class StableEncoder:
         return self._give(final=False) if text else []
 
     def flush(self) -> list[int]:
-        """Ids of the text that waits, as if nothing followed it."""
-        return self._give(final=True) if self.waiting else []
+        """Ids of the text that waits, as if nothing followed it. What is pushed after it begins a stream of its own."""
+        ids = self._give(final=True) if self.waiting else []
+        self._text, self._given, self._context = "", 0, []
+        return ids
 
     def copy(self) -> Self:
         return copy.copy(self)
@@ -171,7 +173,11 @@ class StableEncoder:
         if not final:
             limit, words = rules.limit(text), encoding.word_ids
             end = max(
-                (at for at, i in cuts.items() if given < at <= limit and rules.seam(text, at, (words[i - 1], words[i]))),
+                (
+                    at
+                    for at, i in cuts.items()
+                    if given < at <= limit and rules.seam(text, at, (words[i - 1], words[i]))
+                ),
                 default=given,
             )
         fresh = encoding.ids[first : cuts[end]]

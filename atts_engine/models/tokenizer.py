@@ -20,7 +20,7 @@ from atts_engine.models.detokenizer import (
     WindowDetokenizer,
     byte_alphabet,
 )
-from atts_engine.models.encoder import EncodingRules
+from atts_engine.models.encoder import EncodingRules, StableEncoder
 
 # Decoders under which a token's text follows from the token and the one before it; others cannot be streamed
 # exactly.
@@ -108,6 +108,11 @@ class Tokenizer:
     def encoding_rules(self) -> EncodingRules:
         """What a `StableEncoder` of this tokenizer goes by."""
         return EncodingRules.of(self._backend, self._missing_bytes, self._unknown_id)
+
+    def encoder(self) -> StableEncoder:
+        """A fresh stream: `push(text) -> ids` that later text cannot change, `flush() -> ids`. Raises `InputError` for a
+        tokenizer without boundaries to rely on."""
+        return StableEncoder(self.encoding_rules)
 
     @property
     def eos_token_id(self) -> int | None:
