@@ -347,7 +347,8 @@ def _tongues(draft: Model, target: Model) -> Tongues:
         except InputError as error:
             raise InputError(f"{model.name}: {error}; choose a pair that shares a tokenizer") from error
     codecs = draft.tokenizer, target.tokenizer
-    return Tongues(*(Words(c, e, c.eos_token_id) for c, e in zip(codecs, ends, strict=True)), codecs)
+    own = [Words(codec, end, codec.eos_token_id) for codec, end in zip(codecs, ends, strict=True)]
+    return Tongues(own[0], own[1], codecs)
 
 
 def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:

@@ -21,7 +21,8 @@ from atts_engine.models.tokenizer import tokenizer_from_folder
 
 CORPUS = [
     "The cat's mat isn't where it'll be; we've 12345 cats, they're 678 and I'd say 90.\n\nSo x = 3 + 4 = 7.\n  \n",
-    "def f(x):\n    return x  # note\n\n\nWait, é and ünï, 日本語 text 😀👍!!\n\nDon't \\boxed{42}. ...  ===\t\tend\r\n",
+    "def f(x):\n    return x  # note\n\n\nWait, é and ünï, 日本語 text 😀👍!!\n\n"
+    "Don't \\boxed{42}. ...  ===\t\tend\r\n",
     "aaaa bbb ab abab   the the then there  \n \n  \n they'llama ¿qué? <think> no </think>",
 ] * 4
 GPT_4O = (
@@ -255,7 +256,8 @@ def test_a_segmentation_that_the_rules_do_not_bound_is_seen() -> None:
 @pytest.mark.parametrize(
     ("pattern", "reach"),
     [
-        ("a", 1), ("abc|de", 3), (r"\s+(?!\S)|\s+", 2), (r"\p{N}{1,3}", 3), (r"(?i:'s|'ll)x", 4), (r"[^\r\n\]a]?\p{L}+", 2),
+        ("a", 1), ("abc|de", 3), (r"\s+(?!\S)|\s+", 2), (r"\p{N}{1,3}", 3), (r"(?i:'s|'ll)x", 4),
+        (r"[^\r\n\]a]?\p{L}+", 2),
         (r"\\boxed\{|Wait,\ ", 7), ("a{4}", 4), ("(ab){2,}", 4), (r"[a-z&&[^b]]c", 2), (r"x*+y|(?<name>zzz)", 3),
     ],
 )  # fmt: skip

@@ -8,9 +8,9 @@ ends are. Patterns are matched from left to right, so a piece's end is final onc
 there. A match is a chain of runs (`\\p{L}+`) and of single characters or literals. A run looks one character past its
 end; a literal may look as far as it is long: after `'` it matters whether `ll` comes, so that not only the last piece
 but the last two can still change. `reach` bounds this by the longest alternative of the pattern, each run counted once.
-Runs of white space alone are looked through to their end (`\\s*[\\r\\n]+` and `\\s+(?!\\S)` give characters back), so no
-boundary within or after a white-space run counts before `reach` characters have followed the run. Added tokens are found
-by their full text, which adds the longest of them to the reach. Composition (NFC) changes at most the last base
+Runs of white space alone are looked through to their end (`\\s*[\\r\\n]+` and `\\s+(?!\\S)` give characters back), so
+no boundary within or after a white-space run counts before `reach` characters have followed the run. Added tokens are
+found by their full text, which adds the longest of them to the reach. Composition (NFC) changes at most the last base
 character and its marks, so a boundary is moved in front of those too.
 
 Without one (SentencePiece's BPE) the whole text is one piece. Every result of a merge is in the vocabulary, so where no

@@ -110,8 +110,9 @@ class Tokenizer:
         return EncodingRules.of(self._backend, self._missing_bytes, self._unknown_id)
 
     def encoder(self) -> StableEncoder:
-        """A fresh stream: `push(text) -> ids` that later text cannot change, `flush() -> ids`. Raises `InputError` for a
-        tokenizer without boundaries to rely on."""
+        """A fresh stream: `push(text) -> ids` that later text cannot change, `flush() -> ids`.
+
+        Raises `InputError` for a tokenizer without boundaries to rely on."""
         return StableEncoder(self.encoding_rules)
 
     @property

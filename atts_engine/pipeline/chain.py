@@ -243,12 +243,11 @@ async def _draft_and_judge(
             writer.wrote(turn, "draft", piece, len(chunk.tokens))
     if not span.given:
         # All of it waits behind the boundary, and a verdict needs something to judge.
-        piece = writer.across.flush()
-        writer.wrote(turn, "draft", piece, 0)
-        await _score(span, piece, target, t)
+        await _score(span, writer.across.flush(), target, t)
         if not span.given:
             raise ChainError(
-                f"the draft's span of {len(span.tokens)} tokens holds no text that the target could score; raise draft_tokens"
+                f"the draft's span of {len(span.tokens)} tokens holds no text that the target could score; "
+                "raise draft_tokens"
             )
     drafted_at = writer.elapsed()
     writer.waited(span.wait_s)
@@ -282,7 +281,7 @@ async def _hand_over(
     elif span.tokens[-1] in writer.spec.tongues.draft.ends:
         await _take_back(target, t, writer.across.end_ids)
         await _take_back(draft, d, 1)
-    rest = writer.across.flush()
+    rest = writer.across.end()
     writer.wrote(turn, "draft", rest, 0)
     await _take_back(draft, d, writer.across.take_broken())
     if rest.ids:
@@ -313,7 +312,7 @@ async def _hand_back(
     writer: _Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> None:
     """Leave both lanes where the draft is to go on from."""
-    rest = writer.back.flush()
+    rest = writer.back.end()
     writer.wrote(turn, "target", rest, 0)
     await _take_back(target, t, writer.back.take_broken())
     if held or rest.ids:

@@ -3,7 +3,8 @@
 With one tokenizer ids pass as they are. With two, text is the common form: each lane keeps its own ids, and the other
 lane is given ids of text up to a *stable boundary* alone, where no later text can change them. What is behind the
 boundary at the end of a span waits for the next span, and is given over when the other lane is to go on from there.
-Bytes of a character that is not whole have no text: tokens that hold only such are taken back where the writer changes.
+Bytes of a character that is not whole have no text: tokens that hold only such are taken back where the writer changes
+(one that also holds text stays, and its lane sees a character that was never ended).
 """
 
 from __future__ import annotations
@@ -83,11 +84,15 @@ class Translation(Protocol):
     def push(self, ids: Sequence[int]) -> Piece: ...
 
     def flush(self) -> Piece:
-        """All text that waits, as if nothing followed it."""
+        """All text that waits, as if nothing followed it. The writer goes on."""
+        ...
+
+    def end(self) -> Piece:
+        """As `flush`, for the other lane is the next to write; see `take_broken`."""
         ...
 
     def take_broken(self) -> int:
-        """Tokens at the writer's end that have no text, because the character they belong to is not whole. They are
+        """Tokens at the writer's end that have no text of their own, because their character is not whole. They are
         forgotten here: the caller takes them back on the writer's lane."""
         ...
 
@@ -111,6 +116,9 @@ class SameTokens:
 
     def flush(self) -> Piece:
         return Piece("", (), 0)
+
+    def end(self) -> Piece:
+        return self.flush()
 
     def take_broken(self) -> int:
         return 0
@@ -144,8 +152,10 @@ class OtherTokens:
             if i in self._ends:
                 ended = True
                 continue
-            text += self._text.push([i])
-            self._broken = 0 if self._text.settled else self._broken + 1
+            new = self._text.push([i])
+            # A token may end one character and begin another, as " " and the first bytes of an emoji: it stays.
+            self._broken = 0 if new or self._text.settled else self._broken + 1
+            text += new
         given, n_bytes = self._encode(text, flush=ended)
         self.end_ids = int(ended and self._eos is not None)
         if ended and self._eos is not None:
@@ -153,6 +163,9 @@ class OtherTokens:
         return Piece(text, given, n_bytes)
 
     def flush(self) -> Piece:
+        return Piece("", *self._encode("", flush=True))
+
+    def end(self) -> Piece:
         text = self._text.settle()
         if text:
             self._broken = 0
