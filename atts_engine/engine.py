@@ -25,6 +25,8 @@ from atts_engine.pipeline import (
     Problem,
     Prompts,
     Solution,
+    Tongues,
+    Words,
     run_problem,
 )
 from atts_engine.pipeline.events import SolutionEvent
@@ -78,9 +80,7 @@ class AsyncEngine:
             InProcessLane(core, loop, mailbox, chunk_tokens=config.chunk_tokens)
             for core, loop in zip(cores, (self._loops[0], self._loops[-1]), strict=True)
         ]
-        ends = frozenset(draft.tokenizer.eos_token_ids) | frozenset(target.tokenizer.eos_token_ids)
-        ends |= frozenset(draft.config.eos_token_ids) | frozenset(target.config.eos_token_ids)
-        self._pair = Pair(lanes[0], lanes[1], target.tokenizer, ends)
+        self._pair = Pair(lanes[0], lanes[1], _tongues(draft, target))
         for loop in self._loops:
             loop.start()
 
@@ -94,10 +94,6 @@ class AsyncEngine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         draft, target = await asyncio.to_thread(_load_pair, config)
-        if draft.tokenizer.fingerprint != target.tokenizer.fingerprint:
-            raise InputError(
-                f"{config.draft} and {config.target} have different tokenizers; choose a pair that shares one"
-            )
         cores = await asyncio.to_thread(_cores, config, draft, target)
         return cls(config, draft, target, cores, calibrator)
 
@@ -333,6 +329,26 @@ def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
         # One copy of the weights, two decoders: a decoder's buffers belong to one lane's thread and stream.
         return draft, replace(draft, decoder=Decoder(draft.config, draft.decoder.weights))
     return draft, load_model(config.target, places[1], dtype)
+
+
+def _tongues(draft: Model, target: Model) -> Tongues:
+    ends = [frozenset(m.tokenizer.eos_token_ids) | frozenset(m.config.eos_token_ids) for m in (draft, target)]
+    if draft.tokenizer.fingerprint == target.tokenizer.fingerprint:
+        words = Words(target.tokenizer, ends[0] | ends[1])
+        return Tongues(words, words)
+    for model in (draft, target):
+        if model.tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{model.name}: the tokenizer has no end-of-text token, which a pair with two tokenizers needs; "
+                "name one as `eos_token` in its tokenizer_config.json"
+            )
+        try:
+            model.tokenizer.encoder()
+        except InputError as error:
+            raise InputError(f"{model.name}: {error}; choose a pair that shares a tokenizer") from error
+    codecs = draft.tokenizer, target.tokenizer
+    own = [Words(codec, end, codec.eos_token_id) for codec, end in zip(codecs, ends, strict=True)]
+    return Tongues(own[0], own[1], codecs)
 
 
 def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:

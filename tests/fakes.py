@@ -89,6 +89,22 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return "".join(chr(97 + i) for i in ids if i != EOS)
 
+    def detokenizer(self, skip_special: bool = True) -> FakeTextStream:
+        return FakeTextStream()
+
+
+class FakeTextStream:
+    settled = True
+
+    def push(self, ids: Sequence[int]) -> str:
+        return FakeTokenizer().decode(ids)
+
+    def settle(self) -> str:
+        return ""
+
+    def copy(self) -> FakeTextStream:
+        return self
+
 
 def fake_model(max_positions: int = 64, poison: int | None = None) -> Model:
     config = ModelConfig(

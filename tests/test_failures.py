@@ -15,9 +15,8 @@ import torch
 from atts_engine import AsyncEngine, ATTSParams, Chain, ChainEvent, InputError, Problem, QueueFull, Solution
 from atts_engine.backends import InProcessLane
 from atts_engine.conformal import Mondrian
-from atts_engine.pipeline import SolutionEvent, TokensEvent
+from atts_engine.pipeline import Pair, Prompts, SolutionEvent, TokensEvent, Tongues, Words, run_problem
 from atts_engine.pipeline.gate import ConformalGate
-from atts_engine.pipeline.problem import Pair, Prompts, run_problem
 from atts_engine.pipeline.voting import tally
 from atts_engine.runtime import EngineLoop, LaneCore, Mailbox
 from tests.fakes import EOS, FakeTokenizer, fake_model
@@ -51,7 +50,8 @@ def on_fakes(params: ATTSParams, kv_tokens: int = 4000, poison: int | None = Non
         loop.start()
         calibrator = Mondrian(params.alpha)
         calibrator.frozen = True
-        pair = Pair(lanes[0], lanes[1], FakeTokenizer(), frozenset({EOS}))
+        words = Words(FakeTokenizer(), frozenset({EOS}))
+        pair = Pair(lanes[0], lanes[1], Tongues(words, words))
         prompts = Prompts((1, 2, 3), (1, 2, 3))
         try:
             return await run_problem(

@@ -101,6 +101,7 @@ def _turn_from_line(line: Line) -> Turn:
         ppl=ppl,
         percentile=line.optional_number("percentile"),
         p_value=line.optional_number("p_value"),
+        score_per_byte=line.optional_number("score_per_byte"),
         takeover=takeover,
         target=line.optional_text("target"),
         target_tokens=line.integer("target_tokens", 0),
@@ -163,7 +164,7 @@ def _turn_to_json(turn: Turn, texts: bool, tokens: bool) -> dict[str, Any]:
         record["target"] = turn.target
     else:
         record["target_chars"] = len(turn.target or "")
-    record |= {"score": turn.score, "p_value": turn.p_value}
+    record |= {"score": turn.score, "score_per_byte": turn.score_per_byte, "p_value": turn.p_value}
     if tokens:
         record |= {"draft_tokens": turn.draft_tokens, "target_tokens": turn.target_tokens}
     record |= {"t_draft": turn.t_draft, "t_verdict": turn.t_verdict, "t_target": turn.t_target}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,9 +12,22 @@ class Detokenizer(Protocol):
     """One per stream. The pushed texts and the flushed one, joined, are the text of all ids decoded at
     once."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the ids pushed so far have given all their text: none of them waits for others."""
+        ...
+
     def push(self, ids: Sequence[int]) -> str: ...
 
     def flush(self) -> str: ...
+
+    def settle(self) -> str:
+        """Text of the ids that wait, where they are whole characters; else they are forgotten. The stream goes on."""
+        ...
+
+    def copy(self) -> Detokenizer:
+        """A stream of its own that has seen the same ids."""
+        ...
 
 
 class ByteLevelVocabulary:
@@ -48,8 +62,22 @@ class ByteLevelDetokenizer:
         self._skip = vocabulary.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    @property
+    def settled(self) -> bool:
+        return not self._decoder.getstate()[0]
+
+    def copy(self) -> ByteLevelDetokenizer:
+        other = copy.copy(self)
+        other._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
     def push(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(self._vocabulary.bytes_of(i) for i in ids if i not in self._skip))
+
+    def settle(self) -> str:
+        self._decoder.reset()
+        return ""
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -79,12 +107,28 @@ class WindowDetokenizer:
         self._context: list[int] = []
         self._waiting: list[int] = []
 
+    @property
+    def settled(self) -> bool:
+        return not self._waiting
+
+    def copy(self) -> WindowDetokenizer:
+        other = copy.copy(self)
+        other._context, other._waiting = list(self._context), list(self._waiting)
+        return other
+
     def push(self, ids: Sequence[int]) -> str:
         self._waiting += [i for i in ids if i in self._kept_ids]
         ready = len(self._waiting)
         while ready and self._waiting[ready - 1] in self._byte_ids:
             ready -= 1
         return self._take(ready)
+
+    def settle(self) -> str:
+        context, waiting = self._context, self._waiting
+        text = self._take(len(waiting))
+        if "\ufffd" in text:
+            self._context, text = context, ""
+        return text
 
     def flush(self) -> str:
         text = self._take(len(self._waiting))

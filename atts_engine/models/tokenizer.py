@@ -20,6 +20,7 @@ from atts_engine.models.detokenizer import (
     WindowDetokenizer,
     byte_alphabet,
 )
+from atts_engine.models.encoder import EncodingRules, StableEncoder
 
 # Decoders under which a token's text follows from the token and the one before it; others cannot be streamed
 # exactly.
@@ -102,6 +103,23 @@ class Tokenizer:
             return ByteLevelDetokenizer(self._byte_level, skip_special)
         kept = self._tokens.keys() - self.special_ids if skip_special else self._tokens.keys()
         return WindowDetokenizer(self, frozenset(kept), self._byte_ids)
+
+    @cached_property
+    def encoding_rules(self) -> EncodingRules:
+        """What a `StableEncoder` of this tokenizer goes by."""
+        return EncodingRules.of(self._backend, self._missing_bytes, self._unknown_id)
+
+    def encoder(self) -> StableEncoder:
+        """A fresh stream: `push(text) -> ids` that later text cannot change, `flush() -> ids`.
+
+        Raises `InputError` for a tokenizer without boundaries to rely on."""
+        return StableEncoder(self.encoding_rules)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a text of this tokenizer's own: its `eos_token`, else the first of `eos_token_ids`."""
+        named = self._backend.token_to_id(self._special_tokens.get("eos_token", ""))
+        return named if named is not None else next(iter(self.eos_token_ids), None)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of `[{"role": ..., "content": ...}, ...]` up to where the answer begins.

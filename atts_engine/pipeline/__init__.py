@@ -1,11 +1,13 @@
 """The algorithm: chains, the gate, votes. Knows lanes only by protocol."""
 
 from atts_engine.pipeline.answers import find_answer
+from atts_engine.pipeline.chain import Prompts
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
 from atts_engine.pipeline.params import STRATEGIES, TAKEOVERS, ATTSParams
-from atts_engine.pipeline.problem import Pair, Prompts, run_problem
+from atts_engine.pipeline.problem import Pair, run_problem
 from atts_engine.pipeline.records import Chain, ChunkScore, Decision, Problem, Turn
+from atts_engine.pipeline.translation import Tongues, Words
 from atts_engine.pipeline.voting import VOTES, tally, winner
 
 __all__ = [
@@ -27,8 +29,10 @@ __all__ = [
     "Solution",
     "SolutionEvent",
     "TokensEvent",
+    "Tongues",
     "Turn",
     "VerdictEvent",
+    "Words",
     "find_answer",
     "run_problem",
     "tally",

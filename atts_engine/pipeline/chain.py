@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,25 +22,27 @@ from atts_engine.pipeline.gate import Gate, Judged, Place
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 from atts_engine.pipeline.streams import stream_key
+from atts_engine.pipeline.translation import Piece, Tongues, Translation, Words
 from atts_engine.runtime.records import TokenChunk
 
 
-class Codec(Protocol):
-    """Text of token ids, specials left out."""
+class Prompts(NamedTuple):
+    """The prompt of one problem as each lane's model wants it."""
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+    draft: tuple[int, ...]
+    target: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ChainSpec:
-    """What one chain is to do. `ends`: ids that end a text, on whichever lane they were written. `deadline`: time of
-    the event loop after which a cancellation means "end where you are"."""
+    """What one chain is to do. `deadline`: time of the event loop after which a cancellation means "end where you
+    are"."""
 
     problem: Problem
     chain: int
     params: ATTSParams
-    codec: Codec
-    ends: frozenset[int]
+    tongues: Tongues
+    prompts: Prompts
     emit: Callable[[Event], None]
     deadline: float | None = None
 
@@ -53,13 +55,16 @@ class ChainSpec:
 @dataclass(slots=True)
 class _Span:
     """logprobs: of the tokens, where the lane tells them; ends: length of the span at the end of each chunk; wait_s:
-    as in `TokenChunk`."""
+    as in `TokenChunk`. given, given_bytes: tokens that the other lane was given to score, and the length of their text
+    in UTF-8."""
 
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
     logprobs: list[float] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     wait_s: float | None = None
+    given: int = 0
+    given_bytes: int = 0
 
     def add(self, chunk: TokenChunk) -> None:
         self.tokens.extend(chunk.tokens)
@@ -70,12 +75,23 @@ class _Span:
         self.wait_s = chunk.wait_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A place to come back to: lengths of the text and of both sequences, and what waited to be given over."""
+
+    text: int
+    draft: int
+    target: int
+    across: Translation
+
+
 class _Writer:
-    """The text of one chain so far, and the clock it is timed with."""
+    """The text of one chain so far, and the clock it is timed with. across: draft to target; back: target to draft."""
 
     def __init__(self, spec: ChainSpec) -> None:
         self.spec = spec
-        self.history: list[int] = []
+        self.text = ""
+        self.across, self.back = spec.tongues.translations(*spec.prompts)
         self.began = time.perf_counter()
         self.wait_s: float | None = 0.0
 
@@ -86,23 +102,29 @@ class _Writer:
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def text(self) -> str:
-        return self.spec.codec.decode(self.history)
-
-    def wrote(self, turn: int, author: str, tokens: Sequence[int]) -> None:
+    def wrote(self, turn: int, author: str, piece: Piece, n_tokens: int) -> None:
         spec = self.spec
-        self.history.extend(tokens)
-        text = spec.codec.decode(tokens)
-        spec.emit(TokensEvent(spec.problem.id, spec.chain, turn, author, text, len(tokens)))
+        self.text += piece.text
+        if n_tokens or piece.text:
+            spec.emit(TokensEvent(spec.problem.id, spec.chain, turn, author, piece.text, n_tokens))
+
+    def mark(self, d: Seq, t: Seq) -> _Mark:
+        return _Mark(len(self.text), d.length, t.length, self.across.copy())
+
+    def back_to(self, mark: _Mark) -> None:
+        self.text = self.text[: mark.text]
+        if self.back is self.across:
+            self.back = mark.across
+        self.across = mark.across
 
     def answered_since(self, length: int) -> bool:
-        """Whether the last box was closed by tokens after the first `length` of the history."""
-        box = last_boxed(self.text())
-        return box is not None and box.end > len(self.spec.codec.decode(self.history[:length]))
+        """Whether the last box was closed behind the first `length` characters of the text."""
+        box = last_boxed(self.text)
+        return box is not None and box.end > length
 
     def result(self, turns: list[Turn], finish: str, error: str | None = None) -> Chain:
         spec = self.spec
-        answer = find_answer(self.text())
+        answer = find_answer(self.text)
         if finish == "stop" and answer is not None:
             finish = "answer"
         return Chain(
@@ -131,26 +153,25 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     finish, error = "turns", None
     try:
         for turn in range(params.turns):
-            before = len(writer.history)
+            start = writer.mark(d, t)
             gate.enter(Place(spec.problem.id, spec.chain, turn))
             span, judged, drafted_at = await _draft_and_judge(writer, turn, draft, d, target, t, gate)
             record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed())
-            last, last_from, asked = span, before, params.draft_tokens
+            turns.append(record)
+            last, last_from, asked = span, start.text, params.draft_tokens
+            held: tuple[int, ...] = ()
             if judged.takeover:
-                last_from = await _hand_over(writer, span, before, draft, d, target, t)
+                await _hand_over(writer, turn, span, start, draft, d, target, t)
                 # The record of the draft stands even if the target fails in mid-span.
-                turns.append(record)
+                last_from = len(writer.text)
                 last, held = await _target_span(writer, turn, draft, d, target, t)
                 turns[-1] = replace(
                     record,
-                    target=spec.codec.decode(last.tokens),
+                    target=spec.tongues.target.codec.decode(last.tokens),
                     target_tokens=len(last.tokens),
                     t_target=writer.elapsed(),
                 )
                 asked = params.target_tokens
-            else:
-                turns.append(record)
-                held = ()
             if last.finish == "stop":
                 finish = "stop"
                 break
@@ -160,8 +181,8 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
             if len(last.tokens) < asked:
                 finish = "length"
                 break
-            if held and turn + 1 < params.turns:
-                await draft.append(d, held)
+            if judged.takeover and turn + 1 < params.turns:
+                await _hand_back(writer, turn, held, draft, d, target, t)
     except ContextFull:
         finish = "length"
     except ChainError as failure:
@@ -183,6 +204,7 @@ async def unwritten(spec: ChainSpec) -> Chain:
 async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
     """One model alone writes the whole chain: the draft-only and target-only strategies."""
     writer = _Writer(spec)
+    words, said = _own_words(writer, author)
     span = _Span()
     finish, error = "length", None
     sampling = spec.params.sampling(_stream(spec, author))
@@ -190,7 +212,7 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
         async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
             async for chunk in chunks:
                 span.add(chunk)
-                writer.wrote(0, author, chunk.tokens)
+                writer.wrote(0, author, said.push(chunk.tokens), len(chunk.tokens))
         writer.waited(span.wait_s)
         finish = span.finish or finish
     except ChainError as failure:
@@ -199,7 +221,7 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
         if not spec.expired:
             raise
         finish = "deadline"
-    text, n = spec.codec.decode(span.tokens), len(span.tokens)
+    text, n = words.codec.decode(span.tokens), len(span.tokens)
     if author == "draft":
         turn = Turn(0, text, n, t_draft=writer.elapsed())
     else:
@@ -216,8 +238,17 @@ async def _draft_and_judge(
     async with aclosing(draft.decode(d, spec.params.draft_tokens, sampling)) as chunks:
         async for chunk in chunks:
             span.add(chunk)
-            await target.append(t, chunk.tokens, score=True)
-            writer.wrote(turn, "draft", chunk.tokens)
+            piece = writer.across.push(chunk.tokens)
+            await _score(span, piece, target, t)
+            writer.wrote(turn, "draft", piece, len(chunk.tokens))
+    if not span.given:
+        # All of it waits behind the boundary, and a verdict needs something to judge.
+        await _score(span, writer.across.flush(), target, t)
+        if not span.given:
+            raise ChainError(
+                f"the draft's span of {len(span.tokens)} tokens holds no text that the target could score; "
+                "raise draft_tokens"
+            )
     drafted_at = writer.elapsed()
     writer.waited(span.wait_s)
     judged = await gate.ask(target, t, Place(spec.problem.id, spec.chain, turn), spec.params.seed)
@@ -228,21 +259,33 @@ async def _draft_and_judge(
     return span, judged, drafted_at
 
 
-async def _hand_over(writer: _Writer, span: _Span, before: int, draft: Lane, d: Seq, target: Lane, t: Seq) -> int:
-    """Leave both lanes where the target is to go on from; returns the length of the history there.
+async def _score(span: _Span, piece: Piece, target: Lane, t: Seq) -> None:
+    if piece.ids:
+        await target.append(t, piece.ids, score=True)
+        span.given += len(piece.ids)
+        span.given_bytes += piece.n_bytes
+
+
+async def _hand_over(
+    writer: _Writer, turn: int, span: _Span, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq
+) -> None:
+    """Leave both lanes where the target is to go on from.
 
     `continue` keeps the span but for the mark that ended the text: the target must be free to say more, or to end it
     itself. `replace` takes the whole span back.
     """
     if writer.spec.params.takeover == "replace":
-        drop = len(span.tokens)
-    else:
-        drop = int(bool(span.tokens) and span.tokens[-1] in writer.spec.ends)
-    if drop:
-        await target.truncate(t, t.length - drop)
-        await draft.truncate(d, d.length - drop)
-        del writer.history[len(writer.history) - drop :]
-    return len(writer.history)
+        await _take_back(target, t, t.length - start.target)
+        await _take_back(draft, d, d.length - start.draft)
+        writer.back_to(start)
+    elif span.tokens[-1] in writer.spec.tongues.draft.ends:
+        await _take_back(target, t, writer.across.end_ids)
+        await _take_back(draft, d, 1)
+    rest = writer.across.end()
+    writer.wrote(turn, "draft", rest, 0)
+    await _take_back(draft, d, writer.across.take_broken())
+    if rest.ids:
+        await target.append(t, rest.ids)
 
 
 async def _target_span(
@@ -257,11 +300,33 @@ async def _target_span(
         async for chunk in chunks:
             if held:
                 await draft.append(d, held)
-            held = chunk.tokens
+            piece = writer.back.push(chunk.tokens)
+            held = piece.ids
             span.add(chunk)
-            writer.wrote(turn, "target", chunk.tokens)
+            writer.wrote(turn, "target", piece, len(chunk.tokens))
     writer.waited(span.wait_s)
     return span, held
+
+
+async def _hand_back(
+    writer: _Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
+) -> None:
+    """Leave both lanes where the draft is to go on from."""
+    rest = writer.back.end()
+    writer.wrote(turn, "target", rest, 0)
+    await _take_back(target, t, writer.back.take_broken())
+    if held or rest.ids:
+        await draft.append(d, held + rest.ids)
+
+
+async def _take_back(lane: Lane, seq: Seq, tokens: int) -> None:
+    if tokens:
+        await lane.truncate(seq, seq.length - tokens)
+
+
+def _own_words(writer: _Writer, author: str) -> tuple[Words, Translation]:
+    tongues = writer.spec.tongues
+    return (tongues.draft, writer.across) if author == "draft" else (tongues.target, writer.back)
 
 
 def _stream(spec: ChainSpec, author: str) -> int:
@@ -271,27 +336,32 @@ def _stream(spec: ChainSpec, author: str) -> int:
 def _turn_record(spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafted_at: float, judged_at: float) -> Turn:
     return Turn(
         turn=turn,
-        draft=spec.codec.decode(span.tokens),
+        draft=spec.tongues.draft.codec.decode(span.tokens),
         draft_tokens=len(span.tokens),
         score=judged.score,
+        score_per_byte=_per_byte(judged.sum_logprob, span.given_bytes),
         ppl=_perplexity(judged.score),
         percentile=judged.percentile,
         p_value=judged.p_value,
         takeover=judged.takeover,
         t_draft=drafted_at,
         t_verdict=judged_at,
-        chunks=_chunk_scores(span, judged.logprobs),
+        chunks=_chunk_scores(span, judged.logprobs, spec.tongues.codecs is None),
     )
 
 
-def _chunk_scores(span: _Span, logprobs: Sequence[float]) -> tuple[ChunkScore, ...]:
-    """Running means at the end of each chunk; none unless both lanes told the log-probability of every token."""
-    if not len(span.tokens) == len(span.logprobs) == len(logprobs):
+def _chunk_scores(span: _Span, logprobs: Sequence[float], same: bool) -> tuple[ChunkScore, ...]:
+    """Running means at the end of each chunk; none unless both lanes told the log-probability of the same tokens."""
+    if not len(span.tokens) == len(span.logprobs) == len(logprobs) or not same:
         return ()
     # The order and precision of ops.span_mean: at the span's end the sum has the bits of the span's own.
     target = list(accumulate(logprobs, initial=0.0))
     draft = list(accumulate(span.logprobs, initial=0.0))
     return tuple(ChunkScore(n, _mean_nll(target[n], n), _mean_nll(draft[n], n)) for n in span.ends)
+
+
+def _per_byte(sum_logprob: float | None, n_bytes: int) -> float | None:
+    return None if sum_logprob is None or not n_bytes else -sum_logprob / n_bytes
 
 
 def _mean_nll(sum_logprob: float, n: int) -> float:

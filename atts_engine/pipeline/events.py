@@ -9,7 +9,8 @@ from atts_engine.pipeline.records import Chain, Decision
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """New tokens of a chain by `author` ("draft" or "target")."""
+    """New tokens of a chain by `author` ("draft" or "target"). text: what later tokens cannot change; a character comes
+    with the event that ends it."""
 
     problem_id: str
     chain: int

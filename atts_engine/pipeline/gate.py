@@ -29,7 +29,7 @@ class Place(NamedTuple):
 class Judged:
     """percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
     tokens under the target, where its lane tells them; wait_s: seconds of waiting until the verdict, those at a barrier
-    among them, where the lane tells its own."""
+    among them, where the lane tells its own; sum_logprob: of the span under the target, nats."""
 
     score: float
     takeover: bool
@@ -38,6 +38,7 @@ class Judged:
     decision: Decision | None = None
     logprobs: tuple[float, ...] = ()
     wait_s: float | None = None
+    sum_logprob: float | None = None
 
 
 class Gate(Protocol):
@@ -139,6 +140,7 @@ class ConformalGate:
             decision,
             result.logprobs,
             result.wait_s,
+            result.sum_logprob,
         )
 
     async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> tuple[Decision, SpanResult]:
@@ -267,7 +269,7 @@ class RankingGate:
         self._rank_when_all_are_here()
         judged = await answer
         waited = None if result.wait_s is None else result.wait_s + time.perf_counter() - began
-        return replace(judged, logprobs=result.logprobs, wait_s=waited)
+        return replace(judged, logprobs=result.logprobs, wait_s=waited, sum_logprob=result.sum_logprob)
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         return None

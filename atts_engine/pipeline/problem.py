@@ -10,30 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.pipeline.chain import ChainSpec, Codec, run_chain, run_single, unwritten
+from atts_engine.pipeline.chain import ChainSpec, Prompts, run_chain, run_single, unwritten
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent
 from atts_engine.pipeline.gate import Gate, RankingGate
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, Problem
+from atts_engine.pipeline.translation import Tongues
 from atts_engine.pipeline.voting import tally, winner
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two lanes, the codec of their common tokenizer, and the token ids that end a text."""
+    """The two lanes and how they spell."""
 
     draft: Lane
     target: Lane
-    codec: Codec
-    ends: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """The prompt of one problem as each lane's model wants it."""
-
-    draft: tuple[int, ...]
-    target: tuple[int, ...]
+    tongues: Tongues
 
 
 async def run_problem(
@@ -58,7 +50,7 @@ async def run_problem(
     deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
 
     def spec(chain: int) -> ChainSpec:
-        return ChainSpec(problem, chain, params, pair.codec, pair.ends, emit, deadline)
+        return ChainSpec(problem, chain, params, pair.tongues, prompts, emit, deadline)
 
     async def forks(stack: AsyncExitStack, lane: Lane, prompt: Sequence[int]) -> list[Seq]:
         async with asyncio.timeout_at(deadline):

@@ -36,8 +36,9 @@ class ChunkScore:
 class Turn:
     """One draft span, its verdict, and the target span if there is one. Times are seconds since the chain began.
 
+    score_per_byte: the same sum per byte of the scored text in UTF-8, which can be compared where tokens differ.
     chunks: one for each chunk that the draft handed over, the last being the whole span, whose score it repeats to
-    the bit; none where a lane does not tell the log-probability of each token.
+    the bit; none where a lane does not tell the log-probability of each token, or the lanes' tokens differ.
     """
 
     turn: int
@@ -54,6 +55,7 @@ class Turn:
     t_verdict: float = 0.0
     t_target: float = 0.0
     chunks: tuple[ChunkScore, ...] = ()
+    score_per_byte: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from atts_engine.backends import InProcessLane
 from atts_engine.models import Decoder, Model
-from atts_engine.pipeline import Pair
+from atts_engine.pipeline import Pair, Tongues, Words
 from atts_engine.runtime import EngineLoop, LaneCore, Mailbox
 
 
@@ -32,7 +32,8 @@ async def open_pair(model: Model, kv_tokens: int) -> AsyncIterator[Pair]:
     draft, target = (InProcessLane(core, loop, mailbox) for core in cores)
     loop.start()
     try:
-        yield Pair(draft, target, model.tokenizer, frozenset())
+        words = Words(model.tokenizer, frozenset())
+        yield Pair(draft, target, Tongues(words, words))
     finally:
         await asyncio.to_thread(loop.stop)
 
