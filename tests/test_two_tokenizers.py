@@ -49,9 +49,8 @@ def byte_level(vocabulary: int) -> Tokenizer:
 
 
 class ListSeq:
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.unscored = 0
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        self.ids = list(ids)
 
     @property
     def length(self) -> int:
@@ -69,13 +68,13 @@ class ListLane:
         self.common = tokenizer.encode(text)
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> ListSeq:
-        raise NotImplementedError
+        return ListSeq(prompt)
 
     async def fork(self, seq: Any, n: int) -> list[Any]:
-        raise NotImplementedError
+        return [ListSeq(seq.ids) for _ in range(n)]
 
     async def close(self, seq: Any) -> None:
-        raise NotImplementedError
+        seq.ids.clear()
 
     async def decode(self, seq: Any, max_tokens: int, sampling: SamplingParams) -> AsyncGenerator[TokenChunk, None]:
         self.check()

@@ -11,35 +11,21 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atts_triton.variants import Variant
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block can ask for, by compute capability (CUDA C++ Programming Guide, table 30)."""
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_HIDDEN = (32, 4096, 1008, 4100)
-"""Hidden sizes, one for each way that rows divide: less than a tile, whole tiles, whole vectors only, nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One kernel with all that its code depends on."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    multiples_of_16: frozenset[str] = frozenset()
-    """Integer arguments that the just-in-time compiler would see to be multiples of 16."""
+MODULES = ("gate", "score_tokens")
+"""Modules of kernels. Each has `variants()`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,54 +38,10 @@ class Usage:
     local: int
 
 
-def variants() -> Iterator[Variant]:
-    """Every distinct kernel that the wrappers launch."""
-    yield from _score_variants()
-    gate = import_module("atts_triton.gate")
-    pointers = {
-        "score_ptr": "*fp32", "key_ptr": "*i64", "level_ptr": "*i64", "u_ptr": "*i64", "insert_ptr": "*u8",
-        "ring_ptr": "*fp32", "size_ptr": "*i64", "head_ptr": "*i64", "greater_ptr": "*i64", "ties_ptr": "*i64",
-        "n_ptr": "*i64", "takeover_ptr": "*u8", "p_ptr": "*fp64", "B": "i32", "C": "i32",
-    }  # fmt: skip
-    yield Variant(
-        "gate",
-        gate._gate_kernel,
-        pointers,
-        {"BLOCK_B": gate._BLOCK_B, "BLOCK_C": gate._BLOCK_C},
-        {"num_warps": gate._NUM_WARPS, "enable_fp_fusion": False},
-    )
-
-
-def _score_variants() -> Iterator[Variant]:
-    score = import_module("atts_triton.score_tokens")
-    partials = {"peak_ptr": "*fp32", "total_ptr": "*fp32", "target_ptr": "*fp32"}
-    for dtype, pointer in _TYPES.items():
-        for hidden in _HIDDEN:
-            sizes = score.tiling(1 << 17, hidden, dtype)
-            signature = {"hidden_ptr": pointer, "weight_ptr": pointer, "ids_ptr": "*i64", **partials}
-            signature |= dict.fromkeys(("T", "V", "H", "hidden_stride", "weight_stride", "tiles_per_split"), "i32")
-            yield Variant(
-                f"score_tokens split {pointer[1:]} H={hidden}",
-                score._split_kernel,
-                signature,
-                {
-                    "BLOCK_T": sizes.block_t,
-                    "BLOCK_V": sizes.block_v,
-                    "BLOCK_H": sizes.block_h,
-                    "EVEN_H": hidden % sizes.block_h == 0,
-                },
-                {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, "enable_fp_fusion": True},
-                frozenset() if hidden % 16 else frozenset({"H", "hidden_stride", "weight_stride"}),
-            )
-    signature = {**partials, "ids_ptr": "*i64", "logprob_ptr": "*fp32"}
-    signature |= dict.fromkeys(("T", "V", "splits", "split_columns"), "i32")
-    yield Variant(
-        "score_tokens merge",
-        score._merge_kernel,
-        signature,
-        {"BLOCK_T": score._MERGE_ROWS},
-        {"num_warps": 2, "enable_fp_fusion": True},
-    )
+def variants(modules: Iterable[str] = MODULES) -> Iterator[Variant]:
+    """Every distinct kernel that the wrappers launch: what `variants()` of each module gives."""
+    for name in modules:
+        yield from import_module(f"atts_triton.{name}").variants()
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
@@ -135,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     """Compile, print the table to stdout, return 1 where a kernel does not fit."""
     parser = argparse.ArgumentParser(prog="python -m atts_triton.aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--only", action="append", choices=MODULES, metavar="MODULE", help=f"of {', '.join(MODULES)}")
     arguments = parser.parse_args(argv)
     out = sys.stdout
     out.write(f"triton {triton.__version__}\n{'kernel':34} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
     misfits = 0
-    for variant in variants():
+    for variant in variants(arguments.only or MODULES):
         for capability in arguments.arch or sorted(SHARED_LIMIT):
             usage = compile_variant(variant, capability)
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]

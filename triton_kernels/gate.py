@@ -9,10 +9,14 @@ Everything that decides is int64. p is fp64 with contraction off, so that it has
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from atts_triton.variants import Variant
 
 _BLOCK_B = 32
 _BLOCK_C = 256
@@ -133,3 +137,14 @@ def gate(
             enable_fp_fusion=False,
         )
     return greater, ties, n, takeover, p
+
+
+def variants() -> Iterator[Variant]:
+    """What `gate` launches."""
+    pointers = {
+        "score_ptr": "*fp32", "key_ptr": "*i64", "level_ptr": "*i64", "u_ptr": "*i64", "insert_ptr": "*u8",
+        "ring_ptr": "*fp32", "size_ptr": "*i64", "head_ptr": "*i64", "greater_ptr": "*i64", "ties_ptr": "*i64",
+        "n_ptr": "*i64", "takeover_ptr": "*u8", "p_ptr": "*fp64", "B": "i32", "C": "i32",
+    }  # fmt: skip
+    constants = {"BLOCK_B": _BLOCK_B, "BLOCK_C": _BLOCK_C}
+    yield Variant("gate", _gate_kernel, pointers, constants, {"num_warps": _NUM_WARPS, "enable_fp_fusion": False})

@@ -17,12 +17,15 @@ NaN logit reaches s and makes the row NaN; an id outside [0, V) makes its row Na
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from atts_triton.variants import POINTERS, Variant
 
 MAX_SPLITS = 128
 """Splits of the vocabulary: with one tile of rows a launch still has a program for nearly every SM of an H100."""
@@ -218,3 +221,34 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         enable_fp_fusion=True,
     )
     return logprob
+
+
+_HIDDEN = (32, 4096, 1008, 4100)
+"""Hidden sizes, one for each way that rows divide: less than a tile, whole tiles, whole vectors only, nothing."""
+
+
+def variants() -> Iterator[Variant]:
+    """What `score_tokens` launches."""
+    partials = {"peak_ptr": "*fp32", "total_ptr": "*fp32", "target_ptr": "*fp32"}
+    for dtype, pointer in POINTERS.items():
+        for hidden in _HIDDEN:
+            sizes = tiling(1 << 17, hidden, dtype)
+            signature = {"hidden_ptr": pointer, "weight_ptr": pointer, "ids_ptr": "*i64", **partials}
+            signature |= dict.fromkeys(("T", "V", "H", "hidden_stride", "weight_stride", "tiles_per_split"), "i32")
+            yield Variant(
+                f"score_tokens split {pointer[1:]} H={hidden}",
+                _split_kernel,
+                signature,
+                {
+                    "BLOCK_T": sizes.block_t,
+                    "BLOCK_V": sizes.block_v,
+                    "BLOCK_H": sizes.block_h,
+                    "EVEN_H": hidden % sizes.block_h == 0,
+                },
+                {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, "enable_fp_fusion": True},
+                frozenset() if hidden % 16 else frozenset({"H", "hidden_stride", "weight_stride"}),
+            )
+    signature = {**partials, "ids_ptr": "*i64", "logprob_ptr": "*fp32"}
+    signature |= dict.fromkeys(("T", "V", "splits", "split_columns"), "i32")
+    options = {"num_warps": 2, "enable_fp_fusion": True}
+    yield Variant("score_tokens merge", _merge_kernel, signature, {"BLOCK_T": _MERGE_ROWS}, options)
