@@ -13,6 +13,11 @@ namespace atts {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
+#if defined(ATTS_WITH_AVX512BF16)
+  static const bool has_avx512bf16 =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512bf16) return avx512bf16::kTable;
+#endif
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2) return avx2::kTable;
 #endif
@@ -21,7 +26,8 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t kColumns = 32;         // weight rows handed to a thread at a time
+constexpr int64_t kColumns = 128;        // weight rows handed to a thread at a time, at most
+constexpr int64_t kShares = 4;           // of them for each thread, at least
 constexpr int64_t kRows = 256;           // input rows whose results lie in a thread's scratch
 constexpr int64_t kScoreRows = 64;       // the same for a block of logits
 constexpr int64_t kSerialValues = 32768;  // below, waking a thread costs more than the work
@@ -32,11 +38,17 @@ int checked(const Params* params) {
   return params->struct_size == sizeof(Params) ? ATTS_OK : ATTS_ERROR_ABI;
 }
 
-const float* widened(const uint16_t* x, int64_t rows, int64_t n) {
-  thread_local std::vector<float> wide;
-  wide.resize(static_cast<size_t>(rows * n));
-  kernels().widen(x, n, rows, n, 1.0f, wide.data());
-  return wide.data();
+const float* prepared(const uint16_t* x, int64_t rows, int64_t n) {
+  thread_local std::vector<float> held;
+  held.resize(static_cast<size_t>(rows * n));
+  kernels().prepare(x, rows, n, held.data());
+  return held.data();
+}
+
+// Weight rows of a thread's share: large, for what one block leaves the next to read on; many, so that no thread waits long.
+int64_t columns_of(int64_t all, int64_t threads) {
+  const int64_t even = (all / (kShares * threads) + 31) / 32 * 32;
+  return even < 32 ? 32 : even < kColumns ? even : kColumns;
 }
 
 // Rows first .. last-1 to each thread, in one piece where the work is small.
@@ -53,16 +65,19 @@ void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
 using atts::kernels;
 using atts::parallel;
 
+extern "C" const char* atts_cpu_isa(void) { return kernels().isa; }
+
 extern "C" int atts_linear_cpu(const atts_linear_params* params) {
   if (const int status = atts::checked(params)) return status;
   const atts_linear_params& p = *params;
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.weight == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
-  const float* x = atts::widened(p.x, p.rows, p.in_features);
-  parallel((p.out_features + atts::kColumns - 1) / atts::kColumns, p.threads, [&](int64_t block) {
-    const int64_t first = block * atts::kColumns, left = p.out_features - first;
-    const int64_t columns = left < atts::kColumns ? left : atts::kColumns;
+  const float* x = atts::prepared(p.x, p.rows, p.in_features);
+  const int64_t width = atts::columns_of(p.out_features, p.threads);
+  parallel((p.out_features + width - 1) / width, p.threads, [&](int64_t block) {
+    const int64_t first = block * width, left = p.out_features - first;
+    const int64_t columns = left < width ? left : width;
     float* sums = atts::scratch(atts::kRows * atts::kColumns);
     for (int64_t at = 0; at < p.rows; at += atts::kRows) {
       const int64_t rows = p.rows - at < atts::kRows ? p.rows - at : atts::kRows;
@@ -85,7 +100,7 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
     return ATTS_ERROR_NULL_POINTER;
   for (int64_t row = 0; row < p.rows; ++row)
     if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
-  const float* hidden = atts::widened(p.hidden, p.rows, p.width);
+  const float* hidden = atts::prepared(p.hidden, p.rows, p.width);
   const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
   std::vector<float> peaks(static_cast<size_t>(blocks * p.rows)), sums(peaks.size());
   std::vector<float> target(static_cast<size_t>(p.rows));

@@ -69,6 +69,7 @@ def load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     try:
         loaded.atts_strerror.restype = ctypes.c_char_p
+        loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
             getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
     except AttributeError as error:
@@ -77,9 +78,19 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @cache
-def multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself (AVX512-BF16 or AMX): there torch's own products are fast."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def isa() -> str | None:
+    """Instruction set of the kernels that this processor runs: "avx512bf16", "avx2" or "plain"; None without csrc/."""
+    loaded = library()
+    return None if loaded is None else loaded.atts_cpu_isa().decode()
+
+
+@cache
+def products_are_torchs() -> bool:
+    """Whether torch's own bfloat16 products are the faster ones: the CPU multiplies bfloat16 by an instruction that
+    csrc/ does not use (AMX), or that the compiler of csrc/ did not know (AVX512-BF16)."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported()) and isa() != "avx512bf16"
 
 
 def _call(kind: type[_Params], *fields: float | None) -> None:

@@ -11,9 +11,10 @@ constexpr int64_t kScoreBlock = 512;  // logits of one normaliser's block
 constexpr int64_t kAttentionRows = 16;  // query rows of one unit of attention
 
 struct Kernels {
-  // x[rows, n] -> fp32 times scale, in the order in which `dot` reads it (see widen in dense.cpp).
-  void (*widen)(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, float scale, float* out);
-  // out[r * out_stride + c] = x[r] . weight[c], x widened.
+  const char* isa;
+  // x[rows, n] in the form in which `dot` reads it; row r begins at out + r * n.
+  void (*prepare)(const uint16_t* x, int64_t rows, int64_t n, float* out);
+  // out[r * out_stride + c] = x[r] . weight[c], x prepared.
   void (*dot)(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
               int64_t out_stride);
   // out[n] = sum[n] + bias[n], rounded once.

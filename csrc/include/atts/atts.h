@@ -178,6 +178,9 @@ ATTS_API const char* atts_strerror(int status);
 /* 1 where the library was built with CUDA, else 0. */
 ATTS_API int atts_has_cuda(void);
 
+/* Instruction set of the CPU kernels that this processor runs: "avx512bf16", "avx2" or "plain"; never to be freed. */
+ATTS_API const char* atts_cpu_isa(void);
+
 /* On the host. Checks every argument before it writes anything. */
 ATTS_API int atts_gate_cpu(const atts_gate_params* params);
 
