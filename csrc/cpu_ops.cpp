@@ -7,22 +7,8 @@
 #include "atts/atts.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/table.h"
 
 namespace atts {
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-#if defined(ATTS_WITH_AVX512BF16)
-  static const bool has_avx512bf16 =
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512bf16) return avx512bf16::kTable;
-#endif
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return avx2::kTable;
-#endif
-  return plain::kTable;
-}
 
 namespace {
 
@@ -64,8 +50,6 @@ void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
 
 using atts::kernels;
 using atts::parallel;
-
-extern "C" const char* atts_cpu_isa(void) { return kernels().isa; }
 
 extern "C" int atts_linear_cpu(const atts_linear_params* params) {
   if (const int status = atts::checked(params)) return status;
@@ -164,7 +148,7 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
     for (int64_t first = 0; first < rows; first += atts::kAttentionRows)
       units.push_back({b, first, first + atts::kAttentionRows < rows ? first + atts::kAttentionRows : rows});
   }
-  const int64_t floats = atts::attention_scratch(p, longest);
+  const int64_t floats = kernels().attention_scratch(p, longest);
   parallel(static_cast<int64_t>(units.size()) * p.kv_heads, p.threads, [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i / p.kv_heads)];
     kernels().attend(p, unit.sequence, i % p.kv_heads, unit.first, unit.last, atts::scratch(floats));

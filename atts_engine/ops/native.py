@@ -77,11 +77,22 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-@cache
+ISAS = ("avx512bf16", "avx2", "plain")
+"""Instruction sets that csrc/ has kernels for, the best first."""
+
+
 def isa() -> str | None:
-    """Instruction set of the kernels that this processor runs: "avx512bf16", "avx2" or "plain"; None without csrc/."""
+    """The one of ISAS whose kernels run; None without csrc/."""
     loaded = library()
     return None if loaded is None else loaded.atts_cpu_isa().decode()
+
+
+def use_isa(name: str | None) -> None:
+    """Have the kernels of one instruction set run in every thread; None: the best that the processor has. For tests and
+    comparisons: two instruction sets agree to rounding. Raises `InputError` for one that cannot be had here."""
+    loaded = library()
+    if loaded is None or loaded.atts_use_cpu_isa(None if name is None else name.encode()):
+        raise InputError(f"the kernels of csrc/ for {name} cannot run here: it is one of {', '.join(ISAS)}")
 
 
 @cache

@@ -1,18 +1,10 @@
-// Dot products of rows and columns of bfloat16 by the processor's own instruction: pairs are multiplied and added to an
-// fp32 sum, subnormal numbers count as zero.
-//
-// A register holds one sum of each of sixteen columns, so weights are wanted column by column and lie row by row: sixteen
-// rows at a time are transposed, as words of two elements, into a block that all rows of the input then use. Every sum runs
-// over the pairs in index order, so tiles, batches and threads cannot move a bit.
-#include <immintrin.h>
-
+// Dense layers by the processor's own products of bfloat16.
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/bf16.h"
 #include "cpu/kernels.h"
 #include "cpu/table.h"
-
-#define ATTS_FORCE_INLINE inline __attribute__((always_inline))
 
 namespace atts {
 namespace ATTS_ISA {
@@ -27,105 +19,7 @@ void prepare(const uint16_t* x, int64_t rows, int64_t n, float* out) {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kWords = 384;  // of a block: 48 KiB for two groups of columns
-constexpr int kTileRows = 12;    // 12 x 2 sums, two weights and a word of the input fill the registers
-
-// to[w * stride + c] = word w of row c, for sixteen words and sixteen rows.
-ATTS_FORCE_INLINE void transpose(const __m512i* rows, int64_t words, uint32_t* to, int64_t stride) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  // b[4 i + j]: word j of every quarter, of rows 4 i .. 4 i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i even23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88),
-                  odd23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    const __m512i word[4] = {_mm512_shuffle_i32x4(even01, even23, 0x88), _mm512_shuffle_i32x4(odd01, odd23, 0x88),
-                             _mm512_shuffle_i32x4(even01, even23, 0xdd), _mm512_shuffle_i32x4(odd01, odd23, 0xdd)};
-#pragma GCC unroll 4
-    for (int quarter = 0; quarter < 4; ++quarter)
-      if (4 * quarter + j < words) _mm512_store_si512(to + (4 * quarter + j) * stride, word[quarter]);
-  }
-}
-
-// Elements first .. first + 2 * words of `columns` rows of weights, transposed; rows beyond repeat the last.
-void transpose_block(const uint16_t* weight, int64_t columns, int64_t n, int64_t first, int64_t words, uint32_t* to,
-                     int64_t stride) {
-  const uint16_t* row[kLanes];
-  for (int64_t c = 0; c < kLanes; ++c) row[c] = weight + std::min(c, columns - 1) * n;
-  for (int64_t w = 0; w < words; w += kLanes) {
-    const int64_t at = first + 2 * w, left = n - at;
-    __m512i read[kLanes];
-    if (left >= 2 * kLanes) {
-#pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_loadu_si512(row[c] + at);
-    } else {
-      const __mmask32 live = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-#pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_maskz_loadu_epi16(live, row[c] + at);
-    }
-    transpose(read, words - w, to + w * stride, stride);
-  }
-}
-
-// Memory that the next block will be read from: fetched while this one is multiplied, `lines` a word.
-struct Ahead {
-  const char* at;
-  const char* end;
-  int64_t lines;
-
-  ATTS_FORCE_INLINE void fetch() {
-    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
-
-// out[r * out_stride + 16 c + lane] += over `words` words of x[r] and of the transposed columns; 0 before the first.
-template <int R, int C>
-void tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t words, bool begins, __mmask16 last,
-          float* out, int64_t out_stride, Ahead& ahead) {
-  __m512 sum[R][C];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = begins ? _mm512_setzero_ps()
-                         : _mm512_maskz_loadu_ps(c == C - 1 ? last : 0xffff, out + r * out_stride + c * kLanes);
-  for (int64_t w = 0; w < words; ++w) {
-    ahead.fetch();
-    __m512bh column[C];
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) column[c] = (__m512bh)_mm512_load_si512(weight + w * C * kLanes + c * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const __m512bh word = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * x_stride + w]));
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], word, column[c]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c)
-      _mm512_mask_storeu_ps(out + r * out_stride + c * kLanes, c == C - 1 ? last : 0xffff, sum[r][c]);
-}
-
-using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, bool, __mmask16, float*, int64_t,
-                      Ahead&);
-template <int C>
-constexpr Tile kTiles[kTileRows] = {tile<1, C>, tile<2, C>, tile<3, C>, tile<4, C>,  tile<5, C>,  tile<6, C>,
-                                    tile<7, C>, tile<8, C>, tile<9, C>, tile<10, C>, tile<11, C>, tile<12, C>};
 
 // next: columns that follow these and will be asked for next.
 template <int C>
@@ -138,8 +32,11 @@ void dot_columns(const uint32_t* x, int64_t rows, const uint16_t* weight, int64_
   const __mmask16 last = static_cast<__mmask16>((1u << (columns - (C - 1) * kLanes)) - 1);
   for (int64_t first = 0; first < all; first += kWords) {
     const int64_t words = std::min(all - first, kWords);
-    for (int64_t c = 0; c < C; ++c)
-      transpose_block(weight + c * kLanes * n, columns - c * kLanes, n, 2 * first, words, block + c * kLanes, C * kLanes);
+    for (int64_t c = 0; c < C; ++c) {
+      const uint16_t* column[kLanes];  // those beyond the last repeat it
+      for (int64_t i = 0; i < kLanes; ++i) column[i] = weight + std::min(c * kLanes + i, columns - 1) * n;
+      transpose_columns(column, n, 2 * first, words, block + c * kLanes, C * kLanes);
+    }
     // As even as can be: a tile of one row at the end would take as long as one of four.
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows / tiles, end = (t + 1) * rows / tiles;

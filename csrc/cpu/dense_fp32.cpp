@@ -2,7 +2,7 @@
 //
 // An output's bits depend on its own two rows alone: every dot product runs over eight partial sums in index order,
 // whichever rows and columns share its tile, so tiles, batches and threads cannot move a bit.
-#include "cpu/dense.h"
+#include "cpu/fp32.h"
 
 #include "cpu/kernels.h"
 #include "cpu/table.h"

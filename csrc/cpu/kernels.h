@@ -21,18 +21,14 @@ struct Kernels {
   void (*narrow)(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out);
   // The largest of values[n] and the sum of exp(value - largest); values[n .. n rounded up to 8) are overwritten.
   void (*softmax_parts)(float* values, int64_t n, float* largest, float* sum);
-  // Query rows first .. last-1 of sequence b for the query heads that share KV head h; scratch as attention_scratch says.
+  // Floats of scratch that `attend` takes for keys 0 .. longest-1.
+  int64_t (*attention_scratch)(const atts_attention_params& p, int64_t longest);
+  // Query rows first .. last-1 of sequence b for the query heads that share KV head h.
   void (*attend)(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch);
   void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
   void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
   void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);
 };
-
-// Floats of scratch that `attend` takes for keys 0 .. longest-1.
-inline int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
-  const int64_t group = p.heads / p.kv_heads;
-  return kAttentionRows * group * p.head_dim + 3 * p.head_dim + 3 * ((longest + 7) / 8 * 8);
-}
 
 const Kernels& kernels();
 

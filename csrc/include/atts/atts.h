@@ -34,7 +34,8 @@ typedef enum atts_status {
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
   ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
   ATTS_ERROR_CUDA = 8,         /* the launch failed; cudaGetLastError was consumed */
-  ATTS_ERROR_BATCH = 9         /* cu_q, kv_len and the block table do not describe one batch over the pages */
+  ATTS_ERROR_BATCH = 9,        /* cu_q, kv_len and the block table do not describe one batch over the pages */
+  ATTS_ERROR_ISA = 10          /* this processor, or this build, has no such instruction set */
 } atts_status;
 
 /* The conformal gate: count every row of a batch against the ring of its key as it is, decide, then insert in index
@@ -180,6 +181,10 @@ ATTS_API int atts_has_cuda(void);
 
 /* Instruction set of the CPU kernels that this processor runs: "avx512bf16", "avx2" or "plain"; never to be freed. */
 ATTS_API const char* atts_cpu_isa(void);
+
+/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the processor
+ * has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
+ATTS_API int atts_use_cpu_isa(const char* isa);
 
 /* On the host. Checks every argument before it writes anything. */
 ATTS_API int atts_gate_cpu(const atts_gate_params* params);
