@@ -149,9 +149,13 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
       units.push_back({b, first, first + atts::kAttentionRows < rows ? first + atts::kAttentionRows : rows});
   }
   const int64_t floats = kernels().attention_scratch(p, longest);
-  parallel(static_cast<int64_t>(units.size()) * p.kv_heads, p.threads, [&](int64_t i) {
-    const Unit& unit = units[static_cast<size_t>(i / p.kv_heads)];
-    kernels().attend(p, unit.sequence, i % p.kv_heads, unit.first, unit.last, atts::scratch(floats));
+  // A thread that has all heads of a unit finds the next head's keys in the lines beside the last one's.
+  const auto all = static_cast<int64_t>(units.size()), apart = all < 4 * p.threads ? p.kv_heads : 1;
+  parallel(all * apart, p.threads, [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i / apart)];
+    const int64_t heads = p.kv_heads / apart;
+    for (int64_t h = i % apart * heads; h < (i % apart + 1) * heads; ++h)
+      kernels().attend(p, unit.sequence, h, unit.first, unit.last, atts::scratch(floats));
   });
   return ATTS_OK;
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,11 @@ pytestmark = [
     pytest.mark.skipif(
         native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
     ),
-    pytest.mark.usefixtures("forced"),
+    pytest.mark.usefixtures("native_bf16"),
 ]
 BF16 = torch.bfloat16
 HALF_ULP = 2.0**-8
 """What one rounding to bfloat16 may move a value by, relative to it."""
-
-
-@pytest.fixture
-def forced() -> Iterator[None]:
-    with ops.use("native-bf16"):
-        yield
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

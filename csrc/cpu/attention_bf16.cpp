@@ -160,7 +160,13 @@ void attend(const atts_attention_params& p, int64_t b, int64_t h, int64_t first,
     const int64_t n = std::min(kChunk, seen - chunk);
     const uint16_t *key[kChunk], *value[kChunk];
     find_keys(p, b, h, chunk, n, key);
-    for (int64_t i = 0; i < n; ++i) value[i] = key[i] + values;
+    // What is read next, while the keys are multiplied: their values, and the next head's keys beside them.
+    const int64_t beside = h + 1 < p.kv_heads ? 2 : 1;
+    for (int64_t i = 0; i < n; ++i) {
+      value[i] = key[i] + values;
+      for (int64_t at = 0; at < dim; at += 32) _mm_prefetch(value[i] + at, _MM_HINT_T0);
+      for (int64_t at = dim; at < beside * dim; at += 32) _mm_prefetch(key[i] + at, _MM_HINT_T1);
+    }
     const int64_t lead = std::max<int64_t>(chunk - before, 0) * group;  // items that see none of these keys
     score(q + lead * words, items - lead, dim, key, n, scores + lead * kChunk);
     const auto visible = [&](int64_t item) { return std::min(before + item / group + 1 - chunk, n); };
