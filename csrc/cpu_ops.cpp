@@ -45,6 +45,20 @@ void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
            [&](int64_t i) { kernel(p, i * part, (i + 1) * part < rows ? (i + 1) * part : rows); });
 }
 
+// target - log sum exp of the blocks' (peak, sum of exp(value - peak)), which lie stride apart.
+float logprob_of(float target, const float* peaks, const float* sums, int64_t blocks, int64_t stride) {
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  float peak = kNothing;
+  for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[b * stride]);
+  double total = 0.0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
+    if (std::isnan(sums[b * stride]) && peaks[b * stride] == kNothing && std::isfinite(peak)) continue;
+    total += static_cast<double>(sums[b * stride]) * std::exp(static_cast<double>(peaks[b * stride]) - peak);
+  }
+  return static_cast<float>(static_cast<double>(target) - peak - std::log(total));
+}
+
 }  // namespace
 }  // namespace atts
 
@@ -105,19 +119,35 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
       }
     }
   });
-  for (int64_t row = 0; row < p.rows; ++row) {
-    float peak = -std::numeric_limits<float>::infinity();
-    for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[static_cast<size_t>(b * p.rows + row)]);
-    double total = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const size_t place = static_cast<size_t>(b * p.rows + row);
-      // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
-      if (std::isnan(sums[place]) && peaks[place] == -std::numeric_limits<float>::infinity() && std::isfinite(peak))
-        continue;
-      total += static_cast<double>(sums[place]) * std::exp(static_cast<double>(peaks[place]) - peak);
+  for (int64_t row = 0; row < p.rows; ++row)
+    p.logprob[row] = atts::logprob_of(target[static_cast<size_t>(row)], &peaks[static_cast<size_t>(row)],
+                                      &sums[static_cast<size_t>(row)], blocks, p.rows);
+  return ATTS_OK;
+}
+
+extern "C" int atts_score_logits_cpu(const atts_score_logits_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_score_logits_params& p = *params;
+  if (p.rows < 0 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.logits == nullptr || p.ids == nullptr || p.logprob == nullptr) return ATTS_ERROR_NULL_POINTER;
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
+  const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
+  parallel(p.rows, p.threads, [&](int64_t row) {
+    const uint16_t* logits = p.logits + row * p.logits_stride;
+    float* peaks = atts::scratch(2 * blocks + atts::kScoreBlock);
+    float *sums = peaks + blocks, *values = sums + blocks;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * atts::kScoreBlock, left = p.vocab - first;
+      const int64_t columns = left < atts::kScoreBlock ? left : atts::kScoreBlock;
+      kernels().widen(logits + first, columns, values);
+      kernels().softmax_parts(values, columns, peaks + block, sums + block);
     }
-    p.logprob[row] = static_cast<float>(static_cast<double>(target[static_cast<size_t>(row)]) - peak - std::log(total));
-  }
+    float target;
+    kernels().widen(logits + p.ids[row], 1, &target);
+    p.logprob[row] = atts::logprob_of(target, peaks, sums, blocks, 1);
+  });
   return ATTS_OK;
 }
 

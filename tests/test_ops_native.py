@@ -208,6 +208,29 @@ def test_score_tokens_of_rows_that_are_not_finite() -> None:
     assert found.isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 512, 1301])
+def test_score_logits_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> None:
+    logits = random(9, vocab + 3, scale=4.0)[:, :vocab]
+    ids = torch.randint(0, vocab, (9,), generator=torch.Generator().manual_seed(2))
+    found = ops.score_logits(logits, ids)
+    oracle = torch.log_softmax(logits.double(), 1).gather(1, ids[:, None])[:, 0]
+    assert found.dtype == torch.float32
+    assert float((found.double() - oracle).abs().max()) < 1e-5
+    for row in range(9):
+        assert torch.equal(ops.score_logits(logits[row : row + 1], ids[row : row + 1]), found[row : row + 1])
+    with pytest.raises(InputError, match="score_logits"):
+        ops.score_logits(logits, ids + vocab)
+
+
+def test_score_logits_of_values_that_are_not_finite() -> None:
+    logits = random(5, 1100)
+    logits[1, 600], logits[2, :512], logits[3], logits[4, 3] = float("nan"), -float("inf"), -float("inf"), float("inf")
+    found = ops.score_logits(logits, torch.full((5,), 700))
+    assert found.isnan().tolist() == [False, True, False, True, True]
+    oracle = torch.log_softmax(logits[2].double(), 0)[700]
+    assert abs(float(found[2]) - float(oracle)) < 1e-5
+
+
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,18 @@ _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
 NATIVE_OPS = frozenset(
-    {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
+    {
+        "add_rms_norm",
+        "kv_append",
+        "linear",
+        "paged_attention",
+        "rms_norm",
+        "rope",
+        "sample",
+        "score_logits",
+        "score_tokens",
+        "silu_mul",
+    }
 )
 _PRODUCTS = frozenset({"linear", "score_tokens"})
 """Native ops that are left to torch where `native.products_are_torchs`."""

@@ -35,6 +35,7 @@ _Linear = _params("linear", x=_P, weight=_P, bias=_P, out=_P, rows=_N, in_featur
 _ScoreTokens = _params(
     "score_tokens", hidden=_P, weight=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
 )
+_ScoreLogits = _params("score_logits", logits=_P, ids=_P, logprob=_P, rows=_N, vocab=_N, logits_stride=_N, threads=_T)
 _Attention = _params(
     "attention",
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
@@ -53,7 +54,7 @@ _Sample = _params(
     logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
     rows=_N, vocab=_N, logits_stride=_N, threads=_T,
 )  # fmt: skip
-_ALL = (_Linear, _ScoreTokens, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
+_ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
 
 
 @cache
@@ -150,6 +151,15 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     out = hidden.new_empty(rows, dtype=torch.float32)
     pointers = (t.data_ptr() for t in (hidden, weight, ids, out))
     _call(_ScoreTokens, *pointers, rows, width, weight.shape[0], torch.get_num_threads())
+    return out
+
+
+def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
+    logits, ids = _side_by_side(logits), ids.contiguous()
+    rows, vocab = logits.shape
+    out = logits.new_empty(rows, dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (logits, ids, out))
+    _call(_ScoreLogits, *pointers, rows, vocab, logits.stride(0), torch.get_num_threads())
     return out
 
 

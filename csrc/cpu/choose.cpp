@@ -18,7 +18,8 @@ struct Candidate {
 const Candidate kCandidates[] = {
 #if defined(ATTS_WITH_AVX512BF16)
     {&avx512bf16::kTable,
-     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")},
+     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq")},
 #endif
     {&avx2::kTable, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
     {&plain::kTable, true}};

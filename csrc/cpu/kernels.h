@@ -19,6 +19,8 @@ struct Kernels {
               int64_t out_stride);
   // out[n] = sum[n] + bias[n], rounded once.
   void (*narrow)(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out);
+  // x[n] as fp32, in order.
+  void (*widen)(const uint16_t* x, int64_t n, float* out);
   // The largest of values[n] and the sum of exp(value - largest); values[n .. n rounded up to 8) are overwritten.
   void (*softmax_parts)(float* values, int64_t n, float* largest, float* sum);
   // Floats of scratch that `attend` takes for keys 0 .. longest-1.
@@ -28,6 +30,14 @@ struct Kernels {
   void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
   void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
   void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);
+  // The largest of x[n] as an integer that orders as values do, with -0 below 0, and the largest of its bits less the sign.
+  void (*extremes)(const uint16_t* x, int64_t n, int16_t* highest, uint16_t* size);
+  // The first i with x[i] of these bits, n where there is none.
+  int64_t (*find)(const uint16_t* x, int64_t n, uint16_t a, uint16_t b);
+  // The first of first, first + 8, ... from which on eight tokens hold one whose noise may let it win (`which`, a bit each),
+  // n where there is none; slope, shift and stream as `draw` has them.
+  int64_t (*contenders)(const uint16_t* logits, int64_t first, int64_t n, float slope, float shift, uint64_t stream,
+                        uint32_t* which);
 };
 
 const Kernels& kernels();

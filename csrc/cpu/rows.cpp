@@ -87,6 +87,12 @@ void narrow(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out) {
   for (; i < n; ++i) out[i] = to_bf16(bias == nullptr ? sum[i] : sum[i] + from_bf16(bias[i]));
 }
 
+void widen(const uint16_t* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(out + i, from_bf16(load<H8>(x + i)));
+  for (; i < n; ++i) out[i] = from_bf16(x[i]);
+}
+
 void softmax_parts(float* values, int64_t n, float* largest, float* sum) {
   for (int64_t i = n; i < (n + 7) / 8 * 8; ++i) values[i] = -__builtin_inff();
   F8 peaks = load<F8>(values);

@@ -93,6 +93,16 @@ typedef struct atts_score_tokens_params {
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
 
+/* The same of logits[rows, vocab] in bfloat16 that exist already. */
+typedef struct atts_score_logits_params {
+  uint64_t struct_size;    /* sizeof(atts_score_logits_params) */
+  const uint16_t* logits;  /* [rows, vocab], rows logits_stride apart */
+  const int64_t* ids;      /* [rows], in 0..vocab-1 */
+  float* logprob;          /* [rows], written */
+  int64_t rows, vocab, logits_stride;
+  int32_t threads;         /* 1 or more */
+} atts_score_logits_params;
+
 /* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions
  * of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
 typedef struct atts_attention_params {
@@ -192,6 +202,7 @@ ATTS_API int atts_gate_cpu(const atts_gate_params* params);
 /* On the host, at AVX2 speed where the processor has it. Each checks every argument before it writes anything. */
 ATTS_API int atts_linear_cpu(const atts_linear_params* params);
 ATTS_API int atts_score_tokens_cpu(const atts_score_tokens_params* params);
+ATTS_API int atts_score_logits_cpu(const atts_score_logits_params* params);
 ATTS_API int atts_attention_cpu(const atts_attention_params* params);
 ATTS_API int atts_rms_norm_cpu(const atts_rms_norm_params* params);
 ATTS_API int atts_silu_mul_cpu(const atts_silu_mul_params* params);
