@@ -193,14 +193,12 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the peer's
-    best of its settings, their ratio."""
+    """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the best
+    of the peer's settings, the ratio to it."""
     ours = found["medians"][OURS]
     peers = {name: cells for name, cells in found["medians"].items() if name != OURS}
-    lines = [
-        f"{'sequences':>9} {'ours':>8} {'products':>8}"
-        + (f" {'vLLM':>8} {'ratio':>6}  vLLM's best setting" if peers else "")
-    ]
+    beside = f" {'vLLM':>8} {'ratio':>6}  vLLM's best setting" if peers else ""
+    lines = [f"{'sequences':>9} {'ours':>8} {'products':>8}{beside}"]
     for n, value in ours.items():
         share = min(found["products_ms"][n].values()) * value / (1e3 * int(n))
         line = f"{n:>9} {value:8.1f} {share:8.0%}"
