@@ -193,8 +193,8 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the best
-    of the peer's settings, the ratio to it."""
+    """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the
+    best of the peer's settings, the ratio to it."""
     ours = found["medians"][OURS]
     peers = {name: cells for name, cells in found["medians"].items() if name != OURS}
     beside = f" {'vLLM':>8} {'ratio':>6}  vLLM's best setting" if peers else ""
