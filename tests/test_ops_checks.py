@@ -13,16 +13,14 @@ from atts_engine import ops
 from atts_engine.config import EngineConfig
 from atts_engine.errors import InputError
 from atts_engine.ops import checks
-from tests.ops_samples import NAMES, sample
+from tests.test_ops_library import arguments
 
 Changes = dict[str, Callable[[Tensor], Tensor]]
 
 
 def call(op: str, **changes: Callable[[Tensor], Tensor]) -> None:
-    arguments = dict(zip(NAMES[op], sample(op, torch.float32), strict=True))
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name])
-    getattr(ops, op)(**arguments)
+    given = arguments(op)
+    getattr(ops, op)(**(given | {name: change(given.get(name)) for name, change in changes.items()}))
 
 
 def half(x: Tensor) -> Tensor:
@@ -128,7 +126,7 @@ def test_what_is_found_where_values_are_checked(op: str, changes: Changes, said:
         call(op, **changes)
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", ops.available())
 def test_good_inputs_pass_every_check(op: str) -> None:
     with ops.checked():
         call(op)
@@ -152,9 +150,9 @@ def test_checking_is_one_setting_for_the_process_and_is_given_back() -> None:
     assert checks.values_read(on_device) is not on_device.is_cuda
     with ops.checked():
         with ops.checked(False):
-            ops.kv_append(*sample("kv_append", torch.float32)[:3], torch.zeros(5, dtype=torch.int64))
+            call("kv_append", slots=torch.zeros_like)
         with pytest.raises(InputError, match="twice"):
-            ops.kv_append(*sample("kv_append", torch.float32)[:3], torch.zeros(5, dtype=torch.int64))
+            call("kv_append", slots=torch.zeros_like)
 
 
 def test_the_engine_takes_the_names_that_the_ops_know() -> None:
