@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from atts_engine import ops
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
 from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
@@ -93,6 +94,10 @@ class AsyncEngine:
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.ops is not None:
+            ops.use(config.ops)
+        if config.check_ops:
+            ops.checked()
         draft, target = await asyncio.to_thread(_load_pair, config)
         cores = await asyncio.to_thread(_cores, config, draft, target)
         return cls(config, draft, target, cores, calibrator)

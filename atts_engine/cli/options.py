@@ -61,6 +61,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="tokens that the draft hands over at a time; traces hold a score for each chunk (default: %(default)s)",
     )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
+    group.add_argument(
+        "--ops",
+        default=None,
+        metavar="NAME",
+        help="force an implementation of the kernels, as `atts doctor` names them (default: each device's own choice)",
+    )
+    group.add_argument(
+        "--check-ops", action="store_true", help="kernels check the values of their inputs too (slow on a GPU)"
+    )
 
 
 def add_problems(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +213,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         preemption=args.preemption,
         chunk_tokens=args.chunk_tokens,
         threads=args.threads,
+        ops=args.ops,
+        check_ops=args.check_ops,
     )
 
 
