@@ -1,0 +1,118 @@
+"""csrc/ as a C library for others: the installed CMake package, what the libraries export, the header by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import atts_engine
+from tests import csrc_header
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _symbols(path: Path, *options: str) -> dict[str, str]:
+    """Kind by name, as nm prints them."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    lines = (line.split() for line in _run("nm", *options, path).splitlines())
+    return {line[-1].partition("@")[0]: line[-2] for line in lines if len(line) >= 2 and not line[-1].endswith(":")}
+
+
+@pytest.mark.parametrize("language", [("c", "-std=c11"), ("c++", "-std=c++17")], ids=["C11", "C++17"])
+def test_the_header_compiles_on_its_own(root: Path, tmp_path: Path, language: tuple[str, str]) -> None:
+    compiler = shutil.which("cc" if language[0] == "c" else "c++")
+    if compiler is None:
+        pytest.skip("needs a C and a C++ compiler")
+    (tmp_path / "only").write_text("#include <atts/atts.h>\n", encoding="utf-8")
+    flags = ("-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", f"-I{root / 'csrc' / 'include'}")
+    _run(compiler, "-x", *language, *flags, tmp_path / "only")
+
+
+def test_another_project_finds_links_and_runs_both_libraries(csrc_install: Path, root: Path, tmp_path: Path) -> None:
+    _run("cmake", "-S", root / "tests" / "csrc_consumer", "-B", tmp_path, f"-Datts_ROOT={csrc_install}")
+    _run("cmake", "--build", tmp_path)
+    said = _run("ctest", "--test-dir", tmp_path, "--verbose")
+    assert said.count("success: p = 0.50, takeover = 1, ring holds 4") == 4
+    assert "100% tests passed" in said
+    assert "libatts.so" in _run("ldd", tmp_path / "atts_cpp")
+    assert "libatts.so" not in _run("ldd", tmp_path / "atts_static_cpp")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("find_package(atts 0.2 CONFIG REQUIRED)", "compatible"),
+        ("find_package(atts CONFIG REQUIRED nonsense)", "nonsense"),
+    ],
+    ids=["another version", "an unknown component"],
+)
+def test_what_the_package_does_not_have_is_refused(csrc_install: Path, tmp_path: Path, asked: str, words: str) -> None:
+    text = f"cmake_minimum_required(VERSION 3.24)\nproject(asks LANGUAGES CXX)\n{asked}\n"
+    (tmp_path / "CMakeLists.txt").write_text(text, encoding="utf-8")
+    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-Datts_ROOT={csrc_install}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and words in done.stderr
+
+
+def test_the_package_names_no_folder_of_the_machine_that_built_it(csrc_install: Path, root: Path) -> None:
+    for path in (csrc_install / "lib" / "cmake" / "atts").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert str(root) not in text and str(csrc_install.parent) not in text, path
+
+
+def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error(root: Path, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    command = ["cmake", "-S", str(root), "-B", str(tmp_path), "-DATTS_CUDA=ON"]
+    # The folders of the C++ compiler stay on the PATH; nvcc hides behind names that do not exist.
+    done = subprocess.run([*command, "-DCMAKE_CUDA_COMPILER=NOTFOUND"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "no CUDA compiler was found" in done.stderr
+
+
+def test_the_shared_library_exports_what_the_header_declares_and_nothing_else(csrc_install: Path) -> None:
+    exported = _symbols(csrc_install / "lib" / "libatts.so", "-D", "--defined-only")
+    assert sorted(exported) == csrc_header.functions()
+    assert set(exported.values()) == {"T"}
+
+
+def test_the_static_library_defines_the_same_functions(csrc_install: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    table = _run("readelf", "--symbols", "--wide", csrc_install / "lib" / "libatts.a")
+    visible = re.findall(r" GLOBAL +DEFAULT +\d+ (\S+)", table)
+    assert sorted(set(visible)) == csrc_header.functions()
+
+
+@pytest.mark.parametrize("name", ["libatts.so", "libatts.a"])
+def test_nothing_of_torch_or_python_is_in_it_or_asked_for(csrc_install: Path, name: str) -> None:
+    found = _symbols(csrc_install / "lib" / name, *(("-D",) if name.endswith(".so") else ()))
+    assert "atts_gate" in found
+    # torch::, c10:: and at:: as C++ mangles them, CPython's API, pybind11, apache-tvm-ffi.
+    foreign = re.compile(r"torch|3c10|2at[0-9]|^_?Py[A-Z_]|pybind|TVMFFI")
+    assert not [symbol for symbol in found if foreign.search(symbol)]
+
+
+def test_the_shared_library_needs_only_the_c_and_cpp_runtime(csrc_install: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    table = _run("readelf", "--dynamic", "--wide", csrc_install / "lib" / "libatts.so")
+    needed = {name.partition(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.+?)\]", table)}
+    assert needed <= {"libc", "libm", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+    assert re.findall(r"\(SONAME\).*\[(.+?)\]", table) == ["libatts.so.0.1"]
+    assert not re.search(r"\((RPATH|RUNPATH)\)", table)
+
+
+def test_one_version_in_header_library_and_package(csrc_install: Path) -> None:
+    library = ctypes.CDLL(str(csrc_install / "lib" / "libatts.so"))
+    major, minor, patch = (int(part) for part in atts_engine.__version__.split("."))
+    assert library.atts_version() == csrc_header.version() == major * 10000 + minor * 100 + patch
