@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -182,8 +182,9 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
 
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
-    without the host reading a tensor."""
-    return torch.device(device).type == "cuda" and (chosen(op, device) != REFERENCE or op not in _HOST_READERS)
+    without the host reading a tensor, as it does inside `checked()`."""
+    enqueued = chosen(op, device) != REFERENCE or op not in _HOST_READERS
+    return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
 
 
 def prefer(implementations: Mapping[str, str]) -> None:
