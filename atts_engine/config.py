@@ -43,6 +43,7 @@ class EngineConfig:
     ops: the implementation that every op with a kernel of that name runs ("reference", "triton", ...), in the whole
     process; None: each device's own choice. check_ops: ops look into their tensors for values out of range, which on a
     GPU waits for the device at each of them (`ops.checked`).
+    tuning: file of a tuning table for the kernels; None: the device's own file where there is one (`ops.tuning.find`).
     prompt: user message with `{problem}` in it; None: the problem alone for the built-in pair, `MATH_PROMPT` otherwise.
     Raises `InputError` for a value outside its range.
     """
@@ -67,6 +68,7 @@ class EngineConfig:
     profile: bool = False
     ops: str | None = None
     check_ops: bool = False
+    tuning: str | None = None
     prompt: str | None = None
 
     def __post_init__(self) -> None:

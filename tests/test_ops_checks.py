@@ -108,7 +108,7 @@ def test_what_the_cpu_always_finds(op: str, changes: Changes, said: str) -> None
 @pytest.mark.parametrize(
     ("op", "changes", "said"),
     [
-        ("kv_append", {"slots": torch.zeros_like}, "slots names 0 twice"),
+        ("kv_append", {"slots": lambda slots: slots * 0 + 5}, "slots names 5 twice"),
         ("paged_attention", {"kv_len": lambda n: n + 40}, "kv_len holds 49, which is outside a row of the block table"),
         ("paged_attention", {"kv_len": lambda n: n * 0}, "more query rows than tokens"),
         ("paged_attention", {"cu_q": lambda cu: cu + 1}, r"cu_q runs 1 \.\. 6 for 5 rows"),
@@ -144,15 +144,23 @@ def test_keys_that_lie_in_the_cache_they_are_written_to() -> None:
         checks.apart("op", "x", rows[:, 0], "y", rows[5:6])
 
 
-def test_checking_is_one_setting_for_the_process_and_is_given_back() -> None:
-    on_device = torch.empty(1, device="meta")
-    assert checks.values_read(torch.empty(1))
-    assert checks.values_read(on_device) is not on_device.is_cuda
+def test_rows_that_fill_a_step_up_may_share_a_slot_of_page_0() -> None:
     with ops.checked():
+        call("kv_append", slots=torch.zeros_like)
+
+
+def test_checking_is_one_setting_for_the_process_and_is_given_back() -> None:
+    def twice(slots: Tensor) -> Tensor:
+        return slots * 0 + 5
+
+    with ops.checked():
+        assert not ops.capturable("linear", "cuda")
         with ops.checked(False):
-            call("kv_append", slots=torch.zeros_like)
+            call("kv_append", slots=twice)
+            assert ops.capturable("linear", "cuda")
         with pytest.raises(InputError, match="twice"):
-            call("kv_append", slots=torch.zeros_like)
+            call("kv_append", slots=twice)
+    assert not checks.in_force()
 
 
 def test_the_engine_takes_the_names_that_the_ops_know() -> None:

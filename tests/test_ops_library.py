@@ -3,6 +3,8 @@ with fake tensors; the choice of implementation."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +167,13 @@ def test_triton_without_a_device_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="need a CUDA device"):
         ops.use("triton")
+
+
+def test_the_page_on_kernels_names_every_op_and_its_examples_run(root: Path) -> None:
+    page = (root / "docs" / "kernels.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(ops.available())
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "docs/kernels.md", "exec"), {})

@@ -70,6 +70,7 @@ def findings() -> dict[str, Any]:
             }
             for op, impls in sorted(ops.available().items())
         },
+        "tuning": _tuning(),
         "models": {name: _builtin_present(name) for name in ("tiny-draft", "tiny-target")},
         "row_invariance": _row_invariance(),
     }
@@ -81,6 +82,19 @@ def _obstacles(op: str, impl: str) -> dict[str, str]:
 
     found = {kind: ops.obstacle(op, impl, kind) for kind in ("cpu", "cuda")}
     return {kind: lacking.short for kind, lacking in found.items() if lacking is not None}
+
+
+def _tuning() -> dict[str, str | None]:
+    """File of the tuning table of each GPU; None where its kernels run their defaults."""
+    import torch
+
+    from atts_engine.ops import tuning
+
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        path = tuning.find(torch.cuda.get_device_name(index))
+        found[f"cuda:{index}"] = None if path is None else str(path)
+    return found
 
 
 def _cpu_name() -> str:
@@ -162,6 +176,7 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),
         *((name, "built in" if there else "missing from this installation") for name, there in found["models"].items()),
+        *((f"tuning of {name}", path or "no table: defaults") for name, path in found["tuning"].items()),
         ("row invariance", check),
     ]
     show(Table("machine", ("", ""), tuple((a, str(b)) for a, b in machine), left=2), out, plain)

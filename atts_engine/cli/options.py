@@ -68,6 +68,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="force an implementation of the kernels, as `atts doctor` names them (default: each device's own choice)",
     )
     group.add_argument(
+        "--tuning",
+        default=None,
+        metavar="FILE",
+        help="launch settings of the kernels, as `atts bench --tune` writes them",
+    )
+    group.add_argument(
         "--check-ops", action="store_true", help="kernels check the values of their inputs too (slow on a GPU)"
     )
 
@@ -215,6 +221,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         threads=args.threads,
         ops=args.ops,
         check_ops=args.check_ops,
+        tuning=args.tuning,
     )
 
 

@@ -31,7 +31,7 @@ class _Values:
 
 def checked(on: bool = True) -> AbstractContextManager[None]:
     """Look into the values of every op's inputs from here on (or no longer), on any device; also a context manager that
-    restores what was set before. Not for a region that is captured in a CUDA graph."""
+    restores what was set before. A CUDA graph cannot be captured meanwhile, and `capturable` says so."""
     before, _Values.on = _Values.on, on
 
     @contextmanager
@@ -100,6 +100,11 @@ def _span(x: Tensor) -> int:
     """Bytes from the first element to the end of the last; strides are not negative in torch."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (reach + 1) * x.element_size()
+
+
+def in_force() -> bool:
+    """Whether values are looked into on every device now."""
+    return _Values.on
 
 
 def values_read(x: Tensor) -> bool:
@@ -220,7 +225,8 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
     dense("kv_append", "kv_layer", kv_layer)
     if _Values.on:
         within("kv_append", "slots", slots, 0, kv_layer.shape[1] * kv_layer.shape[2], "the cache")
-        distinct("kv_append", "slots", slots)
+        # Rows that only fill a step up all write to page 0, which holds nobody's tokens.
+        distinct("kv_append", "slots", slots[slots >= kv_layer.shape[2]])
         apart("kv_append", "k", k, "kv_layer", kv_layer)
         apart("kv_append", "v", v, "kv_layer", kv_layer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -116,18 +116,24 @@ def _ops_of(impl: str) -> frozenset[str]:
 
 
 class _Selection:
-    """The implementation that `use` forces (None leaves the choice to the device), and what was decided under it.
-    Lanes run in threads of their own and must all see it, so it belongs to the process and not to a context."""
+    """The implementation that `use` forces (None leaves the choice to the device), those that a tuning table prefers on
+    a GPU, by op, and what was decided under both. Lanes run in threads of their own and must all see it, so it belongs
+    to the process and not to a context."""
 
     forced: str | None = None
+    preferred: Mapping[str, str] = {}
     decided: dict[tuple[str, torch.device | str], str] = {}
 
     @classmethod
-    def force(cls, impl: str | None) -> None:
-        # A dict of its own for each choice, put in place last: a thread that decides meanwhile files what it found
+    def forget(cls) -> None:
+        # A dict of its own for each choice, put in place after it: a thread that decides meanwhile files what it found
         # under the old choice in the old dict.
-        cls.forced = impl
         cls.decided = {}
+
+    @classmethod
+    def force(cls, impl: str | None) -> None:
+        cls.forced = impl
+        cls.forget()
 
 
 def obstacle(op: str, impl: str, device: torch.device | str) -> Obstacle | None:
@@ -168,7 +174,14 @@ def _decide(op: str, device: torch.device | str) -> str:
         if lacking is not None:
             raise InputError(f"{op}: {lacking.sentence}")
         return forced
-    impl = _DEFAULTS.get(torch.device(device).type, REFERENCE)
+    kind = torch.device(device).type
+    if kind == "cuda" and op in _Selection.preferred:
+        preferred = _Selection.preferred[op]
+        lacking = obstacle(op, preferred, device)
+        if lacking is not None:
+            raise InputError(f"{op}: the tuning table asks for {preferred}: {lacking.sentence}")
+        return preferred
+    impl = _DEFAULTS.get(kind, REFERENCE)
     slower = impl == NATIVE and op in _PRODUCTS and native.products_are_torchs()
     return impl if obstacle(op, impl, device) is None and not slower else REFERENCE
 
@@ -180,8 +193,15 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
 
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
-    without the host reading a tensor."""
-    return torch.device(device).type == "cuda" and (chosen(op, device) != REFERENCE or op not in _HOST_READERS)
+    without the host reading a tensor, as it does inside `checked()`."""
+    enqueued = chosen(op, device) != REFERENCE or op not in _HOST_READERS
+    return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
+
+
+def prefer(implementations: Mapping[str, str]) -> None:
+    """By op, what a GPU's tensors run where nothing is forced: a tuning table's choice. {}: the defaults again."""
+    _Selection.preferred = dict(implementations)
+    _Selection.forget()
 
 
 def use(impl: str | None) -> AbstractContextManager[None]:
