@@ -28,12 +28,20 @@ struct Dtype {
 };
 constexpr Dtype kFloat32{kDLFloat, 32, "float32"};
 constexpr Dtype kFloat64{kDLFloat, 64, "float64"};
-constexpr Dtype kInt32{kDLInt, 32, "int32"};
 constexpr Dtype kInt64{kDLInt, 64, "int64"};
 constexpr Dtype kBool{kDLBool, 8, "bool"};
 
 bool is(DLDataType found, const Dtype& wanted) {
   return found.code == wanted.code && found.bits == wanted.bits && found.lanes == 1;
+}
+
+atts_dtype floating(const char* op, const char* name, const TensorView& x) {
+  const DLDataType found = x.dtype();
+  if (is(found, kFloat32)) return ATTS_FLOAT32;
+  if (is(found, {kDLFloat, 16, "float16"})) return ATTS_FLOAT16;
+  if (is(found, {kDLBfloat, 16, "bfloat16"})) return ATTS_BFLOAT16;
+  TVM_FFI_THROW(ValueError) << op << ": " << name << " must be float32, float16 or bfloat16";
+  TVM_FFI_UNREACHABLE();
 }
 
 // One call of one op: the device of its first tensor, which all others share, is current as long as it lives.
@@ -51,6 +59,8 @@ class Call {
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
+
+  const char* op() const { return op_; }
 
   void* stream() const { return TVMFFIEnvGetStream(device_.device_type, device_.device_id); }
 
@@ -74,11 +84,6 @@ class Call {
     return static_cast<T*>(dense(name, x, shape));
   }
 
-  template <typename T>
-  T* optional(const char* name, const Optional<TensorView>& x, std::initializer_list<int64_t> shape, const Dtype& dtype) const {
-    return x.has_value() ? dense<T>(name, x.value(), shape, dtype) : nullptr;
-  }
-
   // Address of a dense tensor in host memory.
   void* on_host(const char* name, const TensorView& x, std::initializer_list<int64_t> shape) const {
     if (x.device().device_type != kDLCPU && x.device().device_type != kDLCUDAHost) {
@@ -92,15 +97,6 @@ class Call {
   T* on_host(const char* name, const TensorView& x, std::initializer_list<int64_t> shape, const Dtype& dtype) const {
     typed(name, x, dtype);
     return static_cast<T*>(on_host(name, x, shape));
-  }
-
-  atts_dtype floating(const char* name, const TensorView& x) const {
-    const DLDataType found = x.dtype();
-    if (is(found, kFloat32)) return ATTS_FLOAT32;
-    if (is(found, {kDLFloat, 16, "float16"})) return ATTS_FLOAT16;
-    if (is(found, {kDLBfloat, 16, "bfloat16"})) return ATTS_BFLOAT16;
-    TVM_FFI_THROW(ValueError) << op_ << ": " << name << " must be float32, float16 or bfloat16";
-    TVM_FFI_UNREACHABLE();
   }
 
   void same_dtype(const char* name, const TensorView& x, const TensorView& like) const {
@@ -167,11 +163,11 @@ void take_workspace(const Call& call, Params& params, const Optional<TensorView>
   params.workspace_bytes = static_cast<uint64_t>(workspace.value().numel() * workspace.value().dtype().bits / 8);
 }
 
-int64_t gate_workspace(int64_t batch, int64_t keys, int64_t capacity) {
+int64_t gate_workspace(TensorView score, TensorView ring) {
   auto g = zeroed<atts_gate_params>();
-  g.batch = batch;
-  g.keys = keys;
-  g.capacity = capacity;
+  g.batch = score.size(0);
+  g.keys = ring.size(0);
+  g.capacity = ring.size(1);
   uint64_t bytes = 0;
   if (const int status = atts_gate_workspace(&g, &bytes)) TVM_FFI_THROW(ValueError) << "gate: " << atts_strerror(status);
   return static_cast<int64_t>(bytes);
@@ -214,13 +210,19 @@ void span_mean(TensorView logprob, TensorView cu_seqlens, TensorView score, Tens
   call.finish(atts_span_mean(&s, call.stream()));
 }
 
-int64_t score_logits_workspace(int64_t rows, int64_t vocab) {
+// What the sizes need of logits[rows, vocab] themselves; also where they are not on a device.
+void take_logits(const char* op, atts_score_logits_params& params, const TensorView& logits) {
+  params.dtype = floating(op, "logits", logits);
+  if (logits.ndim() != 2) TVM_FFI_THROW(ValueError) << op << ": logits must have two dimensions";
+  params.rows = logits.size(0);
+  params.vocab = logits.size(1);
+  params.logits_stride = params.rows > 1 ? logits.stride(0) : params.vocab;
+  params.threads = 1;
+}
+
+int64_t score_logits_workspace(TensorView logits) {
   auto s = zeroed<atts_score_logits_params>();
-  s.rows = rows;
-  s.vocab = vocab;
-  s.logits_stride = vocab;
-  s.dtype = ATTS_BFLOAT16;
-  s.threads = 1;
+  take_logits("score_logits", s, logits);
   uint64_t bytes = 0;
   if (const int status = atts_score_logits_workspace(&s, &bytes)) {
     TVM_FFI_THROW(ValueError) << "score_logits: " << atts_strerror(status);
@@ -231,15 +233,11 @@ int64_t score_logits_workspace(int64_t rows, int64_t vocab) {
 void score_logits(TensorView logits, TensorView ids, TensorView logprob, Optional<TensorView> workspace) {
   const Call call("score_logits", logits);
   auto s = zeroed<atts_score_logits_params>();
-  s.dtype = call.floating("logits", logits);
+  take_logits("score_logits", s, logits);
   call.rows_without_gaps("logits", logits);
   s.logits = call.strided("logits", logits, {kAny, kAny});
-  s.rows = logits.size(0);
-  s.vocab = logits.size(1);
-  s.logits_stride = s.rows > 1 ? logits.stride(0) : s.vocab;
   s.ids = call.dense<int64_t>("ids", ids, {s.rows}, kInt64);
   s.logprob = call.dense<float>("logprob", logprob, {s.rows}, kFloat32);
-  s.threads = 1;
   take_workspace(call, s, workspace);
   call.finish(atts_score_logits(&s, call.stream()));
 }
@@ -247,7 +245,7 @@ void score_logits(TensorView logits, TensorView ids, TensorView logprob, Optiona
 void kv_append(TensorView k, TensorView v, TensorView kv_layer, TensorView slots) {
   const Call call("kv_append", kv_layer);
   auto a = zeroed<atts_kv_append_params>();
-  a.dtype = call.floating("kv_layer", kv_layer);
+  a.dtype = floating("kv_append", "kv_layer", kv_layer);
   a.kv = call.dense("kv_layer", kv_layer, {2, kAny, kAny, kAny, kAny});
   a.page = kv_layer.size(2);
   a.slot_count = kv_layer.size(1) * a.page;
@@ -271,7 +269,7 @@ void kv_append(TensorView k, TensorView v, TensorView kv_layer, TensorView slots
 // The sizes of kv[layers, 2, pages, page, kv_heads, head_dim], alike in the three structs that move pages.
 template <typename Params>
 void take_cache(const Call& call, Params& params, const TensorView& kv) {
-  params.dtype = call.floating("kv", kv);
+  params.dtype = floating(call.op(), "kv", kv);
   params.kv = call.dense("kv", kv, {kAny, 2, kAny, kAny, kAny, kAny});
   params.layers = kv.size(0);
   params.pages = kv.size(2);
@@ -318,7 +316,6 @@ void kv_swap(TensorView kv, TensorView host, TensorView page_ids, TensorView slo
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, atts_version)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gate, gate)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gate_workspace, gate_workspace)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_append, kv_append)

@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, native
+from atts_engine.ops import checks, cuda, native
 
 REFERENCE = "reference"
 TRITON = "triton"
 NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 FLASHINFER = "flashinfer"
+CUDA = "cuda"
+"""csrc/ on a GPU. Not chosen by itself as long as no measurement says where it is the quicker one."""
 OPS = (
     "add_rms_norm",
     "gate",
@@ -53,6 +55,7 @@ NATIVE_OPS = frozenset(
     }
 )
 FLASHINFER_OPS: frozenset[str] = frozenset()
+CUDA_OPS = frozenset({"gate", "kv_append", "kv_copy_pages", "kv_swap", "score_logits", "span_mean"})
 _PRODUCTS = frozenset({"linear", "score_tokens"})
 """Native ops that are left to torch where `native.products_are_torchs`."""
 _DEFAULTS = {"cpu": NATIVE, "cuda": TRITON}
@@ -100,18 +103,30 @@ def _no_native(device_type: str) -> Obstacle | None:
     return None
 
 
+def _no_cuda(device_type: str) -> Obstacle | None:
+    lacking = cuda.lacking()
+    if lacking:
+        sentence = f"the CUDA kernels of csrc/ lack here: {'; '.join(lacking.values())}"
+        return Obstacle(next(iter(lacking)), sentence)
+    if device_type != "cuda":
+        sentence = f"the CUDA kernels of csrc/ cannot run on {device_type}: use a cuda device or use('reference')"
+        return Obstacle("GPU only", sentence)
+    return None
+
+
 _MACHINE: dict[str, Callable[[str], Obstacle | None]] = {
     REFERENCE: lambda device_type: None,
     TRITON: _no_triton,
     NATIVE: _no_native,
     FLASHINFER: lambda device_type: _no_gpu("flashinfer", "FlashInfer's kernels", device_type),
+    CUDA: _no_cuda,
 }
 """What this machine lacks for each implementation, by device type."""
 IMPLEMENTATIONS = tuple(_MACHINE)
 
 
 def _ops_of(impl: str) -> frozenset[str]:
-    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: FLASHINFER_OPS}
+    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: FLASHINFER_OPS, CUDA: CUDA_OPS}
     return kernels[impl] if impl in kernels else frozenset(OPS)
 
 

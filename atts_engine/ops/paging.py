@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.ops import checks, native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import checks, cuda, native
+from atts_engine.ops.dispatch import CUDA, chosen, runs_native
 
 _STAGED_BYTES = 64 << 20
 """Device memory that `kv_swap` gathers pages in: it runs when memory is short."""
@@ -19,6 +19,8 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
     Two rows must not name one slot: which of them stays would not be defined.
     """
     checks.kv_append(k, v, kv_layer, slots)
+    if chosen("kv_append", kv_layer.device) == CUDA:
+        return cuda.kv_append(k, v, kv_layer, slots)
     if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
@@ -35,7 +37,10 @@ def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
     All sources are read before anything is written, so a page may be a source and a destination in one call.
     """
     checks.kv_copy_pages(kv, src, dst)
+    if chosen("kv_copy_pages", kv.device) == CUDA:
+        return cuda.kv_copy_pages(kv, src, dst)
     kv.index_copy_(2, dst, kv.index_select(2, src))
+    return None
 
 
 def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: bool) -> None:
@@ -50,6 +55,8 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
     on the CPU only when the stream has come to them. Up to 64 MiB of the device are used in passing.
     """
     checks.kv_swap(kv, host, pages, slots, to_host)
+    if chosen("kv_swap", kv.device) == CUDA:
+        return cuda.kv_swap(kv, host, pages, slots, to_host)
     by_page = kv.movedim(2, 0)  # [P, L, 2, page, Hkv, D]
     order = slots.argsort()
     for part in order.split(max(1, _STAGED_BYTES * host.shape[0] // max(1, host.nbytes))):
@@ -63,6 +70,7 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
             for at, slot, n in runs:
                 staged[at : at + n].copy_(host[slot : slot + n], non_blocking=True)
             by_page.index_copy_(0, index, staged)
+    return None
 
 
 def _runs(slots: list[int]) -> list[tuple[int, int, int]]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, native
+from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -71,6 +71,8 @@ def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits[T, V])[t, ids[t]] -> logprob[T] fp32, for logits that exist already; ids int64 in [0, V)."""
     checks.score_logits(logits, ids)
+    if chosen("score_logits", logits.device) == CUDA:
+        return cuda.score_logits(logits, ids)
     if runs_native("score_logits", logits):
         return native.score_logits(logits, ids)
     wide = logits.float()
@@ -90,6 +92,8 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     arrives at the same bits. Raises InputError for an empty span or bounds that do not cover logprob.
     """
     checks.span_mean(logprob, cu_seqlens)
+    if chosen("span_mean", logprob.device) == CUDA:
+        return cuda.span_mean(logprob, cu_seqlens)
     bounds = cu_seqlens.tolist()
     values = logprob.tolist()
     if bounds[0] != 0 or bounds[-1] != len(values):
