@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "atts/atts.h"
-#include "gate_check.h"
+#include "checks.h"
 
 namespace {
 

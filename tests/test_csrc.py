@@ -13,6 +13,7 @@ from atts_engine import ops
 ONE = 1 << 32
 _ARRAYS = (
     "score", "key", "level", "u", "insert", "ring", "size", "head", "greater", "ties", "n", "takeover", "p",
+    "workspace", "error",
 )  # fmt: skip
 
 
@@ -22,6 +23,7 @@ class Params(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
+        ("workspace_bytes", ctypes.c_uint64),
         ("batch", ctypes.c_int64),
         ("keys", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
@@ -115,7 +117,7 @@ def test_bad_values_have_a_code(library: ctypes.CDLL, name: str, value: int, mes
 
 
 def test_without_cuda_the_device_gate_says_so(library: ctypes.CDLL) -> None:
-    assert library.atts_version() == 100
+    assert library.atts_version() == 200
     assert library.atts_has_cuda() == 0
     status = library.atts_gate(ctypes.byref(_params(_tensors(1, 1, 1, 0))), None)
     assert b"without CUDA" in library.atts_strerror(status)

@@ -26,7 +26,7 @@ def built() -> Path | None:
 
 @cache
 def lacking() -> dict[str, str]:
-    """What this machine lacks for the CUDA kernels: in two words each, and as a thing to be had; empty where they run."""
+    """What this machine lacks for the CUDA kernels: in two words each and as a thing; empty where they run."""
     found = {}
     if built() is None:
         found["not built"] = "nvcc and apache-tvm-ffi at installation (pip install -v says which of them it missed)"
