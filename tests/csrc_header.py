@@ -56,7 +56,7 @@ def constants(enum: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body.group(1))}
 
 
-def version() -> int:
-    """ATTS_VERSION."""
+def version() -> tuple[int, int, int]:
+    """Major, minor and patch."""
     major, minor, patch = (int(n) for n in re.findall(r"#define ATTS_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", _text()))
-    return major * 10000 + minor * 100 + patch
+    return major, minor, patch
