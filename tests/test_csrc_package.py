@@ -1,8 +1,9 @@
-"""csrc/ as a C library for others: the installed CMake package, what the libraries export, the header by itself."""
+"""csrc/ as a C library for others: the installed package, its example, what the libraries export, the header alone."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -45,6 +46,21 @@ def test_another_project_finds_links_and_runs_both_libraries(csrc_install: Path,
     assert "100% tests passed" in said
     assert "libatts.so" in _run("ldd", tmp_path / "atts_cpp")
     assert "libatts.so" not in _run("ldd", tmp_path / "atts_static_cpp")
+
+
+def test_the_example_appends_scores_and_decides(csrc_install: Path, root: Path, tmp_path: Path) -> None:
+    flags = (f"-Datts_ROOT={csrc_install}", "-DCMAKE_CXX_FLAGS=-Werror")
+    _run("cmake", "-S", root / "examples" / "cpp", "-B", tmp_path, *flags)
+    _run("cmake", "--build", tmp_path)
+    lines = _run(tmp_path / "verifier_step").splitlines()
+    rows = [line.split(maxsplit=6) for line in lines[2:5]]
+    # exp(margin) over itself and 999 ones, and 100 calibration scores from 0.5 in steps of 0.02.
+    scores = [math.log1p(999 * math.exp(-margin)) for margin in (8.0, 6.0, 4.5)]
+    above = [sum(0.5 + 0.02 * i > score for i in range(100)) for score in scores]
+    assert [row[2] for row in rows] == [f"{score:.3f}" for score in scores]
+    assert [row[3:6] for row in rows] == [[str(count), "100", f"{(count + 1) / 101:.3f}"] for count in above]
+    assert [row[6] for row in rows] == ["the draft goes on", "the draft goes on", "the target takes over"]
+    assert lines[-1].endswith("the store holds 103 scores now")
 
 
 @pytest.mark.parametrize(
