@@ -36,13 +36,13 @@ def missing_for_cuda() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """csrc/ by CMake, the CPU's kernels and the GPU's apart. Each is optional: what cannot be built is left out, its ops
-    run their references or Triton, and `atts doctor` says so."""
+    """csrc/ by CMake, the CPU's kernels and the GPU's apart. Each is optional: what cannot be built is left out, other
+    implementations run in its place, and `atts doctor` says so."""
 
     def run(self) -> None:
         missing = missing_for_cuda()
         if missing:
-            print(f"atts-engine: built without the CUDA kernels of csrc/: {'; '.join(missing)}", file=sys.stderr)
+            self.warn(f"building without the CUDA kernels of csrc/: {'; '.join(missing)}")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

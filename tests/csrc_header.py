@@ -46,7 +46,7 @@ def functions() -> list[str]:
 
 def operations() -> dict[str, str]:
     """Functions that take a params struct, on the host (`_cpu`) or the device, and the name of that struct."""
-    return dict(re.findall(r"ATTS_API int (\w+)\(const (\w+_params)\* params", _text()))
+    return dict(re.findall(r"ATTS_API int (\w+)\(const (\w+_params)\* params(?:, void\* stream)?\);", _text()))
 
 
 def constants(enum: str) -> dict[str, int]:

@@ -249,7 +249,7 @@ def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
 
 def test_an_implementation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], problems: Path) -> None:
     line = fails(capsys, ["calibrate", *PAIR, "--problems", str(problems), "--ops", "cutlass", "--out", "x.npz"])
-    assert "ops must be one of reference, triton, native-bf16, flashinfer, not 'cutlass'" in line
+    assert "ops must be one of reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'" in line
 
 
 def watched(view_of: type[PlainView] | type[LiveView], stream: io.StringIO) -> str:

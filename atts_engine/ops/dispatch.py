@@ -104,14 +104,11 @@ def _no_native(device_type: str) -> Obstacle | None:
 
 
 def _no_cuda(device_type: str) -> Obstacle | None:
-    lacking = cuda.lacking()
-    if lacking:
-        sentence = f"the CUDA kernels of csrc/ lack here: {'; '.join(lacking.values())}"
-        return Obstacle(next(iter(lacking)), sentence)
+    kernels = "the CUDA kernels of csrc/"
     if device_type != "cuda":
-        sentence = f"the CUDA kernels of csrc/ cannot run on {device_type}: use a cuda device or use('reference')"
-        return Obstacle("GPU only", sentence)
-    return None
+        return Obstacle("GPU only", f"{kernels} cannot run on {device_type}: use a cuda device or use('reference')")
+    lacking = cuda.lacking()
+    return Obstacle(next(iter(lacking)), f"{kernels} lack {'; '.join(lacking.values())}") if lacking else None
 
 
 _MACHINE: dict[str, Callable[[str], Obstacle | None]] = {
