@@ -38,12 +38,18 @@ inline void release(Place place, void* memory) {
     cudaFree(memory);
   }
 }
-inline void copy(void* to, const void* from, std::size_t bytes) { require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); }
+inline void copy(Place place, void* to, const void* from, std::size_t bytes) {
+  if (place == Place::kHost) {
+    std::memcpy(to, from, bytes);
+  } else {
+    require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+  }
+}
 #else
 inline bool has_cuda_device() { return false; }
 inline void* allocate(Place, std::size_t bytes) { return ::operator new(bytes); }
 inline void release(Place, void* memory) { ::operator delete(memory); }
-inline void copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+inline void copy(Place, void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 #endif
 
 template <typename T>
@@ -51,7 +57,7 @@ class Array {
  public:
   Array(Place place, const std::vector<T>& values)
       : size_(values.size()), data_(static_cast<T*>(allocate(place, bytes())), Release{place}) {
-    if (size_ > 0) copy(data(), values.data(), bytes());
+    if (size_ > 0) copy(place, data(), values.data(), bytes());
   }
   // So many zeros.
   Array(Place place, std::size_t size) : Array(place, std::vector<T>(size)) {}
@@ -62,7 +68,7 @@ class Array {
   // A copy on the host; on a device it waits for the launches before it.
   std::vector<T> read() const {
     std::vector<T> values(size_);
-    if (size_ > 0) copy(values.data(), data_.get(), bytes());
+    if (size_ > 0) copy(data_.get_deleter().place, values.data(), data_.get(), bytes());
     return values;
   }
 
