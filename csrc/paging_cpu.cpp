@@ -9,9 +9,11 @@
 namespace atts {
 namespace {
 
-atts_status check_ids(const int64_t* ids, int64_t count, int64_t limit) {
+using namespace host;
+
+atts_status check_ids(const int64_t* ids, int64_t count, int64_t limit, int64_t first = 0) {
   for (int64_t i = 0; i < count; ++i)
-    if (ids[i] < 0 || ids[i] >= limit) return ATTS_ERROR_KEY;
+    if (ids[i] < first || ids[i] >= limit) return ATTS_ERROR_KEY;
   return ATTS_OK;
 }
 
@@ -106,12 +108,13 @@ extern "C" int atts_kv_append_cpu(const atts_kv_append_params* params) {
   if (const atts_status status = atts::check_kv_append(params)) return status;
   const atts_kv_append_params& p = *params;
   if (p.rows == 0) return ATTS_OK;
-  if (const atts_status s = p.slots ? atts::check_ids(p.slots, p.rows, p.slot_count) : atts::check_append_batch(p))
-    return s;
-  atts::with_element(p.dtype, [&](auto element) {
+  const atts_status slots =
+      p.slots ? atts::check_ids(p.slots, p.rows, p.slot_count, -1) : atts::check_append_batch(p);
+  if (slots) return slots;
+  atts::host::with_element(p.dtype, [&](auto element) {
     using Element = decltype(element);
-    if (p.slots != nullptr)
-      for (int64_t row = 0; row < p.rows; ++row) atts::append_row<Element>(p, row, p.slots[row]);
+    for (int64_t row = 0; p.slots != nullptr && row < p.rows; ++row)
+      if (p.slots[row] >= 0) atts::append_row<Element>(p, row, p.slots[row]);
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t row = p.cu_q[b]; row < p.cu_q[b + 1]; ++row) {
         const int64_t token = p.kv_len[b] - (p.cu_q[b + 1] - row);

@@ -11,6 +11,8 @@
 namespace atts {
 namespace {
 
+using namespace host;
+
 atts_status check_spans(const int64_t* cu_seqlens, int64_t batch, int64_t tokens) {
   if (cu_seqlens[0] != 0 || cu_seqlens[batch] != tokens) return ATTS_ERROR_BATCH;
   for (int64_t b = 0; b < batch; ++b)
@@ -67,7 +69,7 @@ extern "C" int atts_score_logits_cpu(const atts_score_logits_params* params) {
     if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
   if (p.cu_seqlens != nullptr)
     if (const atts_status status = atts::check_spans(p.cu_seqlens, p.batch, p.rows)) return status;
-  atts::with_element(p.dtype, [&](auto element) {
+  atts::host::with_element(p.dtype, [&](auto element) {
     atts::parallel(p.rows, p.threads, [&](int64_t row) { atts::score_row<decltype(element)>(p, row); });
   });
   if (p.cu_seqlens != nullptr) atts::span_means(p.logprob, p.cu_seqlens, p.batch, p.score, p.sum);

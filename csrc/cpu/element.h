@@ -7,7 +7,7 @@
 
 #include "atts/atts.h"
 
-namespace atts {
+namespace atts::host {
 
 template <class To, class From>
 To bits_as(From from) {
@@ -62,6 +62,6 @@ void with_element(int32_t dtype, Body body) {
   body(Bfloat16{});
 }
 
-}  // namespace atts
+}  // namespace atts::host
 
 #endif  // ATTS_CPU_ELEMENT_H_

@@ -236,8 +236,8 @@ typedef struct atts_rope_params {
  * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens, and token t of it lies in slot t % page of
  * page block_table[b, t / page]. Two rows must not share a slot: which of them stays is not defined.
  *
- * On a device a row whose slot is outside the cache (-1 for padding, say), or that lies behind cu_q[batch], writes nothing,
- * to q_out neither. Only the first of these is an error. */
+ * A row of slot -1 is padding and writes nothing, to q_out neither. On a device the same goes for rows behind cu_q[batch],
+ * and for those whose slot or page is outside the cache, which is an error. */
 typedef struct atts_kv_append_params {
   uint64_t struct_size;        /* sizeof(atts_kv_append_params) */
   const void* k;               /* [rows, kv_heads, head_dim] of dtype, with strides */
@@ -247,7 +247,7 @@ typedef struct atts_kv_append_params {
   void* q_out;                 /* [rows, heads, head_dim], with strides, written; may be q itself. NULL where q is */
   const float* cosine;         /* optional: [rows, head_dim / 2] */
   const float* sine;           /* [rows, head_dim / 2]; NULL where cosine is */
-  const int64_t* slots;        /* [rows], 0..slot_count-1; NULL: they follow from the next three */
+  const int64_t* slots;        /* [rows], -1..slot_count-1; NULL: they follow from the next three */
   const int32_t* block_table;  /* [batch, table_width]; NULL where slots are given, as the next two */
   const int32_t* cu_q;         /* [batch + 1], ascending from 0 to rows (on a device: to rows or less) */
   const int32_t* kv_len;       /* [batch], the new tokens included */
