@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from atts_engine.ops import native
-from tests import csrc_header
+from tests.abi import DTYPES, OPERATIONS, STATUS, STRUCTS, params
 
-STATUS = csrc_header.constants("atts_status")
-DTYPE = csrc_header.constants("atts_dtype")
-OPERATIONS = csrc_header.operations()
 ONE = 1 << 32
-NEVER_ON_A_CPU = {"ATTS_ERROR_CUDA", "ATTS_ERROR_DEVICE", "ATTS_ERROR_WORKSPACE"}
-"""Statuses of the device forms alone; tests/cuda_host and a GPU provoke them."""
+FLOAT32 = DTYPES[torch.float32]
+NEVER_ON_A_CPU = {"ERROR_CUDA", "ERROR_DEVICE", "ERROR_WORKSPACE"}
+"""Statuses of the device forms alone: tests/test_cuda_host.py and a GPU provoke them."""
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +27,11 @@ def library(csrc_install: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _call(library: ctypes.CDLL, name: str, params: ctypes.Structure | None) -> str:
+def _call(library: ctypes.CDLL, form: str, struct: ctypes.Structure | None) -> str:
     """Name of the status of one call."""
-    stream = () if name.endswith("_cpu") else (None,)
-    status = getattr(library, name)(None if params is None else ctypes.byref(params), *stream)
-    return next(known for known, value in STATUS.items() if value == status)
+    stream = () if form.endswith("_cpu") else (None,)
+    status = getattr(library, f"atts_{form}")(None if struct is None else ctypes.byref(struct), *stream)
+    return next(name for name, value in STATUS.items() if value == status)
 
 
 def test_every_status_has_a_sentence_of_its_own(library: ctypes.CDLL) -> None:
@@ -45,37 +43,28 @@ def test_every_status_has_a_sentence_of_its_own(library: ctypes.CDLL) -> None:
 
 def test_the_structs_of_python_are_those_of_the_header() -> None:
     for kind in native._ALL:
-        wanted = csrc_header.structs()[OPERATIONS[kind.function]]
+        wanted = STRUCTS[OPERATIONS[kind.function.removeprefix("atts_")]]
         assert [name for name, *_ in kind._fields_] == [name for name, *_ in wanted._fields_]
         for name, *_ in wanted._fields_:
             mine, theirs = getattr(kind, name), getattr(wanted, name)
             assert (mine.offset, mine.size) == (theirs.offset, theirs.size), f"{kind.function}: {name}"
 
 
-def test_the_sizes_of_the_header_are_the_compilers(library: ctypes.CDLL) -> None:
-    """A struct_size that differs is refused before anything else, so only the right size gets past it."""
-    for name, struct in OPERATIONS.items():
-        params = csrc_header.structs()[struct]()
-        if name.endswith("_cpu"):
-            params.struct_size = ctypes.sizeof(params)
-            assert _call(library, name, params) != "ATTS_ERROR_ABI", name
+@pytest.mark.parametrize("form", [form for form in OPERATIONS if form.endswith("_cpu")])
+def test_no_struct_and_another_headers_struct_are_refused(library: ctypes.CDLL, form: str) -> None:
+    assert _call(library, form, None) == "ERROR_NULL_POINTER"
+    struct = params(OPERATIONS[form])
+    assert _call(library, form, struct) != "ERROR_ABI"
+    for size in (0, 8, ctypes.sizeof(struct) - 8, ctypes.sizeof(struct) + 8):
+        struct.struct_size = size
+        assert _call(library, form, struct) == "ERROR_ABI"
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name.endswith("_cpu")])
-def test_no_struct_and_another_headers_struct_are_refused(library: ctypes.CDLL, name: str) -> None:
-    assert _call(library, name, None) == "ATTS_ERROR_NULL_POINTER"
-    params = csrc_header.structs()[OPERATIONS[name]]()
-    for size in (0, 8, ctypes.sizeof(params) - 8, ctypes.sizeof(params) + 8):
-        params.struct_size = size
-        assert _call(library, name, params) == "ATTS_ERROR_ABI"
-
-
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.endswith("_cpu")])
-def test_without_cuda_a_device_form_says_so(library: ctypes.CDLL, name: str) -> None:
+@pytest.mark.parametrize("form", [form for form in OPERATIONS if not form.endswith("_cpu")])
+def test_without_cuda_a_device_form_says_so(library: ctypes.CDLL, form: str) -> None:
     assert library.atts_has_cuda() == 0
-    params = csrc_header.structs()[OPERATIONS[name]]()
-    assert _call(library, name, None) == _call(library, name, params) == "ATTS_ERROR_NO_CUDA"
-    assert f"{name}_cpu" in OPERATIONS
+    assert _call(library, form, None) == _call(library, form, params(OPERATIONS[form])) == "ERROR_NO_CUDA"
+    assert f"{form}_cpu" in OPERATIONS
 
 
 # Calls that succeed, and what breaks them -----------------------------------------------------------------------------
@@ -94,7 +83,7 @@ def _valid(name: str) -> dict[str, Any]:
         "kv_heads": 1,
         "head_dim": 4,
         "count": 2,
-        "dtype": DTYPE["ATTS_FLOAT32"],
+        "dtype": FLOAT32,
     }
     counts = {field: torch.zeros(2, dtype=torch.int64) for field in ("greater", "ties", "n")}
     fields: dict[str, dict[str, Any]] = {
@@ -110,19 +99,19 @@ def _valid(name: str) -> dict[str, Any]:
         },
         "score_logits": {
             "logits": torch.zeros(2, 8), "ids": _ints(0, 7), "logprob": torch.zeros(2), "rows": 2, "vocab": 8,
-            "logits_stride": 8, "dtype": DTYPE["ATTS_FLOAT32"], "threads": 1,
+            "logits_stride": 8, "dtype": FLOAT32, "threads": 1,
         },
         "kv_append": {
             "k": torch.zeros(2, 2, 4), "v": torch.zeros(2, 2, 4), "kv": torch.zeros(2, 6, 2, 4),
             "slots": _ints(0, 5), "rows": 2, "kv_heads": 2, "head_dim": 4, "k_stride": 8,
-            "k_head_stride": 4, "v_stride": 8, "v_head_stride": 4, "slot_count": 6, "dtype": DTYPE["ATTS_FLOAT32"],
+            "k_head_stride": 4, "v_stride": 8, "v_head_stride": 4, "slot_count": 6, "dtype": FLOAT32,
         },
         "kv_append by table": {
             "k": torch.zeros(2, 1, 4), "v": torch.zeros(2, 1, 4), "kv": torch.zeros(2, 6, 1, 4),
             "block_table": _ints(2, 0, dtype=torch.int32), "cu_q": _ints(0, 2, dtype=torch.int32),
             "kv_len": _ints(3, dtype=torch.int32), "rows": 2, "kv_heads": 1, "head_dim": 4, "k_stride": 4,
             "k_head_stride": 4, "v_stride": 4, "v_head_stride": 4, "slot_count": 6, "page": 2, "batch": 1,
-            "table_width": 2, "dtype": DTYPE["ATTS_FLOAT32"],
+            "table_width": 2, "dtype": FLOAT32,
         },
         "kv_copy_pages": {**cache, "kv": torch.zeros(2, 2, 4, 2, 1, 4), "src": _ints(0, 1), "dst": _ints(2, 3)},
         "kv_gather": {
@@ -142,12 +131,8 @@ def _valid(name: str) -> dict[str, Any]:
 
 
 def _status(library: ctypes.CDLL, name: str, fields: dict[str, Any]) -> str:
-    function = f"atts_{name.partition(' ')[0]}_cpu"
-    params = csrc_header.structs()[OPERATIONS[function]]()
-    params.struct_size = ctypes.sizeof(params)
-    for field, value in fields.items():
-        setattr(params, field, value.data_ptr() if isinstance(value, Tensor) else value)
-    return _call(library, function, params)
+    op = name.partition(" ")[0]
+    return _call(library, f"{op}_cpu", params(op, **fields))
 
 
 def _put(field: str, *values: int) -> Callable[[dict[str, Any]], None]:
@@ -231,7 +216,7 @@ BREAKS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], None]], ...] = (
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, *_ in BREAKS))
 def test_calls_that_are_right_succeed(library: ctypes.CDLL, name: str) -> None:
-    assert _status(library, name, _valid(name)) == "ATTS_OK"
+    assert _status(library, name, _valid(name)) == "OK"
 
 
 @pytest.mark.parametrize(("name", "what", "status", "change"), BREAKS, ids=[f"{b[0]}: {b[1]}" for b in BREAKS])
@@ -242,35 +227,30 @@ def test_what_is_wrong_has_its_code_and_nothing_is_written(
     arrays = {field: value for field, value in fields.items() if isinstance(value, Tensor)}
     before = {field: value.clone() for field, value in arrays.items()}
     change(fields)
-    assert _status(library, name, fields) == f"ATTS_ERROR_{status}"
+    assert _status(library, name, fields) == f"ERROR_{status}"
     assert all(torch.equal(value, before[field]) for field, value in arrays.items())
 
 
 def test_an_instruction_set_that_is_not_there_has_its_code(library: ctypes.CDLL) -> None:
-    assert library.atts_use_cpu_isa(b"z80") == STATUS["ATTS_ERROR_ISA"]
+    assert library.atts_use_cpu_isa(b"z80") == STATUS["ERROR_ISA"]
 
 
 def test_every_code_that_a_cpu_can_give_is_provoked_here() -> None:
-    provoked = {f"ATTS_ERROR_{status}" for _, _, status, _ in BREAKS}
-    elsewhere = {"ATTS_OK", "ATTS_ERROR_ABI", "ATTS_ERROR_NO_CUDA", "ATTS_ERROR_ISA"}
+    provoked = {f"ERROR_{status}" for _, _, status, _ in BREAKS}
+    elsewhere = {"OK", "ERROR_ABI", "ERROR_NO_CUDA", "ERROR_ISA"}
     assert provoked | elsewhere | NEVER_ON_A_CPU == set(STATUS)
 
 
 def test_workspace_sizes_are_asked_for_without_arrays(library: ctypes.CDLL) -> None:
     size = ctypes.c_uint64(7)
-    for name, sizes in (
-        ("gate", {"batch": 64, "keys": 2, "capacity": 1 << 17}),
-        ("score_logits", {"rows": 4, "vocab": 1 << 17, "logits_stride": 1 << 17, "dtype": DTYPE["ATTS_BFLOAT16"]}),
-    ):
-        params = csrc_header.structs()[f"atts_{name}_params"]()
-        ask = getattr(library, f"atts_{name}_workspace")
-        assert ask(ctypes.byref(params), ctypes.byref(size)) == STATUS["ATTS_ERROR_ABI"]
-        params.struct_size = ctypes.sizeof(params)
-        for field, value in sizes.items():
-            setattr(params, field, value)
-        assert ask(ctypes.byref(params), None) == STATUS["ATTS_ERROR_NULL_POINTER"]
-        assert ask(ctypes.byref(params), ctypes.byref(size)) == STATUS["ATTS_OK"]
+    logits = {"rows": 4, "vocab": 1 << 17, "logits_stride": 1 << 17, "dtype": DTYPES[torch.bfloat16]}
+    for op, sizes in (("gate", {"batch": 64, "keys": 2, "capacity": 1 << 17}), ("score_logits", logits)):
+        struct, ask = params(op, **sizes), getattr(library, f"atts_{op}_workspace")
+        assert ask(ctypes.byref(struct), None) == STATUS["ERROR_NULL_POINTER"]
+        assert ask(ctypes.byref(struct), ctypes.byref(size)) == STATUS["OK"]
         assert 0 < size.value < 1 << 24
-        setattr(params, next(iter(sizes)), 0)
-        assert ask(ctypes.byref(params), ctypes.byref(size)) == STATUS["ATTS_OK"]
+        setattr(struct, next(iter(sizes)), 0)
+        assert ask(ctypes.byref(struct), ctypes.byref(size)) == STATUS["OK"]
         assert size.value == 0
+        struct.struct_size -= 8
+        assert ask(ctypes.byref(struct), ctypes.byref(size)) == STATUS["ERROR_ABI"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import csrc_header
+from tests import abi
 
 
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -96,7 +96,7 @@ def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error(root: Path, tmp_p
 
 def test_the_shared_library_exports_what_the_header_declares_and_nothing_else(csrc_install: Path) -> None:
     exported = _symbols(csrc_install / "lib" / "libatts.so", "-D", "--defined-only")
-    assert sorted(exported) == csrc_header.functions()
+    assert sorted(exported) == abi.FUNCTIONS
     assert set(exported.values()) == {"T"}
 
 
@@ -105,7 +105,7 @@ def test_the_static_library_defines_the_same_functions(csrc_install: Path) -> No
         pytest.skip("needs readelf")
     table = _run("readelf", "--symbols", "--wide", csrc_install / "lib" / "libatts.a")
     visible = re.findall(r" GLOBAL +DEFAULT +\d+ (\S+)", table)
-    assert sorted(set(visible)) == csrc_header.functions()
+    assert sorted(set(visible)) == abi.FUNCTIONS
 
 
 @pytest.mark.parametrize("name", ["libatts.so", "libatts.a"])
@@ -123,13 +123,13 @@ def test_the_shared_library_needs_only_the_c_and_cpp_runtime(csrc_install: Path)
     table = _run("readelf", "--dynamic", "--wide", csrc_install / "lib" / "libatts.so")
     needed = {name.partition(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.+?)\]", table)}
     assert needed <= {"libc", "libm", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
-    assert re.findall(r"\(SONAME\).*\[(.+?)\]", table) == ["libatts.so.{}.{}".format(*csrc_header.version())]
+    assert re.findall(r"\(SONAME\).*\[(.+?)\]", table) == ["libatts.so.{}.{}".format(*abi.VERSION)]
     assert not re.search(r"\((RPATH|RUNPATH)\)", table)
 
 
 def test_one_version_in_header_library_and_package(csrc_install: Path) -> None:
     library = ctypes.CDLL(str(csrc_install / "lib" / "libatts.so"))
-    major, minor, patch = csrc_header.version()
+    major, minor, patch = abi.VERSION
     assert library.atts_version() == major * 10000 + minor * 100 + patch
     said = (csrc_install / "lib" / "cmake" / "atts" / "atts-config-version.cmake").read_text(encoding="utf-8")
     assert f'set(PACKAGE_VERSION "{major}.{minor}.{patch}")' in said
