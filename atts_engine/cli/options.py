@@ -61,6 +61,25 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="tokens that the draft hands over at a time; traces hold a score for each chunk (default: %(default)s)",
     )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
+    group.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a lane launches a step before it has seen the results of the one before (default: on a GPU)",
+    )
+    group.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="decode steps as CUDA graphs (default: where every op of a step can be captured)",
+    )
+    group.add_argument(
+        "--lane-threads",
+        choices=("one", "each"),
+        default="one",
+        help="one scheduler thread for both lanes, or each lane its own (default: %(default)s)",
+    )
+    group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
 
 
 def add_problems(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +138,15 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(
         "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"
+    )
+
+
+def add_early_verdict(parser: argparse.ArgumentParser) -> None:
+    """For the commands that can run with a frozen calibration."""
+    parser.add_argument(
+        "--early-verdict",
+        action="store_true",
+        help="end a draft span where nothing could save it from being taken over any more (needs --frozen)",
     )
 
 
@@ -204,10 +232,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         preemption=args.preemption,
         chunk_tokens=args.chunk_tokens,
         threads=args.threads,
+        overlap=args.overlap,
+        graphs=args.graphs,
+        lane_threads=args.lane_threads,
+        profile=args.profile,
     )
 
 
-def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
+def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False) -> ATTSParams:
     """The algorithm's parameters, validated."""
     from atts_engine.config import ATTSParams
 
@@ -226,6 +258,7 @@ def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
         policy=args.policy,
         takeover=args.takeover,
         vote=args.vote,
+        early_verdict=early_verdict,
     )
 
 
