@@ -150,6 +150,18 @@ def test_a_computed_log_probability_hardly_rises_above_0(scale: float) -> None:
         assert float(logprob.max()) <= HAIR
 
 
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_no_rounding_lets_a_p_value_rise_with_the_score(name: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        calibrator: Calibrator = MAKERS[name]()
+        for score in rng.integers(0, 20, size=rng.integers(5, 200)):
+            calibrator.observe(float(score) / 8, 0, False, str(rng.integers(6)))
+        u = int(rng.choice([1 << 32, rng.integers(1, 1 << 32)]))
+        found = [calibrator.p_value(score / 16, 0, u, "0") for score in range(-2, 44)]
+        assert all(before >= after for before, after in pairwise(found))
+
+
 def test_nothing_is_settled_by_no_tokens() -> None:
     always = Mondrian(0.4, cold=ColdStart("takeover", 5), frozen=True)
     gate = ConformalGate(always)
