@@ -49,7 +49,7 @@ def run(out: Path) -> int:
                         return status
                     sides[side] = _counts(json.loads(figures.read_text(encoding="utf-8")))
                 traces = [read_chains(folder / f"{takeover}-{chunk}-{side}" / "chains.jsonl") for side in sides]
-                same = [_text(c) for c in traces[0]] == [_text(c) for c in traces[1]]
+                same = {_text(c) for c in traces[0]} == {_text(c) for c in traces[1]}
                 cells.append({"takeover": takeover, "chunk_tokens": chunk, "same_text": same, **sides})
         spans = read_spans([folder / f"replace-{CHUNKS[0]}-whole" / "chains.jsonl"])
     found = study(spans, alpha=0.4, miscoverage=0.1, bins=5, seed=0, sees="both")
@@ -81,7 +81,7 @@ def _counts(found: dict[str, Any]) -> dict[str, Any]:
 
 def _text(chain: Chain) -> tuple[Any, ...]:
     """What stands in the chain in the end, where a takeover replaces the span: the kept spans and the target's."""
-    turns = [(t.takeover, t.target if t.takeover else t.draft) for t in chain.turns]
+    turns = tuple((t.takeover, t.target if t.takeover else t.draft) for t in chain.turns)
     return chain.problem_id, chain.chain, chain.final_answer, turns
 
 
