@@ -49,6 +49,7 @@ def findings() -> dict[str, Any]:
 
     from atts_engine import ops
     from atts_engine.cli.main import version as own_version
+    from atts_engine.ops import native
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -58,6 +59,7 @@ def findings() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "devices": {"cpu": _cpu_name(), **{f"cuda:{i}": _gpu_name(i) for i in range(torch.cuda.device_count())}},
+        "csrc_isa": native.isa(),
         "nvcc": _nvcc(),
         "packages": {d: {"version": _version(m, d), "for": use, "install": how} for m, d, how, use in OPTIONAL},
         "ops": {
@@ -148,6 +150,7 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         ("python", f"{found['python']} ({found['system']})"),
         ("torch", f"{found['torch']}, {found['threads']} threads"),
         *found["devices"].items(),
+        ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),
         *((name, "built in" if there else "missing from this installation") for name, there in found["models"].items()),
         ("row invariance", check),

@@ -23,7 +23,7 @@ def pad_rows(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
 
-    bfloat16 on a CPU that cannot multiply it runs in csrc/ where that was built: 16-bit weights, fp32 sums.
+    bfloat16 on a CPU without AMX runs in csrc/ where that was built: 16-bit weights, fp32 sums.
 
     Raises InputError where the inner sizes or the dtypes differ.
     """

@@ -37,10 +37,21 @@ _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
 NATIVE_OPS = frozenset(
-    {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
+    {
+        "add_rms_norm",
+        "kv_append",
+        "linear",
+        "paged_attention",
+        "rms_norm",
+        "rope",
+        "sample",
+        "score_logits",
+        "score_tokens",
+        "silu_mul",
+    }
 )
 _PRODUCTS = frozenset({"linear", "score_tokens"})
-"""Native ops that a CPU with bfloat16 instructions leaves to torch."""
+"""Native ops that are left to torch where `native.products_are_torchs`."""
 
 
 class _Selection:
@@ -89,7 +100,7 @@ def chosen(op: str, device: torch.device | str) -> str:
 
     An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run
     on that device raises InputError instead of falling back. So with "native-bf16", which is chosen by itself on a CPU,
-    for products on one that cannot multiply bfloat16.
+    for products unless torch's own are faster there (AMX).
     """
     if op not in OPS:
         raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
@@ -97,7 +108,7 @@ def chosen(op: str, device: torch.device | str) -> str:
     forced = _Selection.forced
     if forced is None:
         if device_type == "cpu":
-            return NATIVE if _has_native(op) and not (op in _PRODUCTS and native.multiplies_bf16()) else REFERENCE
+            return NATIVE if _has_native(op) and not (op in _PRODUCTS and native.products_are_torchs()) else REFERENCE
         return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
     if forced == NATIVE:
         if op in NATIVE_OPS and device_type != "cpu":

@@ -77,6 +77,8 @@ def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits[T, V])[t, ids[t]] -> logprob[T] fp32, for logits that exist already; ids int64 in [0, V)."""
     if logits.dim() != 2 or ids.shape != (logits.shape[0],):
         raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
+    if runs_native("score_logits", logits):
+        return native.score_logits(logits, ids)
     wide = logits.float()
     peak = wide.amax(1, keepdim=True)
     weights = (wide - peak).exp_()

@@ -42,8 +42,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "float32", "cores": ["0-1", "0-1"]},
     {"dtype": "bfloat16", "cores": ["0", "1"]},
     {"dtype": "bfloat16", "cores": ["0-1", "0-1"]},
+    {"dtype": "bfloat16", "cores": ["0-1", "0-1"], "enforce_eager": False},
 )
-"""Of the peer, on two cores: a core for each server, or both for both. Eager: see bench/NOTES.md."""
+"""Of the peer, on two cores: a core for each server, or both for both; eager unless it says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
