@@ -114,7 +114,7 @@ def test_attention_refuses_what_is_not_a_batch() -> None:
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
-    with pytest.raises(InputError, match="block table"):
+    with pytest.raises(InputError, match="block_table"):
         ops.paged_attention(q, kv, table[:1], cu_q, kv_len, 0.2)
 
 

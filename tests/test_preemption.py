@@ -17,6 +17,7 @@ from atts_engine.runtime.commands import Decode, Fork
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.preemption import Costs, forward_flops
 from atts_engine.runtime.records import SamplingParams, TokenChunk
+from atts_engine.runtime.runner import _last_writes
 from atts_engine.runtime.scheduler import Step
 from tests.fakes import EOS, fake_model, greedy
 
@@ -196,11 +197,11 @@ def test_kv_swap_copies_the_named_pages_both_ways(data: st.DataObject, staged: i
 
 def test_misuse_is_named() -> None:
     kv, index = torch.zeros(3, 2, 7, 4, 2, 8), torch.arange(2)
-    with pytest.raises(InputError, match="does not fit the cache"):
+    with pytest.raises(InputError, match="host does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 4), index, index, True)
-    with pytest.raises(InputError, match="does not fit the cache"):
+    with pytest.raises(InputError, match="host does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 8, dtype=torch.float64), index, index, True)
-    with pytest.raises(InputError, match="2 pages but 1 slots"):
+    with pytest.raises(InputError, match="slots does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 8), index, index[:1], True)
     pool, host = PagePool(8, 4), PagePool(2, 4, padding=False)
     table = BlockTable(pool, host)
@@ -208,3 +209,8 @@ def test_misuse_is_named() -> None:
     with pytest.raises(OutOfPages):
         table.park()
     assert (len(table.pages), table.parked, host.free) == (3, [], 2)
+
+
+def test_a_place_that_is_taken_twice_in_a_step_is_written_once() -> None:
+    """A host slot that was given up and taken again within a step: an op may write its destinations in any order."""
+    assert _last_writes([(5, 0), (6, 1), (7, 0)]) == ((7, 6), (0, 1))

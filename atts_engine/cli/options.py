@@ -80,6 +80,21 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="one scheduler thread for both lanes, or each lane its own (default: %(default)s)",
     )
     group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
+    group.add_argument(
+        "--ops",
+        default=None,
+        metavar="NAME",
+        help="force an implementation of the kernels, as `atts doctor` names them (default: each device's own choice)",
+    )
+    group.add_argument(
+        "--tuning",
+        default=None,
+        metavar="FILE",
+        help="launch settings of the kernels, as `atts bench --tune` writes them",
+    )
+    group.add_argument(
+        "--check-ops", action="store_true", help="kernels check the values of their inputs too (slow on a GPU)"
+    )
 
 
 def add_problems(parser: argparse.ArgumentParser) -> None:
@@ -236,6 +251,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         graphs=args.graphs,
         lane_threads=args.lane_threads,
         profile=args.profile,
+        ops=args.ops,
+        check_ops=args.check_ops,
+        tuning=args.tuning,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import runs_native
 
 ROW_BLOCK = 4
@@ -93,10 +93,7 @@ def paged_attention(
     scratch: buffers to work in, None for fresh ones.
     Raises InputError where shapes do not fit or a sequence has more query rows than tokens.
     """
-    heads, dim = q.shape[1], q.shape[2]
-    kv_heads = kv_layer.shape[3]
-    if heads % kv_heads or kv_layer.shape[4] != dim:
-        raise InputError(f"paged_attention: q {tuple(q.shape)} does not fit the cache {tuple(kv_layer.shape)}")
+    checks.paged_attention(q, kv_layer, block_table, cu_q, kv_len)
     if runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
         return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
@@ -115,6 +112,7 @@ def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len
         raise InputError("paged_attention: a sequence has more query rows than tokens")
     if max(lengths, default=0) > block_table.shape[1] * kv_layer.shape[2]:
         raise InputError("paged_attention: a sequence is longer than its row of the block table")
+    checks.pages_in_pool("paged_attention", block_table, kv_len, kv_layer.shape[2], kv_layer.shape[1])
     return [
         _group(members, starts, counts, lengths, block_table, kv_layer.shape[2], kv_layer.shape[3])
         for members in _members(counts, lengths, q.shape[1])

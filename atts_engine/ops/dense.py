@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as _torch_linear
 
-from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import runs_native
 
 ROW_MULTIPLE = 16
@@ -27,10 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises InputError where the inner sizes or the dtypes differ.
     """
-    if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise InputError(
-            f"linear: x {tuple(x.shape)} {x.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
-        )
+    checks.linear(x, weight, bias)
     rows = x.shape[0]
     if runs_native("linear", x):
         return native.linear(x, weight, bias)
@@ -43,7 +39,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x[N, H] / sqrt(mean(x^2) + eps) * weight[H] -> [N, H]; fp32 inside, the dtype of x outside."""
-    if runs_native("rms_norm", x) and x.shape[1] == weight.shape[0] and weight.dtype == x.dtype:
+    checks.rms_norm(x, weight)
+    if runs_native("rms_norm", x):
         return native.rms_norm(x, weight, eps)
     wide = x.float()
     scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True).add_(eps))
@@ -53,11 +50,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(s, rms_norm(s, weight[H], eps)) of s = x[N, H] + delta[N, H] in their dtype: a residual and the norm behind it,
     which reads it while it is at hand. Raises InputError where x and delta differ in shape or dtype."""
-    if x.shape != delta.shape or x.dtype != delta.dtype:
-        raise InputError(
-            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and delta {tuple(delta.shape)} {delta.dtype} differ"
-        )
-    if runs_native("add_rms_norm", x) and x.shape[1] == weight.shape[0] and weight.dtype == x.dtype:
+    checks.add_rms_norm(x, delta, weight)
+    if runs_native("add_rms_norm", x):
         return native.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)
@@ -69,7 +63,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Written out with `exp`: torch's own CPU silu and sigmoid round differently in the tail of a vector, so an element's
     bits would depend on its place in the batch. `exp` and the four operations do not.
     """
-    if runs_native("silu_mul", gate) and gate.shape == up.shape and up.dtype == gate.dtype:
+    checks.silu_mul(gate, up)
+    if runs_native("silu_mul", gate):
         return native.silu_mul(gate, up)
     wide = gate.float()
     return (wide / torch.neg(wide).exp_().add_(1.0)).mul_(up).to(gate.dtype)
@@ -78,7 +73,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x[N, h, D] by cos[N, D/2], sin[N, D/2] -> [N, h, D], halves rotated together
     (the "rotate_half" convention: element i pairs with i + D/2). cos and sin are fp32."""
-    if runs_native("rope", x) and cos.shape == sin.shape == (x.shape[0], x.shape[2] // 2):
+    checks.rope(x, cos, sin)
+    if runs_native("rope", x):
         return native.rope(x, cos, sin)
     low, high = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import runs_native
 
 _STAGED_BYTES = 64 << 20
@@ -19,14 +18,12 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
 
     Two rows must not name one slot: which of them stays would not be defined.
     """
-    if k.shape != v.shape or k.shape[1:] != kv_layer.shape[3:] or k.shape[0] != slots.shape[0]:
-        raise InputError(
-            f"kv_append: k {tuple(k.shape)}, v {tuple(v.shape)}, slots {tuple(slots.shape)} do not fit the "
-            f"cache {tuple(kv_layer.shape)}"
-        )
-    if runs_native("kv_append", kv_layer) and k.dtype == v.dtype == kv_layer.dtype and kv_layer.is_contiguous():
+    checks.kv_append(k, v, kv_layer, slots)
+    if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
+    if checks.values_read(slots):
+        checks.within("kv_append", "slots", slots, 0, rows.shape[1], "the cache")
     rows[0].index_copy_(0, slots, k.to(kv_layer.dtype))
     rows[1].index_copy_(0, slots, v.to(kv_layer.dtype))
     return None
@@ -37,8 +34,7 @@ def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
 
     All sources are read before anything is written, so a page may be a source and a destination in one call.
     """
-    if src.shape != dst.shape:
-        raise InputError(f"kv_copy_pages: {src.numel()} source pages but {dst.numel()} destination pages")
+    checks.kv_copy_pages(kv, src, dst)
     kv.index_copy_(2, dst, kv.index_select(2, src))
 
 
@@ -53,13 +49,7 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
     On a GPU the copies are queued on the current stream and not waited for: `host` is the caller's to read or write
     on the CPU only when the stream has come to them. Up to 64 MiB of the device are used in passing.
     """
-    if host.shape[1:] != (*kv.shape[:2], *kv.shape[3:]) or host.dtype != kv.dtype or host.device.type != "cpu":
-        raise InputError(
-            f"kv_swap: host {tuple(host.shape)} {host.dtype} on {host.device} does not fit the cache "
-            f"{tuple(kv.shape)} {kv.dtype}: it must be [slots, layers, 2, page, kv heads, head dim] on the CPU"
-        )
-    if pages.shape != slots.shape:
-        raise InputError(f"kv_swap: {pages.numel()} pages but {slots.numel()} slots")
+    checks.kv_swap(kv, host, pages, slots, to_host)
     by_page = kv.movedim(2, 0)  # [P, L, 2, page, Hkv, D]
     order = slots.argsort()
     for part in order.split(max(1, _STAGED_BYTES * host.shape[0] // max(1, host.nbytes))):

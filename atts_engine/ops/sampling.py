@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import runs_native
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -34,9 +33,8 @@ def sample(
     The noise of a token is a hash of (seed, position, token id), so a row's draw does not depend on its place in the
     batch nor on the other rows. A row with NaN or without a finite largest logit gives -1.
     """
+    checks.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     rows, vocab = logits.shape
-    if any(t.shape != (rows,) for t in (temperature, top_k, top_p, min_p, seed, position)):
-        raise InputError(f"sample: every parameter must have {rows} rows")
     if runs_native("sample", logits):
         return native.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     logits = logits.float()

@@ -8,7 +8,7 @@ page that changes hands is written behind whoever read it last.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -150,13 +150,13 @@ class Runner:
         """
         with self.on_stream():
             if step.swap_out:
-                pages, slots = zip(*step.swap_out, strict=True)
+                pages, slots = _last_writes(step.swap_out)
                 ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), True)
             if step.copies:
-                source, destination = zip(*step.copies, strict=True)
+                source, destination = _last_writes(step.copies)
                 ops.kv_copy_pages(self.kv, self._ints(source), self._ints(destination))
             if step.swap_in:
-                slots, pages = zip(*step.swap_in, strict=True)
+                slots, pages = _last_writes(step.swap_in)
                 ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), False)
 
     @torch.inference_mode()
@@ -227,6 +227,13 @@ class Runner:
         if len(asked) < len(sampled):
             logits, ids = logits[asked], ids[asked]
         return sampled, [ops.score_logits(logits, ids)]
+
+
+def _last_writes(moves: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(sources, destinations) of (source, destination) pairs in the order they were decided in. A destination that was
+    given up and taken again within the step appears once, with its last source: an op may write it in any order."""
+    last = {destination: source for source, destination in moves}
+    return tuple(last.values()), tuple(last)
 
 
 def _graphs_wanted(graphs: bool | None, device: torch.device) -> bool:
