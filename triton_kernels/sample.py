@@ -37,9 +37,7 @@ SPLIT = 2048
 """Columns of a split: a row of 150 000 has a program for every second SM of an H100."""
 _SPLIT_WARPS = 8
 _MERGE = 128
-_BLOCK = 2048
-_COUNT_BLOCK = 4096
-"""Columns of a step of the histograms, which hold less per column and pay for their bins once a step."""
+_BLOCK = 4096
 _FINISH_WARPS = 16
 _NONE = tl.constexpr(0x7FFFFFFF)  # an id after every token's
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -252,7 +250,6 @@ def _finish_kernel(
     splits,
     MERGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = row * splits
@@ -271,7 +268,7 @@ def _finish_kernel(
         stream = stream_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
         kth = tl.full((), float("-inf"), tl.float32)
         if (top_k > 0) & (top_k < V):
-            kth = _kth_largest(logits, V, temperature, top_k, COUNT_BLOCK)
+            kth = _kth_largest(logits, V, temperature, top_k, BLOCK)
         last = tl.full((), float("-inf"), tl.float32)
         total, drawn = _ahead(logits, V, temperature, top, kth, min_p, stream, last, _NONE, BLOCK)
         if top_p < 1.0:
@@ -333,7 +330,6 @@ def sample(
         splits,
         MERGE=_MERGE,
         BLOCK=_BLOCK,
-        COUNT_BLOCK=_COUNT_BLOCK,
         num_warps=_FINISH_WARPS,
         enable_fp_fusion=False,
     )
@@ -357,7 +353,7 @@ def variants() -> Iterator[Variant]:
                 f"sample finish {name}",
                 _finish_kernel,
                 signature | {"drawn_ptr": "*i64"},
-                {"MERGE": _MERGE, "BLOCK": _BLOCK, "COUNT_BLOCK": _COUNT_BLOCK},
+                {"MERGE": _MERGE, "BLOCK": _BLOCK},
                 {"num_warps": _FINISH_WARPS, "enable_fp_fusion": False},
                 multiples,
             )
