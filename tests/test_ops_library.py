@@ -43,7 +43,7 @@ def test_opcheck(name: str) -> None:
 
 def test_an_implementation_that_cannot_be_had_is_an_error() -> None:
     assert ops.chosen("gate", "cpu") == "reference"
-    with pytest.raises(InputError, match="'reference', 'triton' or 'native-bf16'"):
+    with pytest.raises(InputError, match="'reference', 'triton', 'native-bf16' or 'flashinfer'"):
         ops.use("cuda")
     with pytest.raises(InputError, match="no op is named"):
         ops.chosen("softmax", "cpu")

@@ -11,12 +11,14 @@ from functools import cache
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import flash, native
 
 REFERENCE = "reference"
 TRITON = "triton"
 NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
+FLASHINFER = "flashinfer"
+"""The ops of `flash.OPS` on a CUDA device, never chosen by itself."""
 OPS = (
     "add_rms_norm",
     "gate",
@@ -79,23 +81,30 @@ def available() -> dict[str, list[str]]:
             REFERENCE,
             *([TRITON] if op in TRITON_OPS and _triton_devices() else []),
             *([NATIVE] if _has_native(op) else []),
+            *([FLASHINFER] if op in flash.OPS and torch.cuda.is_available() and flash.lacking() is None else []),
         ]
         for op in OPS
     }
 
 
 def chosen(op: str, device: torch.device | str) -> str:
-    """The implementation of op that runs for tensors on device: "reference", "triton" or "native-bf16".
+    """The implementation of op that runs for tensors on device: "reference", "triton", "native-bf16" or
+    "flashinfer".
 
     An op without a Triton kernel runs its reference under `use("triton")` too; one that has a kernel which cannot run
     on that device raises InputError instead of falling back. So with "native-bf16", which is chosen by itself on a CPU,
-    for products on one that cannot multiply bfloat16.
+    for products on one that cannot multiply bfloat16. An op that FlashInfer does not serve is left to the device under
+    `use("flashinfer")`.
     """
     if op not in OPS:
         raise InputError(f"no op is named {op!r}; there are {', '.join(OPS)}")
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     forced = _Selection.forced
-    if forced is None:
+    if forced == FLASHINFER and op in flash.OPS:
+        if device_type != "cuda":
+            raise InputError(f"FlashInfer's {op} runs on a cuda device, not on {device_type}: use('reference')")
+        return FLASHINFER
+    if forced in (None, FLASHINFER):
         if device_type == "cpu":
             return NATIVE if _has_native(op) and not (op in _PRODUCTS and native.multiplies_bf16()) else REFERENCE
         return TRITON if device_type == "cuda" and _has_triton(op, "cuda") else REFERENCE
@@ -114,16 +123,21 @@ def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor."""
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    return kind == "cuda" and (chosen(op, device) != REFERENCE or op not in _HOST_READERS)
+    return kind == "cuda" and (chosen(op, device) not in (REFERENCE, FLASHINFER) or op not in _HOST_READERS)
 
 
 def use(impl: str | None) -> AbstractContextManager[None]:
-    """Force "reference", "triton" or "native-bf16" from here on, or leave the choice to the device again (None).
+    """Force "reference", "triton", "native-bf16" or "flashinfer" from here on, or leave the choice to the device again
+    (None).
 
     Also a context manager that restores what was set before. Raises InputError where this machine cannot run it.
     """
-    if impl not in (None, REFERENCE, TRITON, NATIVE):
-        raise InputError(f"an implementation is '{REFERENCE}', '{TRITON}' or '{NATIVE}', not {impl!r}")
+    if impl not in (None, REFERENCE, TRITON, NATIVE, FLASHINFER):
+        raise InputError(f"an implementation is '{REFERENCE}', '{TRITON}', '{NATIVE}' or '{FLASHINFER}', not {impl!r}")
+    if impl == FLASHINFER and (lacking := flash.lacking()) is not None:
+        raise InputError(lacking)
+    if impl == FLASHINFER and not torch.cuda.is_available():
+        raise InputError("FlashInfer's kernels need a CUDA device: use('reference')")
     if impl == NATIVE and native.library() is None:
         raise InputError(
             "csrc/ was not built: install CMake and a C++ compiler, then pip install --no-build-isolation -e ."

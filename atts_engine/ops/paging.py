@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import flash, native
+from atts_engine.ops.dispatch import FLASHINFER, chosen, runs_native
 
 _STAGED_BYTES = 64 << 20
 """Device memory that `kv_swap` gathers pages in: it runs when memory is short."""
@@ -24,6 +24,8 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
             f"kv_append: k {tuple(k.shape)}, v {tuple(v.shape)}, slots {tuple(slots.shape)} do not fit the "
             f"cache {tuple(kv_layer.shape)}"
         )
+    if chosen("kv_append", kv_layer.device) == FLASHINFER:
+        return flash.kv_append(k, v, kv_layer, slots)
     if runs_native("kv_append", kv_layer) and k.dtype == v.dtype == kv_layer.dtype and kv_layer.is_contiguous():
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
