@@ -2,7 +2,9 @@
 
 Launch 1, `_split_kernel`: a program owns one row and one split of its vocabulary. It leaves the largest logit and the
 largest perturbed logit of the split, each with the lowest id that has it. A row that is greedy or filtered needs only
-the first, and makes no noise.
+the first, and makes no noise. For others noise is exact where it can matter: every token has a cheap upper bound, and
+the tokens are evaluated from the largest bound down until no bound reaches the best value. That is one token of a
+split in most cases.
 
 Launch 2, `_finish_kernel`: a program owns one row and merges its splits. For most rows that is all. A filtered row is
 then read again, by this program alone. Which rows are filtered is decided here, on the device: nothing waits for the
@@ -35,7 +37,7 @@ from atts_triton.variants import POINTERS, Variant
 
 SPLIT = 2048
 """Columns of a split: a row of 150 000 has a program for every second SM of an H100."""
-_SPLIT_WARPS = 8
+_SPLIT_WARPS = 4
 _MERGE = 128
 _BLOCK = 4096
 _FINISH_WARPS = 16
@@ -45,6 +47,9 @@ _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _LOW_63 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_SLACK = tl.constexpr(1e-4)
+_RELATIVE_SLACK = tl.constexpr(1e-6)
 _MASS_ONE = tl.constexpr(2.0**44)
 
 
@@ -80,6 +85,40 @@ def gumbel_of(bits):
     v = tl.maximum(bits.to(tl.float32) * 2.0**-63, 2.0**-64)
     rest = 1.0 - v
     return -tl.log((v - (1.0 - rest)) - tl.log(rest))
+
+
+@triton.jit
+def _bound(raw, temperature, bits):
+    """No less than the perturbed logit of a token, with neither logarithm nor division; -inf where that cannot win.
+
+    Noise is at most -log(v). A float's bits, read as an integer and divided by 2^23, are 127 + log2 of it or less, and
+    at most 0.09 less. Of v the upper 32 bits are taken, which is less again. What is rounded, here and in the perturbed
+    logit itself, stays far below the two slacks.
+    """
+    inverse = tl.minimum(tl.math.div_rn(1.0, temperature), _LARGEST)
+    scaled = raw * inverse
+    upper = (bits >> 31).to(tl.uint32).to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
+    noise = (159.0 * _LN_2 + _SLACK) - upper * (_LN_2 * 2.0**-23)
+    return tl.where(scaled > float("-inf"), scaled + tl.abs(scaled) * _RELATIVE_SLACK + noise, float("-inf"))
+
+
+@triton.jit
+def _best(bound, first, column, logits, temperature, stream, best, best_id):
+    """(best, best_id), or the token from first on that has a larger perturbed logit, or an equal one and a lower id.
+
+    Evaluates tokens from the largest bound down until no bound reaches the best value.
+    """
+    most, place = tl.max(bound, 0, return_indices=True)
+    while (most > float("-inf")) & (most >= best):
+        found = first + place
+        scaled = tl.math.div_rn(tl.load(logits + found).to(tl.float32), temperature)
+        value = scaled + gumbel_of(token_bits(stream, found))
+        better = (value > best) | ((value == best) & (found < best_id))
+        best = tl.where(better, value, best)
+        best_id = tl.where(better, found, best_id)
+        bound = tl.where(column == found, float("-inf"), bound)
+        most, place = tl.max(bound, 0, return_indices=True)
+    return best, best_id
 
 
 @triton.jit
@@ -143,9 +182,9 @@ def _split_kernel(
     temperature = _temperature(temperature_ptr, row)
     filtered = _filters(tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), V)
     if (temperature > 0.0) & (not filtered):
-        scaled = tl.math.div_rn(raw, temperature)
         stream = stream_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-        best, best_id = _first_largest(scaled + gumbel_of(token_bits(stream, column)), column, scaled > float("-inf"))
+        bound = _bound(raw, temperature, token_bits(stream, column))
+        best, best_id = _best(bound, split * SPLIT, column, logits, temperature, stream, best, best_id)
     at = row * splits + split
     other = tl.num_programs(0).to(tl.int64) * splits
     tl.store(value_ptr + at, peak)
@@ -170,34 +209,26 @@ def _merged(value_ptr, id_ptr, splits, MERGE: tl.constexpr):
 
 
 @triton.jit
-def _digit(logits, V, temperature, key, wanted, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """One digit of the radix select, eight bits from SHIFT up.
-
-    Among the tokens whose image has key's bits above the digit, the wanted-th largest is sought; returns key with its
-    digit, and which of the tokens that have this digit too it is.
-    """
-    counts = tl.zeros((256,), tl.int32)
-    for first in range(0, V, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        scaled = _scaled(logits, column, V, temperature)
-        bits = tl.where(scaled == 0.0, 0.0, scaled).to(tl.uint32, bitcast=True)  # -0 is 0
-        image = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # as integers these have the floats' order
-        live = column < V
-        if SHIFT < 24:
-            live = live & ((image >> (SHIFT + 8)) == (key >> (SHIFT + 8)))
-        counts += tl.histogram(((image >> SHIFT) & 255).to(tl.int32), 256, mask=live)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-    wanted -= tl.sum(tl.where(tl.arange(0, 256) > found, counts, 0), 0)
-    return key | (found.to(tl.uint32) << SHIFT), wanted
-
-
-@triton.jit
 def _kth_largest(logits, V, temperature, k, BLOCK: tl.constexpr):
-    """The k-th largest scaled logit of a row, 1 <= k <= V."""
-    key, k = tl.zeros((), tl.uint32), k.to(tl.int32)
-    for digit in tl.static_range(4):
-        key, k = _digit(logits, V, temperature, key, k, 24 - 8 * digit, BLOCK)
+    """The k-th largest scaled logit of a row, 1 <= k <= V: a radix select, eight bits at a time from the top."""
+    wanted = k.to(tl.int32)
+    key = tl.zeros((), tl.uint32)
+    known = tl.zeros((), tl.uint32)  # a mask of the bits of key that are found
+    for digit in range(4):
+        shift = 24 - 8 * digit
+        counts = tl.zeros((256,), tl.int32)
+        for first in range(0, V, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            scaled = _scaled(logits, column, V, temperature)
+            bits = tl.where(scaled == 0.0, 0.0, scaled).to(tl.uint32, bitcast=True)  # -0 is 0
+            image = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # as integers these have the floats' order
+            live = (column < V) & (((image ^ key) & known) == 0)
+            counts += tl.histogram(((image >> shift) & 255).to(tl.int32), 256, mask=live)
+        at_least = tl.cumsum(counts, 0, reverse=True)
+        found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
+        wanted -= tl.sum(tl.where(tl.arange(0, 256) > found, counts, 0), 0)
+        key = key | (found.to(tl.uint32) << shift)
+        known = (known >> 8) | 0xFF000000
     return tl.where((key >> 31) != 0, key ^ 0x80000000, ~key).to(tl.float32, bitcast=True)
 
 
@@ -209,23 +240,22 @@ def _ahead(logits, V, temperature, top, kth, min_p, stream, value, column_of_val
     top: the row's largest scaled logit.
     """
     mass = tl.zeros((BLOCK,), tl.int64)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_id = tl.full((BLOCK,), _NONE, tl.int32)
+    best = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), _NONE, tl.int32)
     for first in range(0, V, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        scaled = _scaled(logits, column, V, temperature)
+        raw = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        scaled = tl.math.div_rn(raw, temperature)
         before = (scaled > value) | ((scaled == value) & (column < column_of_value))
         before = before & (column < V) & (scaled >= kth)
         relative = tl.exp(scaled - top)
         mass += tl.where(before, relative * _MASS_ONE, 0.0).to(tl.int64)
         eligible = before & (scaled > float("-inf")) & ((relative >= min_p) | (scaled == top))
-        noisy = scaled + gumbel_of(token_bits(stream, column))
-        # Columns ascend, so an equal value that comes later does not replace the first.
-        better = eligible & ((noisy > best) | (best_id == _NONE))
-        best = tl.where(better, noisy, best)
-        best_id = tl.where(better, column, best_id)
-    found, found_id = _first_largest(best, best_id, best_id < _NONE)
-    return tl.sum(mass, 0), found_id
+        # With top_k or min_p, and in later rounds, most blocks have none.
+        if tl.max(eligible.to(tl.int32), 0) > 0:
+            bound = tl.where(eligible, _bound(raw, temperature, token_bits(stream, column)), float("-inf"))
+            best, best_id = _best(bound, first, column, logits, temperature, stream, best, best_id)
+    return tl.sum(mass, 0), best_id
 
 
 @triton.jit(
@@ -269,16 +299,20 @@ def _finish_kernel(
         kth = tl.full((), float("-inf"), tl.float32)
         if (top_k > 0) & (top_k < V):
             kth = _kth_largest(logits, V, temperature, top_k, BLOCK)
-        last = tl.full((), float("-inf"), tl.float32)
-        total, drawn = _ahead(logits, V, temperature, top, kth, min_p, stream, last, _NONE, BLOCK)
-        if top_p < 1.0:
-            enough = top_p.to(tl.float64) * total.to(tl.float64)
-            searching = drawn < _NONE
-            while searching:
-                value = tl.math.div_rn(tl.load(logits + drawn).to(tl.float32), temperature)
-                mass, earlier = _ahead(logits, V, temperature, top, kth, min_p, stream, value, drawn, BLOCK)
-                searching = (mass.to(tl.float64) >= enough) & (earlier < _NONE)
-                drawn = tl.where(searching, earlier, drawn)
+        # Every token comes before (-inf, _NONE): the first round finds the total and the first to be tested.
+        drawn = tl.full((), _NONE, tl.int32)
+        value = tl.full((), float("-inf"), tl.float32)
+        enough = tl.zeros((), tl.float64)
+        searching = drawn == _NONE
+        while searching:
+            mass, earlier = _ahead(logits, V, temperature, top, kth, min_p, stream, value, drawn, BLOCK)
+            rejected = (drawn == _NONE) | (mass.to(tl.float64) >= enough)
+            enough = tl.where(drawn == _NONE, top_p.to(tl.float64) * mass.to(tl.float64), enough)
+            searching = rejected & (earlier < _NONE)
+            drawn = tl.where(searching, earlier, drawn)
+            searching = searching & (top_p < 1.0)
+            raw = tl.load(logits + drawn, mask=searching, other=0.0)
+            value = tl.math.div_rn(raw.to(tl.float32), temperature)
     # A temperature that takes the largest out of fp32's range is as good as 0.
     drawn = tl.where(random & (drawn < _NONE), drawn, peak_id)
     tl.store(drawn_ptr + row, tl.where(answer, drawn, -1).to(tl.int64))
