@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 from atts_triton.gate import gate
+from atts_triton.sample import sample
 from atts_triton.score_tokens import score_tokens
 
-__all__ = ["gate", "score_tokens"]
+__all__ = ["gate", "sample", "score_tokens"]

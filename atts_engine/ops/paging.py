@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.ops import checks, native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import checks, flash, native
+from atts_engine.ops.dispatch import FLASHINFER, chosen, runs_native
 
 _STAGED_BYTES = 64 << 20
 """Device memory that `kv_swap` gathers pages in: it runs when memory is short."""
@@ -19,6 +19,8 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
     Two rows must not name one slot: which of them stays would not be defined.
     """
     checks.kv_append(k, v, kv_layer, slots)
+    if chosen("kv_append", kv_layer.device) == FLASHINFER:
+        return flash.kv_append(k, v, kv_layer, slots)
     if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
