@@ -9,7 +9,7 @@ from torch.nn.functional import linear as _torch_linear
 
 from atts_engine.errors import InputError
 from atts_engine.ops import native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops.dispatch import TRITON, chosen, runs_native
 
 ROW_MULTIPLE = 16
 
@@ -42,22 +42,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x[N, H] / sqrt(mean(x^2) + eps) * weight[H] -> [N, H]; fp32 inside, the dtype of x outside."""
-    if runs_native("rms_norm", x) and x.shape[1] == weight.shape[0] and weight.dtype == x.dtype:
-        return native.rms_norm(x, weight, eps)
-    wide = x.float()
+    """x / sqrt(mean(x^2) + eps) * weight[H] over the last dimension of x[N, H] or x[N, h, H] -> the same shape; fp32
+    inside, rounded to the dtype of x and weight before the weight and after it.
+
+    Raises InputError where weight differs from x in width or dtype.
+    """
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise InputError(f"rms_norm: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}")
+    if chosen("rms_norm", x.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.rms_norm(x, weight, eps)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if runs_native("rms_norm", x):
+        return native.rms_norm(rows, weight, eps).view(x.shape)
+    wide = rows.float()
     scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True).add_(eps))
-    return (wide * scale).to(x.dtype) * weight
+    return ((wide * scale).to(x.dtype) * weight).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(s, rms_norm(s, weight[H], eps)) of s = x[N, H] + delta[N, H] in their dtype: a residual and the norm behind it,
-    which reads it while it is at hand. Raises InputError where x and delta differ in shape or dtype."""
+    which reads it while it is at hand. Raises InputError where shapes or dtypes differ."""
     if x.shape != delta.shape or x.dtype != delta.dtype:
         raise InputError(
             f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and delta {tuple(delta.shape)} {delta.dtype} differ"
         )
-    if runs_native("add_rms_norm", x) and x.shape[1] == weight.shape[0] and weight.dtype == x.dtype:
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise InputError(f"add_rms_norm: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}")
+    if chosen("add_rms_norm", x.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.add_rms_norm(x, delta, weight, eps)
+    if runs_native("add_rms_norm", x):
         return native.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)
@@ -68,8 +85,16 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
     Written out with `exp`: torch's own CPU silu and sigmoid round differently in the tail of a vector, so an element's
     bits would depend on its place in the batch. `exp` and the four operations do not.
+
+    Raises InputError where gate and up differ in shape or dtype.
     """
-    if runs_native("silu_mul", gate) and gate.shape == up.shape and up.dtype == gate.dtype:
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise InputError(f"silu_mul: gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}")
+    if chosen("silu_mul", gate.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.silu_mul(gate, up)
+    if runs_native("silu_mul", gate):
         return native.silu_mul(gate, up)
     wide = gate.float()
     return (wide / torch.neg(wide).exp_().add_(1.0)).mul_(up).to(gate.dtype)
@@ -77,9 +102,24 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x[N, h, D] by cos[N, D/2], sin[N, D/2] -> [N, h, D], halves rotated together
-    (the "rotate_half" convention: element i pairs with i + D/2). cos and sin are fp32."""
-    if runs_native("rope", x) and cos.shape == sin.shape == (x.shape[0], x.shape[2] // 2):
+    (the "rotate_half" convention: element i pairs with i + D/2). cos and sin are fp32; fp32 inside, each product and
+    each sum rounded on its own.
+
+    Raises InputError for an odd D and for angles of other shapes.
+    """
+    check_angles("rope", x, cos, sin)
+    if chosen("rope", x.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.rope(x, cos, sin)
+    if runs_native("rope", x):
         return native.rope(x, cos, sin)
     low, high = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def check_angles(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises InputError unless cos and sin are [N, D/2] for x[N, h, D]."""
+    if x.shape[2] % 2 or cos.shape != sin.shape or cos.shape != (x.shape[0], x.shape[2] // 2):
+        raise InputError(f"{op}: x {tuple(x.shape)} does not fit cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")

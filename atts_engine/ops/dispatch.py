@@ -22,11 +22,15 @@ OPS = (
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
     "kv_swap",
     "linear",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv_append",
     "sample",
     "score_logits",
     "score_tokens",
@@ -35,7 +39,22 @@ OPS = (
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
-TRITON_OPS = frozenset({"gate", "score_tokens"})
+TRITON_OPS = frozenset(
+    {
+        "add_rms_norm",
+        "gate",
+        "kv_append",
+        "kv_copy_pages",
+        "kv_gather",
+        "kv_scatter",
+        "kv_slots",
+        "rms_norm",
+        "rope",
+        "rope_kv_append",
+        "score_tokens",
+        "silu_mul",
+    }
+)
 NATIVE_OPS = frozenset(
     {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
 )
