@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Raises InputError where weight differs from x in width or dtype.
     """
-    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+    if x.dim() not in (2, 3) or weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise InputError(f"rms_norm: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}")
     if chosen("rms_norm", x.device) == TRITON:
         import atts_triton
@@ -68,7 +68,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
         raise InputError(
             f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and delta {tuple(delta.shape)} {delta.dtype} differ"
         )
-    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+    if x.dim() != 2 or weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise InputError(f"add_rms_norm: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}")
     if chosen("add_rms_norm", x.device) == TRITON:
         import atts_triton

@@ -69,18 +69,20 @@ def rope_kv_append(
     cos, sin: fp32 [N, D/2]. The keys that are stored have the bits of `rope` followed by `kv_append`, which on the CPU
     is what runs. Slots as `kv_slots` gives them, once for all layers; for them the words of `kv_append` hold.
 
-    Raises InputError as `rope` and `kv_append` do.
+    Raises InputError as `rope` and `kv_append` do, and for q and k of two dtypes.
     """
-    _check_append("rope_kv_append", k, v, kv_layer, slots)
-    check_angles("rope_kv_append", q, cos, sin)
-    if q.shape[::2] != k.shape[::2] or q.dtype != k.dtype:
-        raise InputError(f"rope_kv_append: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} do not fit")
+    if q.dtype != k.dtype:
+        raise InputError(f"rope_kv_append: q is {q.dtype}, k is {k.dtype}")
     if chosen("rope_kv_append", q.device) == TRITON:
         import atts_triton
 
+        _check_append("rope_kv_append", k, v, kv_layer, slots)
+        check_angles("rope_kv_append", q, cos, sin)
+        check_angles("rope_kv_append", k, cos, sin)
         return atts_triton.rope_kv_append(q, k, v, cos, sin, kv_layer, slots)
+    rotated = rope(q, cos, sin)
     kv_append(rope(k, cos, sin), v, kv_layer, slots)
-    return rope(q, cos, sin)
+    return rotated
 
 
 def _check_append(op: str, k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
