@@ -53,12 +53,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         import atts_triton
 
         return atts_triton.rms_norm(x, weight, eps)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 3:
+        return rms_norm(x.reshape(-1, x.shape[2]), weight, eps).view(x.shape)
     if runs_native("rms_norm", x):
-        return native.rms_norm(rows, weight, eps).view(x.shape)
-    wide = rows.float()
+        return native.rms_norm(x, weight, eps)
+    wide = x.float()
     scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True).add_(eps))
-    return ((wide * scale).to(x.dtype) * weight).view(x.shape)
+    return (wide * scale).to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
