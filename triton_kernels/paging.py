@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atts_triton.rows import check_dtypes, dense_rows, rotated, short_tile
+from atts_triton.rows import HEAD_DIMS, check_dtypes, dense_rows, rotated, short_tile
 from atts_triton.variants import POINTERS, Variant
 
 _SLOT_ROWS = 128
@@ -31,7 +31,7 @@ _COPY_BLOCK = 1024
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-@triton.jit(do_not_specialize=["N", "B", "W", "steps", "table_stride"])
+@triton.jit(do_not_specialize=["N", "B", "W", "page", "steps", "table_stride"])
 def _slots_kernel(
     position_ptr,  # [N] int64
     table_ptr,  # [B, W] int32
@@ -70,7 +70,7 @@ def _places(slot_ptr, token, head, live, slots, heads, dim):
     return (slot * heads + head) * dim, live & (slot >= 0) & (slot < slots)
 
 
-@triton.jit(do_not_specialize=["rows", "slots"])
+@triton.jit(do_not_specialize=["rows", "slots", "heads"])
 def _append_kernel(
     k_ptr,  # [rows / heads, heads, dim]
     v_ptr,  # [rows / heads, heads, dim]
@@ -98,7 +98,7 @@ def _append_kernel(
     tl.store(values_ptr + at, tl.load(v_ptr + (token * v_stride + head * v_head_stride)[:, None] + d, mask=mask), mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "q_programs"])
+@triton.jit(do_not_specialize=["tokens", "slots", "q_programs", "q_heads", "kv_heads"])
 def _rope_append_kernel(
     q_ptr,  # [tokens, q_heads, 2 HALF]
     k_ptr,  # [tokens, kv_heads, 2 HALF]
@@ -353,7 +353,8 @@ def _copy(
 def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copy pages src[C] int64 to dst[C] int64 in every layer of kv[L, 2, P, page, Hkv, D], in place.
 
-    Programs run in no order: a page must not be both a source and a destination. Raises ValueError for a kv with gaps.
+    Programs run in no order: a page must not be both a source and a destination. Page numbers are not checked, here and
+    in the two functions below. Raises ValueError for a kv with gaps.
     """
     layers, two, pages, page, heads, dim = kv.shape
     step = (pages, 1)
@@ -383,12 +384,10 @@ def variants() -> Iterator[Variant]:
     options = {"num_warps": 4, "enable_fp_fusion": False}
     signature = {"position_ptr": "*i64", "table_ptr": "*i32", "cu_q_ptr": "*i32", "slot_ptr": "*i64"}
     signature |= dict.fromkeys(("N", "B", "W", "page", "steps", "table_stride"), "i32")
-    for multiples in (frozenset({"page"}), frozenset[str]()):
-        name = f"kv_slots{'' if multiples else ' odd page'}"
-        yield Variant(name, _slots_kernel, signature, {"BLOCK": _SLOT_ROWS}, options, multiples)
+    yield Variant("kv_slots", _slots_kernel, signature, {"BLOCK": _SLOT_ROWS}, options)
     strides = tuple(f"{x}_{kind}" for x in ("q", "k", "v") for kind in ("stride", "head_stride"))
     for pointer in POINTERS.values():
-        for dim in (64, 128, 30):
+        for dim in HEAD_DIMS:
             signature = {"k_ptr": pointer, "v_ptr": pointer, "slot_ptr": "*i64", "keys_ptr": pointer}
             signature |= {"values_ptr": pointer} | dict.fromkeys(("rows", "slots", "heads", *strides[2:]), "i32")
             tile = short_tile(dim)

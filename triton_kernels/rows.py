@@ -68,7 +68,7 @@ def _write_norm(x, scale, weight_ptr, sum_ptr, out_ptr, column, at, inside, mask
     tl.store(out_ptr + at, normed.to(tl.float32) * weight.to(tl.float32)[None, :], mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _norm_kernel(
     x_ptr,  # [rows / heads, heads, width]
     delta_ptr,  # [rows, width], or None
@@ -143,7 +143,7 @@ def rotated(x_ptr, x_at, cos, sin, mask, HALF: tl.constexpr):
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _rope_kernel(
     x_ptr,  # [rows / heads, heads, 2 HALF]
     cos_ptr,  # [rows / heads, HALF] fp32
@@ -283,7 +283,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-_WIDTHS = (576, 4096, 8192, 16384, 32768, 4100)
+HEAD_DIMS = (16, 64, 128, 256, 30)
+"""Sizes of a head in the list of variants; the last divides by nothing."""
+_WIDTHS = (576, 2048, 4096, 8192, 16384, 32768, 4100)
 """Widths of rows, one for each way that a norm's tile comes out; the last divides by nothing."""
 
 
@@ -291,7 +293,7 @@ def variants() -> Iterator[Variant]:
     """What the wrappers launch."""
     for pointer in POINTERS.values():
         dtype = pointer[1:]
-        for width in (64, 128, *_WIDTHS):
+        for width in (*HEAD_DIMS, *_WIDTHS):
             for residual in (False, True) if width in _WIDTHS else (False,):
                 yield _norm_variant(pointer, width, residual)
         for width in (14336, 61):
@@ -301,7 +303,7 @@ def variants() -> Iterator[Variant]:
             constants = {"BLOCK": min(_TILE, triton.next_power_of_2(width))}
             options = {"num_warps": 4, "enable_fp_fusion": True}
             yield Variant(f"silu_mul {dtype} F={width}", _silu_mul_kernel, signature, constants, options, sixteens)
-        for dim in (64, 128, 30):
+        for dim in HEAD_DIMS:
             tile = short_tile(dim // 2)
             signature = {"x_ptr": pointer, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": pointer}
             strides = ("x_stride", "x_head_stride", "cos_stride", "sin_stride")
@@ -326,5 +328,6 @@ def _norm_variant(pointer: str, width: int, residual: bool) -> Variant:
         signature,
         constants,
         {"num_warps": tile.num_warps, "enable_fp_fusion": True},
-        frozenset() if width % 16 else frozenset({"width", *strides}),
+        # Strides that are not used are 0.
+        frozenset(strides[1:] if not residual else strides[1:2]) | (frozenset() if width % 16 else {"width", *strides}),
     )

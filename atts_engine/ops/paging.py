@@ -117,7 +117,8 @@ def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
 def kv_gather(kv: Tensor, pages: Tensor) -> Tensor:
     """Pages pages[C] int64 of kv[L, 2, P, page, Hkv, D], each in one piece -> [C, L, 2, page, Hkv, D].
 
-    With a sequence's row of the block table: its keys and values without gaps, to be moved or handed over.
+    With a sequence's row of the block table: its keys and values without gaps, to be moved or handed over. Every page
+    must be one of the cache; a GPU does not look.
     """
     if chosen("kv_gather", kv.device) == TRITON:
         import atts_triton
