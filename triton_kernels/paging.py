@@ -52,10 +52,10 @@ def _slots_kernel(
     high = tl.zeros((BLOCK,), tl.int32) + B
     for _ in range(steps):
         middle = (low + high) // 2
-        open = low < high
-        past = tl.load(cu_q_ptr + 1 + middle, mask=live & open, other=0) <= row
-        low = tl.where(open & past, middle + 1, low)
-        high = tl.where(open & ~past, middle, high)
+        searching = low < high
+        past = tl.load(cu_q_ptr + 1 + middle, mask=live & searching, other=0) <= row
+        low = tl.where(searching & past, middle + 1, low)
+        high = tl.where(searching & ~past, middle, high)
     position = tl.load(position_ptr + row, mask=live, other=0)
     index = position // page
     known = live & (low < B) & (position >= 0) & (index < W)
