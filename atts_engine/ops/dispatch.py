@@ -25,11 +25,15 @@ OPS = (
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
     "kv_swap",
     "linear",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv_append",
     "sample",
     "score_logits",
     "score_tokens",
@@ -38,7 +42,23 @@ OPS = (
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference, and whose plan in FlashInfer, reads tensors on the host."""
-TRITON_OPS = frozenset({"gate", "sample", "score_tokens"})
+TRITON_OPS = frozenset(
+    {
+        "add_rms_norm",
+        "gate",
+        "kv_append",
+        "kv_copy_pages",
+        "kv_gather",
+        "kv_scatter",
+        "kv_slots",
+        "rms_norm",
+        "rope",
+        "rope_kv_append",
+        "sample",
+        "score_tokens",
+        "silu_mul",
+    }
+)
 NATIVE_OPS = frozenset(
     {
         "add_rms_norm",
@@ -200,7 +220,7 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor, as it does inside `checked()`."""
-    enqueued = op not in _HOST_READERS or chosen(op, device) not in (REFERENCE, FLASHINFER)
+    enqueued = chosen(op, device) not in (REFERENCE, FLASHINFER) or op not in _HOST_READERS
     return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
 
 

@@ -25,7 +25,7 @@ from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
 
 _ALIGNMENT = 64
-GRAPH_OPS = ("add_rms_norm", "linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
+GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 
@@ -152,8 +152,7 @@ class Runner:
             if step.swap_out:
                 pages, slots = _last_writes(step.swap_out)
                 ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), True)
-            if step.copies:
-                source, destination = _last_writes(step.copies)
+            for source, destination in copy_rounds(step.copies):
                 ops.kv_copy_pages(self.kv, self._ints(source), self._ints(destination))
             if step.swap_in:
                 slots, pages = _last_writes(step.swap_in)
@@ -203,15 +202,15 @@ class Runner:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(logits [S, V], log-probabilities [T] of scored tokens), None where nobody wants them."""
         a = arrays
-        ids, positions, slots, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
+        ids, positions, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
             [
-                a.ids, a.positions, a.slots, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from,
-                a.score_rows, a.score_ids, a.sample_rows,
+                a.ids, a.positions, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from, a.score_rows,
+                a.score_ids, a.sample_rows,
             ],
             self.device,
         )  # fmt: skip
         fill_futures(ids, late, source, futures)
-        hidden = self.decoder.forward(ForwardBatch(ids, positions, slots, table, cu_q, kv_len), self.kv)
+        hidden = self.decoder.forward(ForwardBatch(ids, positions, table, cu_q, kv_len), self.kv)
         scores = ops.score_tokens(hidden[score_rows], self.decoder.lm_head, score_ids) if len(score_rows) else None
         logits = self.decoder.logits(hidden[sample_rows]) if len(sample_rows) else None
         return logits, scores
@@ -247,6 +246,26 @@ def _graphs_wanted(graphs: bool | None, device: torch.device) -> bool:
     return not missing
 
 
+def copy_rounds(copies: Iterable[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """(sources, destinations) of copies that may be made in any order, one list of them after the other.
+
+    Mostly one: only where a sequence gave up a page that was copied from earlier in the step, and another one's copy
+    goes there, must the first have been made.
+    """
+    rounds: list[tuple[list[int], list[int]]] = []
+    touched: set[int] = set()
+    written: set[int] = set()
+    for source, destination in copies:
+        if not rounds or destination in touched or source in written:
+            rounds.append(([], []))
+            touched, written = set(), set()
+        rounds[-1][0].append(source)
+        rounds[-1][1].append(destination)
+        touched |= {source, destination}
+        written.add(destination)
+    return rounds
+
+
 def _idle_arrays(rows: int) -> StepArrays:
     """A step of `rows` sequences of one token each, which all lie in the first slot of PAD_PAGE: it writes where
     nobody's tokens are, and what it writes is finite."""
@@ -254,7 +273,6 @@ def _idle_arrays(rows: int) -> StepArrays:
     return StepArrays(
         ids=zeros.copy(),
         positions=zeros,
-        slots=zeros,
         block_table=np.zeros((rows, 1), dtype=np.int32),
         cu_q=np.arange(rows + 1, dtype=np.int32),
         kv_len=np.ones(rows, dtype=np.int32),
