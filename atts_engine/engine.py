@@ -15,7 +15,7 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
-from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
+from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored, Policy, TopB, make_policy
 from atts_engine.errors import InputError, QueueFull
 from atts_engine.models import Decoder, Model, load_model, resolve_device
 from atts_engine.ops import tuning
@@ -251,6 +251,8 @@ class AsyncEngine:
             raise InputError(
                 f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
             )
+        if params.early_verdict:
+            self._check_early(calibrator)
         name = (id(calibrator), params.policy)
         gate = self._gates.get(name)
         if gate is None:
@@ -261,6 +263,22 @@ class AsyncEngine:
                 policy = made
             gate = self._gates[name] = ConformalGate(calibrator, self._announce, policy)
         return gate
+
+    def _check_early(self, calibrator: Calibrator) -> None:
+        if not calibrator.frozen:
+            raise InputError(
+                "early_verdict needs a frozen calibration: a span that ends early has no whole score to learn from; "
+                "save one with `atts calibrate` and load it frozen, or leave early_verdict off"
+            )
+        if isinstance(calibrator, Monitored):
+            raise InputError(
+                "early_verdict leaves a monitor no p-values of whole spans to watch; leave one of the two out"
+            )
+        if self._pair.tongues.codecs is not None:
+            raise InputError(
+                "early_verdict needs a pair that shares a tokenizer: with two, nobody knows how many of the target's "
+                "tokens a span will have at most"
+            )
 
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
         key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,

@@ -118,6 +118,13 @@ class Call {
     }
   }
 
+  // Address of rows that go to or come with the cache.
+  void* rows(const char* name, const TensorView& x, std::initializer_list<int64_t> shape, const TensorView& cache) const {
+    same_dtype(name, x, cache);
+    rows_without_gaps(name, x);
+    return strided(name, x, shape);
+  }
+
   void finish(int status) const {
     if (status == ATTS_OK) return;
     if (status == ATTS_ERROR_CUDA) TVM_FFI_THROW(RuntimeError) << op_ << ": " << atts_strerror(status);
@@ -247,27 +254,46 @@ void score_logits(TensorView logits, TensorView ids, TensorView logprob, Optiona
   call.finish(atts_score_logits(&s, call.stream()));
 }
 
+// What both appends have in common: keys, values, the cache and the slots.
+void take_append(const Call& call, atts_kv_append_params& params, const TensorView& k, const TensorView& v,
+                 const TensorView& kv_layer, const TensorView& slots) {
+  params.dtype = floating(call.op(), "kv_layer", kv_layer);
+  params.kv = call.dense("kv_layer", kv_layer, {2, kAny, kAny, kAny, kAny});
+  params.page = kv_layer.size(2);
+  params.slot_count = kv_layer.size(1) * params.page;
+  params.kv_heads = kv_layer.size(3);
+  params.head_dim = kv_layer.size(4);
+  params.slots = call.dense<int64_t>("slots", slots, {kAny}, kInt64);
+  params.rows = slots.size(0);
+  params.k = call.rows("k", k, {params.rows, params.kv_heads, params.head_dim}, kv_layer);
+  params.v = call.rows("v", v, {params.rows, params.kv_heads, params.head_dim}, kv_layer);
+  params.k_stride = k.stride(0);
+  params.k_head_stride = k.stride(1);
+  params.v_stride = v.stride(0);
+  params.v_head_stride = v.stride(1);
+}
+
 void kv_append(TensorView k, TensorView v, TensorView kv_layer, TensorView slots) {
   const Call call("kv_append", kv_layer);
   auto a = zeroed<atts_kv_append_params>();
-  a.dtype = floating("kv_append", "kv_layer", kv_layer);
-  a.kv = call.dense("kv_layer", kv_layer, {2, kAny, kAny, kAny, kAny});
-  a.page = kv_layer.size(2);
-  a.slot_count = kv_layer.size(1) * a.page;
-  a.kv_heads = kv_layer.size(3);
-  a.head_dim = kv_layer.size(4);
-  a.rows = k.ndim() > 0 ? k.size(0) : 0;
-  a.k = call.strided("k", k, {kAny, a.kv_heads, a.head_dim});
-  a.v = call.strided("v", v, {a.rows, a.kv_heads, a.head_dim});
-  for (const auto& [name, x] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
-    call.same_dtype(name, *x, kv_layer);
-    call.rows_without_gaps(name, *x);
-  }
-  a.k_stride = k.stride(0);
-  a.k_head_stride = k.stride(1);
-  a.v_stride = v.stride(0);
-  a.v_head_stride = v.stride(1);
-  a.slots = call.dense<int64_t>("slots", slots, {a.rows}, kInt64);
+  take_append(call, a, k, v, kv_layer, slots);
+  call.finish(atts_kv_append(&a, call.stream()));
+}
+
+void rope_kv_append(TensorView q, TensorView k, TensorView v, TensorView cosine, TensorView sine, TensorView kv_layer,
+                    TensorView slots, TensorView q_out) {
+  const Call call("rope_kv_append", kv_layer);
+  auto a = zeroed<atts_kv_append_params>();
+  take_append(call, a, k, v, kv_layer, slots);
+  a.cosine = call.dense<float>("cos", cosine, {a.rows, a.head_dim / 2}, kFloat32);
+  a.sine = call.dense<float>("sin", sine, {a.rows, a.head_dim / 2}, kFloat32);
+  a.q = call.rows("q", q, {a.rows, kAny, a.head_dim}, kv_layer);
+  a.heads = q.size(1);
+  a.q_out = call.rows("q_out", q_out, {a.rows, a.heads, a.head_dim}, kv_layer);
+  a.q_stride = q.stride(0);
+  a.q_head_stride = q.stride(1);
+  a.q_out_stride = q_out.stride(0);
+  a.q_out_head_stride = q_out.stride(1);
   call.finish(atts_kv_append(&a, call.stream()));
 }
 
@@ -327,6 +353,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_append, kv_append)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_copy_pages, kv_copy_pages)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_gather, kv_gather)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_swap, kv_swap)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_kv_append, rope_kv_append)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(score_logits, score_logits)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(score_logits_workspace, score_logits_workspace)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(span_mean, span_mean)

@@ -40,6 +40,7 @@ def test_it_runs_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cuda, "lacking", dict)
     dispatch._Selection.forget()
     assert all(ops.chosen(op, "cuda") != "cuda" for op in ops.available())
+    assert set(ops.available()) >= dispatch.CUDA_OPS
     with ops.use("cuda"):
         assert all(ops.chosen(op, "cuda") == "cuda" for op in dispatch.CUDA_OPS)
         assert ops.chosen("rope", "cuda") != "cuda"
@@ -158,11 +159,26 @@ def test_paging(dtype: torch.dtype) -> None:
         run(mirror, host_mirror)
     assert kv.count_nonzero() and host.count_nonzero()
     assert torch.equal(kv, mirror) and torch.equal(host, host_mirror)
-    gathered = cuda.kv_gather(kv, pages)
+    gathered = ops.kv_gather(kv, pages)
     assert torch.equal(gathered, kv.movedim(2, 0)[pages])
-    cuda.kv_scatter(gathered, kv, pages.flip(0))
+    ops.kv_scatter(gathered, kv, pages.flip(0))
     mirror.movedim(2, 0)[pages.flip(0)] = gathered
     assert torch.equal(kv, mirror)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rope_kv_append(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    kv, mirror = (torch.zeros(2, 3, 4, 2, 8, dtype=dtype) for _ in range(2))
+    q = torch.randn(5, 8, 6, generator=g).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, 5, 2, 8, generator=g).to(dtype)
+    angle, slots = torch.randn(5, 4, generator=g), torch.tensor([3, 0, 11, 7, 6])
+    turned = ops.rope_kv_append(q, k, v, angle.cos(), angle.sin(), kv, slots)
+    with ops.use("reference"):
+        wanted = ops.rope_kv_append(q, k, v, angle.cos(), angle.sin(), mirror, slots)
+    assert torch.equal(turned, wanted) and turned.is_contiguous()
+    assert torch.equal(kv, mirror) and kv.count_nonzero()
 
 
 @pytest.mark.usefixtures("on_host")

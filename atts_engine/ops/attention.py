@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import checks, flash, native
+from atts_engine.ops.dispatch import FLASHINFER, chosen, runs_native
 
 ROW_BLOCK = 4
 """Query rows are padded to a multiple of this: a batched CPU product gives a row the same bits for every such M
@@ -52,6 +52,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
         self._planned: tuple[Tensor, Tensor, Tensor] | None = None
         self._plan: list[_Group] = []
+        self._flash: flash.Attention | None = None
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """An fp32 tensor of this shape; what it holds is left over from an earlier use, but finite."""
@@ -68,6 +69,12 @@ class Scratch:
             self._plan = _plan(q, kv_layer, block_table, cu_q, kv_len)
             self._planned = (block_table, cu_q, kv_len)
         return self._plan
+
+    def flashinfer(self, device: torch.device) -> flash.Attention:
+        """FlashInfer's attention with the workspace and the plan of this caller."""
+        if self._flash is None or self._flash.device != device:
+            self._flash = flash.Attention(device)
+        return self._flash
 
 
 def paged_attention(
@@ -97,6 +104,8 @@ def paged_attention(
     if runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
         return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
+    if chosen("paged_attention", q.device) == FLASHINFER:
+        return scratch.flashinfer(q.device)(q, kv_layer, block_table, cu_q, kv_len, scale)
     out = torch.empty_like(q)
     for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len):
         _attend(out, q, kv_layer, group, scale, scratch)

@@ -149,8 +149,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> None:
-    if x.dim() != 2 or weight.shape != x.shape[1:] or x.dtype not in FLOATS or _differ(x, weight):
-        _misfit("rms_norm", x, ("x", x, (-1, -1), FLOATS), ("weight", weight, (_side(x, 1),), (x.dtype,)))
+    if x.dim() not in (2, 3) or weight.shape != x.shape[-1:] or x.dtype not in FLOATS or _differ(x, weight):
+        sides = (-1, -1, -1) if x.dim() == 3 else (-1, -1)
+        _misfit("rms_norm", x, ("x", x, sides, FLOATS), ("weight", weight, (_side(x, x.dim() - 1),), (x.dtype,)))
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor) -> None:
@@ -179,7 +180,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> None:
         _misfit("silu_mul", gate, *found)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope", name: str = "x") -> None:
     shape = x.shape
     if (
         len(shape) != 3
@@ -191,11 +192,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         or _differ(cos, sin)
         or x.device != cos.device
     ):
-        tensor("rope", "x", x, (-1, -1, -1), FLOATS, x)
+        tensor(op, name, x, (-1, -1, -1), FLOATS, x)
         if shape[2] % 2:
-            raise InputError(f"rope: x has heads of {shape[2]} elements, which do not halve")
+            raise InputError(f"{op}: {name} has heads of {shape[2]} elements, which do not halve")
         halves = (shape[0], shape[2] // 2)
-        _misfit("rope", x, ("cos", cos, halves, (_FP32,)), ("sin", sin, halves, (_FP32,)))
+        _misfit(op, x, ("cos", cos, halves, (_FP32,)), ("sin", sin, halves, (_FP32,)))
 
 
 def _differ(x: Tensor, y: Tensor) -> bool:
@@ -206,7 +207,24 @@ def _differ(x: Tensor, y: Tensor) -> bool:
 # Paging ---------------------------------------------------------------------------------------------------------------
 
 
-def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
+def kv_slots(positions: Tensor, block_table: Tensor, cu_q: Tensor, page: int) -> None:
+    if (
+        positions.dim() != 1
+        or block_table.dim() != 2
+        or cu_q.shape != (block_table.shape[0] + 1,)
+        or (positions.dtype, block_table.dtype, cu_q.dtype) != (_INT64, _INT32, _INT32)
+        or not (positions.device == block_table.device == cu_q.device)
+    ):
+        table = ("block_table", block_table, (-1, -1), (_INT32,))
+        bounds = ("cu_q", cu_q, (_side(block_table, 0) + 1,), (_INT32,))
+        _misfit("kv_slots", positions, ("positions", positions, (-1,), (_INT64,)), table, bounds)
+    if page < 1:
+        raise InputError(f"kv_slots: a page holds at least one token, not {page}")
+    if _Values.on:
+        within("kv_slots", "positions", positions, 0, block_table.shape[1] * page, "a row of the block table")
+
+
+def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor, op: str = "kv_append") -> None:
     if (
         kv_layer.dim() != 5
         or k.dim() != 3
@@ -221,24 +239,51 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
         heads = (_side(kv_layer, 3), _side(kv_layer, 4))
         cache = ("kv_layer", kv_layer, (2, -1, -1, -1, -1), FLOATS)
         rows = ("k", k, (-1, *heads), FLOATS), ("v", v, (_side(k, 0), *heads), (k.dtype,))
-        _misfit("kv_append", kv_layer, cache, *rows, ("slots", slots, (_side(k, 0),), (_INT64,)))
-    dense("kv_append", "kv_layer", kv_layer)
+        _misfit(op, kv_layer, cache, *rows, ("slots", slots, (_side(k, 0),), (_INT64,)))
+    dense(op, "kv_layer", kv_layer)
     if _Values.on:
-        within("kv_append", "slots", slots, 0, kv_layer.shape[1] * kv_layer.shape[2], "the cache")
+        within(op, "slots", slots, 0, kv_layer.shape[1] * kv_layer.shape[2], "the cache")
         # Rows that only fill a step up all write to page 0, which holds nobody's tokens.
-        distinct("kv_append", "slots", slots[slots >= kv_layer.shape[2]])
-        apart("kv_append", "k", k, "kv_layer", kv_layer)
-        apart("kv_append", "v", v, "kv_layer", kv_layer)
+        distinct(op, "slots", slots[slots >= kv_layer.shape[2]])
+        apart(op, "k", k, "kv_layer", kv_layer)
+        apart(op, "v", v, "kv_layer", kv_layer)
+
+
+def rope_kv_append(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
+    op = "rope_kv_append"
+    rope(q, cos, sin, op, "q")
+    rope(k, cos, sin, op, "k")
+    if q.dtype is not k.dtype:
+        tensor(op, "q", q, (-1, -1, -1), (k.dtype,), k)
+    kv_append(k, v, kv_layer, slots, op)
 
 
 def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
-    pool = ("kv", kv, (-1, 2, -1, -1, -1, -1), FLOATS)
+    pool = ("kv", kv, (-1, 2, -1, -1, -1, -1), (kv.dtype,))  # moved as it is, whatever it is
     pages = ("src", src, (-1,), (_INT64,)), ("dst", dst, (_side(src, 0),), (_INT64,))
     _misfit("kv_copy_pages", kv, pool, *pages)
     if values_read(kv):
         within("kv_copy_pages", "src", src, 0, kv.shape[2], "the pool")
         within("kv_copy_pages", "dst", dst, 0, kv.shape[2], "the pool")
         distinct("kv_copy_pages", "dst", dst)
+        both = src[torch.isin(src, dst)]
+        if both.numel():
+            raise InputError(f"kv_copy_pages: page {int(both[0])} is read and written in one call, in no order")
+
+
+def kv_gather(kv: Tensor, pages: Tensor) -> None:
+    _misfit("kv_gather", kv, ("kv", kv, (-1, 2, -1, -1, -1, -1), (kv.dtype,)), ("pages", pages, (-1,), (_INT64,)))
+    if values_read(kv):
+        within("kv_gather", "pages", pages, 0, kv.shape[2], "the pool")
+
+
+def kv_scatter(staged: Tensor, kv: Tensor, pages: Tensor) -> None:
+    op = "kv_scatter"
+    _misfit(op, kv, ("kv", kv, (-1, 2, -1, -1, -1, -1), (kv.dtype,)), ("pages", pages, (-1,), (_INT64,)))
+    tensor(op, "staged", staged, (pages.shape[0], *kv.shape[:2], *kv.shape[3:]), (kv.dtype,), kv)
+    if values_read(kv):
+        within(op, "pages", pages, 0, kv.shape[2], "the pool")
+        distinct(op, "pages", pages)
 
 
 def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: bool) -> None:

@@ -112,6 +112,16 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
     _call("kv_append", k, v, kv_layer, slots.contiguous())
 
 
+def rope_kv_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, slots: Tensor
+) -> Tensor:
+    """q, k and v have the dtype of the cache. For a slot outside the cache nothing is written, of its query neither."""
+    q, k, v = (_rows_without_gaps(t) for t in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _call("rope_kv_append", q, k, v, cos.contiguous(), sin.contiguous(), kv_layer, slots.contiguous(), out)
+    return out
+
+
 def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
     """Copies run in no order: no page may be both a source and a destination."""
     _call("kv_copy_pages", kv, src.contiguous(), dst.contiguous())

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, cuda, native
+from atts_engine.ops import checks, cuda, flash, native
 
 REFERENCE = "reference"
 TRITON = "triton"
 NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 FLASHINFER = "flashinfer"
+"""The ops of `flash.OPS` on a CUDA device, never chosen by itself."""
 CUDA = "cuda"
 """csrc/ on a GPU. Not chosen by itself as long as no measurement says where it is the quicker one."""
 OPS = (
@@ -26,11 +27,15 @@ OPS = (
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
     "kv_swap",
     "linear",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv_append",
     "sample",
     "score_logits",
     "score_tokens",
@@ -38,8 +43,24 @@ OPS = (
     "span_mean",
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
-"""Ops whose reference reads tensors on the host."""
-TRITON_OPS = frozenset({"gate", "score_tokens"})
+"""Ops whose reference, and whose plan in FlashInfer, reads tensors on the host."""
+TRITON_OPS = frozenset(
+    {
+        "add_rms_norm",
+        "gate",
+        "kv_append",
+        "kv_copy_pages",
+        "kv_gather",
+        "kv_scatter",
+        "kv_slots",
+        "rms_norm",
+        "rope",
+        "rope_kv_append",
+        "sample",
+        "score_tokens",
+        "silu_mul",
+    }
+)
 NATIVE_OPS = frozenset(
     {
         "add_rms_norm",
@@ -54,8 +75,19 @@ NATIVE_OPS = frozenset(
         "silu_mul",
     }
 )
-FLASHINFER_OPS: frozenset[str] = frozenset()
-CUDA_OPS = frozenset({"gate", "kv_append", "kv_copy_pages", "kv_swap", "score_logits", "span_mean"})
+CUDA_OPS = frozenset(
+    {
+        "gate",
+        "kv_append",
+        "kv_copy_pages",
+        "kv_gather",
+        "kv_scatter",
+        "kv_swap",
+        "rope_kv_append",
+        "score_logits",
+        "span_mean",
+    }
+)
 _PRODUCTS = frozenset({"linear", "score_tokens"})
 """Native ops that are left to torch where `native.products_are_torchs`."""
 _DEFAULTS = {"cpu": NATIVE, "cuda": TRITON}
@@ -78,20 +110,26 @@ def _triton_devices() -> frozenset[str]:
     return frozenset({"cuda"}) if torch.cuda.is_available() else frozenset()
 
 
-def _no_gpu(package: str, kernels: str, device_type: str) -> Obstacle | None:
-    """What keeps a package's GPU kernels from tensors of this device type."""
-    if importlib.util.find_spec(package) is None:
-        return Obstacle("not installed", f"{kernels} need {package}: pip install 'atts-engine[gpu]'")
+def _no_gpu(kernels: str, device_type: str) -> Obstacle | None:
+    """What keeps a GPU's kernels from tensors of this device type."""
     if device_type != "cuda":
         return Obstacle("GPU only", f"{kernels} cannot run on {device_type}: use a cuda device or use('reference')")
     return None if torch.cuda.is_available() else Obstacle("no GPU", f"{kernels} need a CUDA device")
 
 
 def _no_triton(device_type: str) -> Obstacle | None:
+    if importlib.util.find_spec("triton") is None:
+        return Obstacle("not installed", "Triton kernels need triton: pip install 'atts-engine[gpu]'")
     if device_type in _triton_devices():
         return None
-    found = _no_gpu("triton", "Triton kernels", device_type)
-    return found or Obstacle("no GPU", "Triton kernels need a CUDA device")
+    return _no_gpu("Triton kernels", device_type) or Obstacle("no GPU", "Triton kernels need a CUDA device")
+
+
+def _no_flashinfer(device_type: str) -> Obstacle | None:
+    lacking = flash.lacking()
+    if lacking is not None:
+        return Obstacle("not installed", lacking)
+    return _no_gpu("FlashInfer's kernels", device_type)
 
 
 def _no_native(device_type: str) -> Obstacle | None:
@@ -115,7 +153,7 @@ _MACHINE: dict[str, Callable[[str], Obstacle | None]] = {
     REFERENCE: lambda device_type: None,
     TRITON: _no_triton,
     NATIVE: _no_native,
-    FLASHINFER: lambda device_type: _no_gpu("flashinfer", "FlashInfer's kernels", device_type),
+    FLASHINFER: _no_flashinfer,
     CUDA: _no_cuda,
 }
 """What this machine lacks for each implementation, by device type."""
@@ -123,7 +161,7 @@ IMPLEMENTATIONS = tuple(_MACHINE)
 
 
 def _ops_of(impl: str) -> frozenset[str]:
-    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: FLASHINFER_OPS, CUDA: CUDA_OPS}
+    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: flash.OPS, CUDA: CUDA_OPS}
     return kernels[impl] if impl in kernels else frozenset(OPS)
 
 
@@ -170,7 +208,7 @@ def chosen(op: str, device: torch.device | str) -> str:
 
     An op without a kernel of the forced implementation is left to the device's own choice; one that has a kernel which
     cannot run on that device raises InputError instead of falling back. "native-bf16" is chosen by itself on a CPU,
-    for products unless torch's own are faster there.
+    for products unless torch's own are faster there (AMX).
     """
     decided = _Selection.decided
     found = decided.get((op, device))
@@ -206,7 +244,7 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor, as it does inside `checked()`."""
-    enqueued = chosen(op, device) != REFERENCE or op not in _HOST_READERS
+    enqueued = chosen(op, device) not in (REFERENCE, FLASHINFER) or op not in _HOST_READERS
     return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
 
 

@@ -143,11 +143,36 @@ def _paging(s: Sizes, dtype: torch.dtype, item: int) -> Iterator[Case]:
             k, v = (r.normal(rows, s.kv_heads, s.dim) for _ in range(2))
             return k, v, pool, r.pages(rows, pool.shape[1] * s.page)
 
-        yield Case("kv_append", f"N={rows} h={s.kv_heads} D={s.dim}", dtype, append, 2 * rows * token + 8 * rows)
+        def turn_and_append(device: torch.device, seed: int, rows: int = rows) -> tuple[Any, ...]:
+            r = _Random(device, dtype, seed)
+            pool = _pool(r, s, rows // s.page + 2)
+            q, k, v = r.normal(rows, s.heads + 2 * s.kv_heads, s.dim).split([s.heads, s.kv_heads, s.kv_heads], 1)
+            angle = r.normal(rows, s.dim // 2, dtype=torch.float32)
+            return q, k, v, angle.cos(), angle.sin(), pool, r.pages(rows, pool.shape[1] * s.page)
+
+        def slots(device: torch.device, seed: int, rows: int = rows) -> tuple[Any, ...]:
+            table = _Random(device, dtype, seed).pages(rows // s.page + 1, rows // s.page + 1).int()[None]
+            bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
+            return torch.arange(rows, device=device), table, bounds, s.page
+
+        label = f"N={rows} h={s.kv_heads} D={s.dim}"
+        yield Case("kv_append", label, dtype, append, 2 * rows * token + 8 * rows)
+        turned = 2 * rows * s.heads * s.dim * item + rows * s.dim * 4
+        yield Case("rope_kv_append", label, dtype, turn_and_append, turned + 2 * rows * token + 8 * rows)
+        yield Case("kv_slots", f"N={rows}", dtype, slots, 16 * rows + 4 * (rows // s.page))
 
     def copy(device: torch.device, seed: int) -> tuple[Any, ...]:
         r = _Random(device, dtype, seed)
         return _pool(r, s, 2 * s.forks, s.layers), *r.pages(2 * s.forks, 2 * s.forks).chunk(2)
+
+    def gather(device: torch.device, seed: int) -> tuple[Any, ...]:
+        r = _Random(device, dtype, seed)
+        return _pool(r, s, 2 * s.forks, s.layers), r.pages(s.forks, 2 * s.forks)
+
+    def scatter(device: torch.device, seed: int) -> tuple[Any, ...]:
+        kv, pages = gather(device, seed)
+        staged = _Random(device, dtype, seed + 1).normal(s.forks, s.layers, 2, *kv.shape[3:])
+        return staged, kv, pages
 
     def swap(device: torch.device, seed: int) -> tuple[Any, ...]:
         r = _Random(device, dtype, seed)
@@ -158,6 +183,8 @@ def _paging(s: Sizes, dtype: torch.dtype, item: int) -> Iterator[Case]:
     moved = s.forks * s.layers * s.page * token
     label = f"pages={s.forks} layers={s.layers}"
     yield Case("kv_copy_pages", label, dtype, copy, 2 * moved)
+    yield Case("kv_gather", label, dtype, gather, 2 * moved)
+    yield Case("kv_scatter", label, dtype, scatter, 2 * moved)
     yield Case("kv_swap", label, dtype, swap, moved, link_bytes=moved)
 
 
