@@ -48,11 +48,13 @@ def test_another_project_finds_links_and_runs_both_libraries(csrc_install: Path,
     assert "libatts.so" not in _run("ldd", tmp_path / "atts_static_cpp")
 
 
-def test_the_example_appends_scores_and_decides(csrc_install: Path, root: Path, tmp_path: Path) -> None:
-    flags = (f"-Datts_ROOT={csrc_install}", "-DCMAKE_CXX_FLAGS=-Werror")
-    _run("cmake", "-S", root / "examples" / "cpp", "-B", tmp_path, *flags)
-    _run("cmake", "--build", tmp_path)
-    lines = _run(tmp_path / "verifier_step").splitlines()
+def test_the_example_is_built_and_says_what_its_page_says(csrc_install: Path, root: Path, tmp_path: Path) -> None:
+    page = (root / "docs" / "c-library.md").read_text(encoding="utf-8")
+    commands, shown = re.search(r"```bash\n(cmake -S examples/cpp .*?)```\n\n```\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
+    commands = commands.replace('"$PWD/build/atts"', f"'{csrc_install}'").replace("build/example", f"'{tmp_path}'")
+    said = _run("bash", "-ec", f"export CXXFLAGS=-Werror\n{commands}", cwd=root)
+    lines = re.search(r"^atts \d.*", said, re.DOTALL | re.MULTILINE).group().splitlines()  # type: ignore[union-attr]
+    assert lines == shown.splitlines()
     rows = [line.split(maxsplit=6) for line in lines[2:5]]
     # exp(margin) over itself and 999 ones, and 100 calibration scores from 0.5 in steps of 0.02.
     scores = [math.log1p(999 * math.exp(-margin)) for margin in (8.0, 6.0, 4.5)]

@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,91 +94,137 @@ def on_host(module: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cuda._function.cache_clear()
 
 
-@pytest.mark.usefixtures("on_host")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where ops forced to "cuda" take tensors: the CPU, by the host forms, or a GPU, by the kernels as installed."""
+    if request.param == "cpu":
+        request.getfixturevalue("on_host")
+        yield "cpu"
+        return
+    if cuda.lacking():
+        pytest.skip(f"the CUDA kernels of csrc/ lack {'; '.join(cuda.lacking().values())}")
+    with ops.use("cuda"):
+        yield "cuda"
+
+
+def _same(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
+    """To the bit, wherever they are."""
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("keys", "capacity"), [(1, 4), (3, 64), (2, 5000)])
-def test_gate(keys: int, capacity: int) -> None:
+def test_gate(device: str, keys: int, capacity: int) -> None:
     g = torch.Generator().manual_seed(capacity)
-    store = [torch.zeros(keys, capacity), torch.zeros(keys).long(), torch.zeros(keys).long()]
-    mirror = [t.clone() for t in store]
+    mirror = [torch.zeros(keys, capacity), torch.zeros(keys).long(), torch.zeros(keys).long()]
+    store = [t.clone().to(device) for t in mirror]
     for batch in (1, 7, 0, 40):
         score = torch.randint(0, 5, (batch,), generator=g).float()
         key = torch.randint(0, keys, (batch, 2), generator=g)[:, 0]  # with a stride
         level = torch.randint(0, (1 << 32) + 1, (batch,), generator=g)
         u = torch.randint(1, (1 << 32) + 1, (batch,), generator=g)
         insert = torch.rand(batch, generator=g) < 0.7
-        found = ops.gate(score, key, *store, level, u, insert)
+        moved = [t.to(device) for t in (score, key, level, u, insert)]
+        found = ops.gate(*moved[:2], *store, *moved[2:])
         with ops.use("reference"):
             wanted = ops.gate(score, key, *mirror, level, u, insert)
-        for mine, theirs in zip((*found, *store), (*wanted, *mirror), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+        _same((*found, *store), (*wanted, *mirror))
 
 
-@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_score_logits_with_any_strides(dtype: torch.dtype, rows: int) -> None:
+def test_score_logits_with_any_strides(device: str, dtype: torch.dtype, rows: int) -> None:
     g = torch.Generator().manual_seed(rows)
-    wide = (torch.randn(rows, 900, generator=g) * 4).to(dtype)
-    ids = torch.randint(0, 300, (rows,), generator=g)
+    wide = (torch.randn(rows, 900, generator=g) * 4).to(dtype).to(device)
+    ids = torch.randint(0, 300, (rows,), generator=g).to(device)
     for logits in (wide[:, :300].contiguous(), wide[:, 100:400], wide[:, ::3], wide[:, :300].t().contiguous().t()):
         exact = logits.double().log_softmax(1).gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(ops.score_logits(logits, ids).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("bounds", [torch.int32, torch.int64])
-def test_span_mean(bounds: torch.dtype) -> None:
+def test_span_mean(device: str, bounds: torch.dtype) -> None:
     logprob = -torch.rand(9, generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 2, 3, 9], dtype=bounds)
-    found = ops.span_mean(logprob, cu_seqlens)
+    found = ops.span_mean(logprob.to(device), cu_seqlens.to(device))
     with ops.use("reference"):
-        wanted = ops.span_mean(logprob, cu_seqlens)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+        _same(found, ops.span_mean(logprob, cu_seqlens))
 
 
-@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_paging(dtype: torch.dtype) -> None:
+def test_paging(device: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    kv, mirror = (torch.zeros(3, 2, 6, 4, 2, 8, dtype=dtype) for _ in range(2))
-    host, host_mirror = (torch.zeros(4, 3, 2, 4, 2, 8, dtype=dtype) for _ in range(2))
     fused = torch.randn(5, 3, 2, 8, generator=g).to(dtype)  # q, k and v of one product: rows and heads with strides
-    across = torch.randn(5, 8, 2, generator=g).transpose(1, 2)  # fp32 whatever the cache is, and gaps in its rows
+    across = torch.randn(5, 8, 2, generator=g)  # fp32 whatever the cache is, and gaps in its rows once transposed
     slots = torch.tensor([3, 0, 23, 7, 12])
     src, dst, pages, places = (torch.tensor(t) for t in ([0, 5], [2, 4], [5, 0, 3], [1, 3, 0]))
 
-    def run(kv: Tensor, host: Tensor) -> None:
-        ops.kv_append(fused[:, 1], fused[:, 2], kv[1], slots)
-        ops.kv_append(across, across, kv[2], slots)
-        ops.kv_copy_pages(kv, src, dst)
-        ops.kv_swap(kv, host, pages, places, True)
-        ops.kv_swap(kv, host, torch.tensor([1]), torch.tensor([3]), False)
+    def moves(device: str) -> list[Tensor]:
+        kv = torch.zeros(3, 2, 6, 4, 2, 8, dtype=dtype, device=device)
+        host = torch.zeros(4, 3, 2, 4, 2, 8, dtype=dtype, pin_memory=device == "cuda")
+        rows, columns = fused.to(device), across.to(device).transpose(1, 2)
+        ops.kv_append(rows[:, 1], rows[:, 2], kv[1], slots.to(device))
+        ops.kv_append(columns, columns, kv[2], slots.to(device))
+        ops.kv_copy_pages(kv, src.to(device), dst.to(device))
+        ops.kv_swap(kv, host, pages.to(device), places, True)
+        ops.kv_swap(kv, host, torch.tensor([1], device=device), torch.tensor([3]), False)
+        gathered = ops.kv_gather(kv, pages.to(device))
+        kept = gathered.clone()
+        ops.kv_scatter(gathered, kv, pages.flip(0).to(device))
+        if device == "cuda":
+            torch.cuda.synchronize()  # the host's pool is written by then
+        return [kv, host, kept]
 
-    run(kv, host)
+    found = moves(device)
     with ops.use("reference"):
-        run(mirror, host_mirror)
-    assert kv.count_nonzero() and host.count_nonzero()
-    assert torch.equal(kv, mirror) and torch.equal(host, host_mirror)
-    gathered = ops.kv_gather(kv, pages)
-    assert torch.equal(gathered, kv.movedim(2, 0)[pages])
-    ops.kv_scatter(gathered, kv, pages.flip(0))
-    mirror.movedim(2, 0)[pages.flip(0)] = gathered
-    assert torch.equal(kv, mirror)
+        wanted = moves("cpu")
+    assert all(t.count_nonzero() for t in wanted)
+    _same(found, wanted)
 
 
-@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rope_kv_append(dtype: torch.dtype) -> None:
+def test_rope_kv_append(device: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
-    kv, mirror = (torch.zeros(2, 3, 4, 2, 8, dtype=dtype) for _ in range(2))
     q = torch.randn(5, 8, 6, generator=g).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, 5, 2, 8, generator=g).to(dtype)
     angle, slots = torch.randn(5, 4, generator=g), torch.tensor([3, 0, 11, 7, 6])
-    turned = ops.rope_kv_append(q, k, v, angle.cos(), angle.sin(), kv, slots)
+
+    def turned(device: str) -> list[Tensor]:
+        kv = torch.zeros(2, 3, 4, 2, 8, dtype=dtype, device=device)
+        moved = [t.to(device) for t in (q, k, v, angle.cos(), angle.sin())]
+        return [ops.rope_kv_append(*moved, kv, slots.to(device)), kv]
+
+    found = turned(device)
     with ops.use("reference"):
-        wanted = ops.rope_kv_append(q, k, v, angle.cos(), angle.sin(), mirror, slots)
-    assert torch.equal(turned, wanted) and turned.is_contiguous()
-    assert torch.equal(kv, mirror) and kv.count_nonzero()
+        _same(found, turned("cpu"))
+    assert found[0].is_contiguous() and found[1].count_nonzero()
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_what_it_captured() -> None:
+    """Scores and the gate behind them, with workspaces, against the same calls made one by one."""
+    if cuda.lacking():
+        pytest.skip(f"the CUDA kernels of csrc/ lack {'; '.join(cuda.lacking().values())}")
+    g = torch.Generator().manual_seed(2)
+    logits, ids = torch.randn(4, 40000, generator=g).cuda(), torch.randint(0, 40000, (4,), generator=g).cuda()
+    bounds, key = torch.tensor([0, 1, 4]).cuda(), torch.zeros(2, dtype=torch.int64).cuda()
+    half = torch.full((2,), 1 << 31).cuda()
+    ring = (torch.rand(1, 8192, generator=g) * 4 + 9).cuda()
+
+    def step(size: Tensor, head: Tensor) -> Tensor:
+        score = ops.span_mean(ops.score_logits(logits, ids), bounds)[0]
+        return ops.gate(score, key, ring, size, head, half, half, torch.zeros(2, dtype=torch.bool, device="cuda")).p
+
+    size, head = torch.full((1,), 8000).cuda(), torch.full((1,), 8000).cuda()
+    with ops.use("cuda"):
+        wanted = step(size, head)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step(size, head)
+        for _ in range(3):
+            found.zero_()
+            graph.replay()
+            assert torch.equal(found, wanted)
 
 
 @pytest.mark.usefixtures("on_host")
