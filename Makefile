@@ -21,7 +21,7 @@ DEMO_PROBLEMS ?= 48
 DEMO_CHAINS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format check-gpu-code clean
+.PHONY: help setup demo test lint format check-gpu-code check-cuda-code clean
 
 help:
 	@echo "make demo            draft, target, ATTS and its synchronous form on held-out problems; report in $(DEMO_OUT)/"
@@ -73,20 +73,24 @@ format: $(DEV_READY)
 
 check-gpu-code: $(DEV_READY)
 	$(PY) -m atts_triton.aot
+	@$(MAKE) --no-print-directory check-cuda-code
+
+CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+    -gencode arch=compute_100a,code=sm_100a -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=compute_90
+
+check-cuda-code:
 ifeq ($(NVCC),)
 	@echo "nvcc not found: the CUDA sources in csrc/ were not compiled (make check-gpu-code NVCC=/path/to/nvcc)"
 else
 	@mkdir -p build/gpu-code
-	@set -e; for source in $$(find csrc -name '*.cu'); do \
+	@set -e; for source in $$(find csrc -name '*.cu' | sort); do \
+	    log=build/gpu-code/$$(basename $$source).log; \
 	    echo "nvcc $$source: sm_80, sm_90a, sm_100a, PTX for compute_80 and compute_90"; \
 	    $(NVCC) -std=c++17 -O3 -Icsrc/include -Icsrc -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
-	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100a,code=sm_100a \
-	        -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=compute_90 \
-	        -c $$source -o build/gpu-code/$$(basename $$source).o 2> build/gpu-code/$$(basename $$source).log \
-	        || { cat build/gpu-code/$$(basename $$source).log; exit 1; }; \
-	    sed -nE "s/.*Compiling entry function .* for '(sm_[0-9a-z]+)'.*/  \1/p; s/.*(Used [0-9]+ registers.*)/    \1/p; s/^ *(.*spill stores.*)/    \1/p" \
-	        build/gpu-code/$$(basename $$source).log; \
-	    if grep -qE '[1-9][0-9]* bytes spill' build/gpu-code/$$(basename $$source).log; then echo "$$source spills registers"; exit 1; fi; \
+	        $(CUDA_ARCHITECTURES) -c $$source -o build/gpu-code/$$(basename $$source).o 2> $$log || { cat $$log; exit 1; }; \
+	    spills=0; awk -f csrc/ptxas.awk $$log > $$log.txt || spills=1; \
+	    if command -v c++filt > /dev/null; then c++filt < $$log.txt; else cat $$log.txt; fi; \
+	    if [ $$spills = 1 ]; then echo "$$source spills registers"; exit 1; fi; \
 	done
 endif
 
