@@ -37,7 +37,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
 
 
 def params(op: str, **fields: torch.Tensor | int | float | None) -> ctypes.Structure:
-    """A struct with its size set, tensors as their addresses, and 0 in what is not named. It keeps the tensors alive."""
+    """A struct with its size set, tensors as their addresses, and 0 in what is not named. It keeps these alive."""
     kind = STRUCTS[op]
     made = kind(struct_size=ctypes.sizeof(kind))
     for name, value in fields.items():

@@ -72,11 +72,7 @@ def device(host: ctypes.CDLL) -> Iterator[Form]:
     host.cuda_host_forget_memory()
 
 
-@pytest.fixture(params=[*SEEDS, "cpu"])
-def form(request: pytest.FixtureRequest) -> Form:
-    """The form for the device under some orders of its warps, and that for the CPU."""
-    if request.param != "cpu":
-        return _device_form(request.getfixturevalue("host"), request.param)
+def cpu_form() -> Form:
     installed = native.library()
     if installed is None:
         pytest.skip("csrc/ was not built at installation: CMake and a C++ compiler are needed")
@@ -86,6 +82,12 @@ def form(request: pytest.FixtureRequest) -> Form:
         return getattr(library, f"atts_{op}_cpu")(ctypes.byref(params(op, **fields)))
 
     return call
+
+
+@pytest.fixture(params=[*SEEDS, "cpu"])
+def form(request: pytest.FixtureRequest, host: ctypes.CDLL) -> Form:
+    """The form for the device under some orders of its warps, and that for the CPU."""
+    return cpu_form() if request.param == "cpu" else _device_form(host, request.param)
 
 
 def counts(host: ctypes.CDLL) -> dict[str, int]:
@@ -515,3 +517,18 @@ def test_a_missing_barrier_is_found(root: Path, tmp_path: Path, name: str) -> No
         return status != 0 or not all(same(results[key], value) for key, value in wanted._asdict().items())
 
     assert any(wrong_results(seed) for seed in range(10))
+
+
+def test_no_kernel_reaches_beside_its_arrays(root: Path, tmp_path: Path) -> None:
+    """tests/cuda_host/sanitize.cpp, with the address and undefined-behaviour sanitizers."""
+    checks = "-fsanitize=address,undefined"
+    (tmp_path / "probe.cpp").write_text("int main() { return 0; }")
+    probe = [COMPILER, checks, str(tmp_path / "probe.cpp"), "-o", str(tmp_path / "probe")]
+    if not COMPILER or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs a C++ compiler with sanitizers")
+    kernels = sorted(str(path.relative_to(root)) for path in root.glob("csrc/*.cu"))
+    host_side = [f"csrc/{name}.cpp" for name in ("workspace", "gate_cpu", "paging_cpu")]
+    sources = ["tests/cuda_host/run.cpp", "tests/cuda_host/sanitize.cpp", *host_side, *kernels]
+    program = build(root, tmp_path / "sanitize", sources, checks, "-fno-sanitize-recover=all", "-O0")
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

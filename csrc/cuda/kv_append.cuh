@@ -67,9 +67,10 @@ __device__ __forceinline__ void turn(Pack<typename Element::type, n>& low, Pack<
   }
 }
 
-// n: elements of a vector, 1 where something is not aligned.
+// n: elements of a vector, 1 where something is not aligned. Three blocks of a multiprocessor: left to itself ptxas aims at
+// four, and spills.
 template <class Element, int n, bool turned>
-__global__ void __launch_bounds__(kAppendThreads) kv_append_kernel(const __grid_constant__ AppendLaunch launch) {
+__global__ void __launch_bounds__(kAppendThreads, 3) kv_append_kernel(const __grid_constant__ AppendLaunch launch) {
   using T = typename Element::type;
   const atts_kv_append_params& p = launch.p;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / kWarp;

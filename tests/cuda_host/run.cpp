@@ -55,18 +55,7 @@ class Block {
     body_ = &body;
     threads_ = static_cast<int>(size.x);
     while (static_cast<int>(fibers_.size()) < threads_) fibers_.push_back(std::make_unique<Fiber>());
-    for (int t = 0; t < threads_; ++t) {
-      Fiber& fiber = *fibers_[t];
-      STACK_STARTS(fiber.stack.get(), kStackBytes);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::enter, 0);
-      fiber.state = State::kReady;
-      fiber.thread = {static_cast<unsigned>(t), 0, 0};
-      fiber.sanitizer = nullptr;
-    }
+    for (int t = 0; t < threads_; ++t) begin(*fibers_[t], static_cast<unsigned>(t));
 #if !defined(__SANITIZE_ADDRESS__)
     if (__start_cuda_shared != nullptr)
       std::memset(__start_cuda_shared, 0xa5, static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared));
@@ -110,6 +99,19 @@ class Block {
   static Block* running_;
 
  private:
+  // A function of its own: getcontext counts as one that returns twice.
+  static void begin(Fiber& fiber, unsigned thread) {
+    STACK_STARTS(fiber.stack.get(), kStackBytes);
+    fiber.state = State::kReady;
+    fiber.thread = {thread, 0, 0};
+    fiber.sanitizer = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+
   int last_of(int warp) const { return std::min(threads_, (warp + 1) * kLanes); }
 
   bool has_ready_lane(int warp) const {
@@ -236,7 +238,7 @@ std::vector<Memory> memories;
 struct Counts {
   int64_t launches, behind, batches, batched, rectangles, copies;
 } counts;
-bool driver_has_batches = true;
+bool driver_has_batches = true, launches_fail = false;
 
 CUresult copy_batch(CUdeviceptr* to, CUdeviceptr* from, size_t* sizes, size_t n, CUmemcpyAttributes* attributes,
                     size_t* first, size_t kinds, size_t*, CUstream stream) {
@@ -261,6 +263,7 @@ int block_barrier(bool value) { return Block::running_->at_barrier(value); }
 bool run_grid(dim3 grid, dim3 block, bool behind, const std::function<void()>& body) {
   ++counts.launches;
   counts.behind += behind;
+  if (launches_fail) return false;
   gridDim = grid, blockDim = block;
   std::vector<unsigned> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
@@ -329,6 +332,7 @@ void cuda_host_memory(const void* first, uint64_t bytes, int type, int device) {
 }
 void cuda_host_forget_memory(void) { cuda_host::memories.clear(); }
 void cuda_host_batches(int has) { cuda_host::driver_has_batches = has != 0; }
+void cuda_host_launches_fail(int fail) { cuda_host::launches_fail = fail != 0; }
 void cuda_host_reset_counts(void) { counts = {}; }
 void cuda_host_counts(int64_t* to) { std::memcpy(to, &counts, sizeof counts); }
 const char* cuda_host_failure(void) { return cuda_host::failure.c_str(); }
