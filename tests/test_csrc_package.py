@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,25 @@ def test_one_version_in_header_library_and_package(csrc_install: Path) -> None:
     assert library.atts_version() == major * 10000 + minor * 100 + patch
     said = (csrc_install / "lib" / "cmake" / "atts" / "atts-config-version.cmake").read_text(encoding="utf-8")
     assert f'set(PACKAGE_VERSION "{major}.{minor}.{patch}")' in said
+
+
+_SPANS_BY_TORCH = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from tests.abi import params
+library, score, total = ctypes.CDLL(sys.argv[2]), torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+logprob, bounds = torch.tensor([-1.0, -2.0, -6.0]), torch.tensor([0, 1, 3])
+call = params("span_mean", logprob=logprob, cu_seqlens=bounds, score=score, sum=total, tokens=3, batch=2)
+print(torch.__version__, library.atts_span_mean_cpu(ctypes.byref(call)), score.tolist())
+"""
+
+
+def test_one_library_serves_two_versions_of_torch(csrc_install: Path, root: Path) -> None:
+    other = os.environ.get("ATTS_OTHER_PYTHON")
+    if other is None:
+        pytest.skip("ATTS_OTHER_PYTHON does not name a Python with another version of torch")
+    library = csrc_install / "lib" / "libatts.so"
+    found = [_run(python, "-c", _SPANS_BY_TORCH, root, library).split(maxsplit=1) for python in (sys.executable, other)]
+    assert found[0][0] != found[1][0]
+    assert found[0][1].strip() == found[1][1].strip() == "0 [1.0, 4.0]"
