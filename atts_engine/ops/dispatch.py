@@ -36,7 +36,7 @@ OPS = (
     "span_mean",
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
-"""Ops whose reference reads tensors on the host."""
+"""Ops whose reference reads tensors on the host, and FlashInfer's form of them too."""
 TRITON_OPS = frozenset({"gate", "score_tokens"})
 NATIVE_OPS = frozenset(
     {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
@@ -183,7 +183,7 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor, as it does inside `checked()`."""
-    enqueued = chosen(op, device) != REFERENCE or op not in _HOST_READERS
+    enqueued = chosen(op, device) not in (REFERENCE, FLASHINFER) or op not in _HOST_READERS
     return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
 
 
