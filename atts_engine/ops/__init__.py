@@ -1,5 +1,6 @@
 """One public function per kernel. Each docstring is the contract; the torch reference serves every device
-and is the oracle; `chosen` tells which implementation runs. All are also registered as torch.ops.atts.*"""
+and is the oracle; `chosen` tells which implementation runs. Tensors that do not fit an op's contract raise InputError
+(checks.py). All are also registered as torch.ops.atts.*"""
 
 from __future__ import annotations
 

@@ -393,15 +393,30 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> None:
 def gate(
     score: Tensor, key: Tensor, ring: Tensor, size: Tensor, head: Tensor, level: Tensor, u: Tensor, insert: Tensor
 ) -> None:
-    op, rows = "gate", (_side(score, 0),)
-    keys = (_side(ring, 0),)
+    tensor("gate", "score", score, (-1,), (_FP32,), score)
+    gate_store("gate", score, score.shape[0], key, ring, size, head, level, u, insert)
+
+
+def gate_store(
+    op: str,
+    like: Tensor,
+    batch: int,
+    key: Tensor,
+    ring: Tensor,
+    size: Tensor,
+    head: Tensor,
+    level: Tensor,
+    u: Tensor,
+    insert: Tensor,
+) -> None:
+    """What every op that gates takes beside its scores; `like` gives the device."""
+    rows, keys = (batch,), (_side(ring, 0),)
+    _misfit(op, like, ("key", key, rows, (_INT64,)), ("level", level, rows, (_INT64,)), ("u", u, rows, (_INT64,)))
     store = ("ring", ring, (-1, -1), (_FP32,)), ("size", size, keys, (_INT64,)), ("head", head, keys, (_INT64,))
-    batch = ("key", key, rows, (_INT64,)), ("level", level, rows, (_INT64,)), ("u", u, rows, (_INT64,))
-    flags = ("insert", insert, rows, (torch.bool,))
-    _misfit(op, score, ("score", score, (-1,), (_FP32,)), *batch, flags, *store)
+    _misfit(op, like, ("insert", insert, rows, (torch.bool,)), *store)
     for name, x, _, _ in store:
         dense(op, name, x)
-    if values_read(score):
+    if values_read(like):
         within(op, "key", key, 0, ring.shape[0], "the store")
     if _Values.on:
         within(op, "level", level, 0, LEVEL_ONE + 1, "the levels")
