@@ -24,7 +24,7 @@ from atts_triton.variants import Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block can ask for, by compute capability (CUDA C++ Programming Guide, table 30)."""
-MODULES = ("gate", "score_tokens")
+MODULES = ("gate", "score_gate", "score_logits", "score_tokens", "span_mean")
 """Modules of kernels. Each has `variants()`."""
 
 
@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     misfits = 0
     for variant in variants(arguments.only or MODULES):
         for capability in arguments.arch or sorted(SHARED_LIMIT):
+            if variant.capabilities and capability not in variant.capabilities:
+                continue
             usage = compile_variant(variant, capability)
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]
             misfits += not fits

@@ -11,9 +11,11 @@ from atts_engine.ops.library import register
 from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
     "GateResult",
+    "ScoreGateResult",
     "Scratch",
     "add_rms_norm",
     "available",
@@ -28,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",

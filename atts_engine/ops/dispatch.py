@@ -28,14 +28,15 @@ OPS = (
     "rms_norm",
     "rope",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",
     "span_mean",
 )
-_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
+_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "score_gate", "span_mean"})
 """Ops whose reference reads tensors on the host."""
-TRITON_OPS = frozenset({"gate", "score_tokens"})
+TRITON_OPS = frozenset({"gate", "score_gate", "score_logits", "score_tokens", "span_mean"})
 NATIVE_OPS = frozenset(
     {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
 )

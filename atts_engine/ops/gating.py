@@ -27,6 +27,32 @@ class GateResult(NamedTuple):
     p: Tensor
 
 
+def check_gate(
+    batch: int,
+    key: Tensor,
+    ring: Tensor,
+    size: Tensor,
+    head: Tensor,
+    level: Tensor,
+    u: Tensor,
+    insert: Tensor,
+    name: str,
+) -> None:
+    """Raises InputError for what `gate` cannot take, the scores apart."""
+    if any(t.shape != (batch,) for t in (key, level, u, insert)):
+        raise InputError(f"{name}: score, key, level, u and insert must all have {batch} rows")
+    if ring.dim() != 2 or size.shape != ring.shape[:1] or head.shape != ring.shape[:1] or ring.shape[1] < 1:
+        raise InputError(
+            f"{name}: ring {tuple(ring.shape)}, size {tuple(size.shape)}, head {tuple(head.shape)} do not fit"
+        )
+    if ring.shape[1] > MAX_CAPACITY:
+        raise InputError(f"{name}: a ring holds at most {MAX_CAPACITY} scores, not {ring.shape[1]}")
+    if ring.dtype != torch.float32:
+        raise InputError(f"{name}: calibration scores must be float32, not {ring.dtype}")
+    if batch and not key.is_cuda and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
+        raise InputError(f"{name}: a key is outside the store's {ring.shape[0]} keys")
+
+
 def gate(
     score: Tensor,
     key: Tensor,
@@ -49,21 +75,11 @@ def gate(
     not inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
 
     Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that
-    the store does not have.
+    the store does not have; on a GPU such a key gives what a NaN score gives, with n = 0.
     """
-    batch = score.shape[0]
-    if any(t.shape != (batch,) for t in (key, level, u, insert)):
-        raise InputError(f"gate: score, key, level, u and insert must all have {batch} rows")
-    if ring.dim() != 2 or size.shape != ring.shape[:1] or head.shape != ring.shape[:1] or ring.shape[1] < 1:
-        raise InputError(
-            f"gate: ring {tuple(ring.shape)}, size {tuple(size.shape)}, head {tuple(head.shape)} do not fit"
-        )
-    if ring.shape[1] > MAX_CAPACITY:
-        raise InputError(f"gate: a ring holds at most {MAX_CAPACITY} scores, not {ring.shape[1]}")
-    if score.dtype != torch.float32 or ring.dtype != torch.float32:
-        raise InputError(f"gate: scores must be float32, not {score.dtype} and {ring.dtype}")
-    if batch and not score.is_cuda and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
-        raise InputError(f"gate: a key is outside the store's {ring.shape[0]} keys")
+    if score.dtype != torch.float32:
+        raise InputError(f"gate: scores must be float32, not {score.dtype}")
+    check_gate(score.shape[0], key, ring, size, head, level, u, insert, "gate")
     if chosen("gate", score.device) == TRITON:
         import atts_triton
 
