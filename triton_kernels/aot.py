@@ -18,7 +18,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from atts_triton.variants import Variant
 
@@ -44,8 +44,8 @@ def variants(modules: Iterable[str] = MODULES) -> Iterator[Variant]:
         yield from import_module(f"atts_triton.{name}").variants()
 
 
-def compile_variant(variant: Variant, capability: int) -> Usage:
-    """Compile for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them."""
+def compiled(variant: Variant, capability: int) -> CompiledKernel:
+    """Code for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them."""
     signature = dict(variant.signature) | dict.fromkeys(variant.constants, "constexpr")
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -54,8 +54,13 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     }
     ordered = {name: signature[name] for name in variant.kernel.arg_names}
     source = ASTSource(variant.kernel, ordered, variant.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+
+
+def compile_variant(variant: Variant, capability: int) -> Usage:
+    """What the code of a variant takes there."""
+    kernel = compiled(variant, capability)
+    return _usage(kernel.asm["cubin"], kernel.metadata.shared)
 
 
 def _usage(cubin: bytes, shared: int) -> Usage:
