@@ -24,6 +24,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import atts_triton
 from atts_triton.score_tokens import MAX_SPLITS, tiling
 
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning:triton.runtime.interpreter")
 ONE = 1 << 32
 NAN, INF = float("nan"), float("inf")
 KERNELS = import_module("atts_triton.score_tokens")

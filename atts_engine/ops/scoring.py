@@ -103,10 +103,10 @@ def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
     if logits.dim() != 2 or ids.shape != (logits.shape[0],):
         raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
     check_softcap(softcap, "score_logits")
-    if chosen("score_logits", logits.device) == TRITON and logits.stride(1) == 1:
+    if chosen("score_logits", logits.device) == TRITON:
         import atts_triton
 
-        return atts_triton.score_logits(logits, ids, softcap)
+        return atts_triton.score_logits(logits if logits.stride(1) == 1 else logits.contiguous(), ids, softcap)
     wide = logits.float()
     if softcap:
         wide = _soft_capped(wide.clone(), softcap)
