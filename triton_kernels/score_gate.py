@@ -33,7 +33,7 @@ from atts_triton.span_mean import mean_score, span_bounds, sum_in_order
 from atts_triton.variants import Variant
 
 _BLOCK_T = 32
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["T", "V", "splits", "split_columns", "B", "K"])
