@@ -21,11 +21,13 @@ from atts_engine.ops.paging import (
 )
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GateResult",
     "Obstacle",
+    "ScoreGateResult",
     "Scratch",
     "add_rms_norm",
     "available",
@@ -46,6 +48,7 @@ __all__ = [
     "rope",
     "rope_kv_append",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",

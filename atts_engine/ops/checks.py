@@ -361,8 +361,8 @@ def pages_in_pool(op: str, block_table: Tensor, kv_len: Tensor, page: int, pages
 # Scoring and sampling -------------------------------------------------------------------------------------------------
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
-    op, own = "score_tokens", (hidden.dtype,)
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, op: str = "score_tokens") -> None:
+    own = (hidden.dtype,)
     found = ("hidden", hidden, (-1, -1), FLOATS), ("weight", weight, (-1, _side(hidden, 1)), own)
     _misfit(op, hidden, *found, ("ids", ids, (_side(hidden, 0),), (_INT64,)))
     rows_without_gaps(op, "hidden", hidden)
@@ -383,11 +383,39 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> None:
     if cu_seqlens.shape[0] < 1:
         raise InputError("span_mean: cu_seqlens has no bound: it must begin with 0")
     if values_read(logprob):
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != logprob.shape[0]:
-            raise InputError(f"span_mean: cu_seqlens runs {first} .. {last} for {logprob.shape[0]} tokens")
-        if cu_seqlens.shape[0] > 1 and int(cu_seqlens.diff().amin()) < 1:
-            raise InputError("span_mean: a span without tokens has no score")
+        span_bounds("span_mean", cu_seqlens, logprob.shape[0])
+
+
+def span_bounds(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """cu_seqlens must rise from 0 to `tokens`, by one or more for each span. Reads it back."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        raise InputError(f"{op}: cu_seqlens runs {first} .. {last} for {tokens} tokens")
+    if cu_seqlens.shape[0] > 1 and int(cu_seqlens.diff().amin()) < 1:
+        raise InputError(f"{op}: a span without tokens has no score")
+
+
+def score_gate(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    key: Tensor,
+    ring: Tensor,
+    size: Tensor,
+    head: Tensor,
+    level: Tensor,
+    u: Tensor,
+    insert: Tensor,
+) -> None:
+    op = "score_gate"
+    score_tokens(hidden, weight, ids, op)
+    tensor(op, "cu_seqlens", cu_seqlens, (-1,), (_INT32, _INT64), hidden)
+    if cu_seqlens.shape[0] < 1:
+        raise InputError(f"{op}: cu_seqlens has no bound: it must begin with 0")
+    if values_read(hidden):
+        span_bounds(op, cu_seqlens, hidden.shape[0])
+    gate_store(op, hidden, cu_seqlens.shape[0] - 1, key, ring, size, head, level, u, insert)
 
 
 def gate(

@@ -35,12 +35,13 @@ OPS = (
     "rope",
     "rope_kv_append",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",
     "span_mean",
 )
-_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
+_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "score_gate", "span_mean"})
 """Ops whose reference, and whose plan in FlashInfer, reads tensors on the host."""
 TRITON_OPS = frozenset(
     {
@@ -55,8 +56,11 @@ TRITON_OPS = frozenset(
         "rope",
         "rope_kv_append",
         "sample",
+        "score_gate",
+        "score_logits",
         "score_tokens",
         "silu_mul",
+        "span_mean",
     }
 )
 NATIVE_OPS = frozenset(
