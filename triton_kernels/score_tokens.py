@@ -79,7 +79,7 @@ class RowTiling:
     flatten: bool = False
 
 
-_SMALL = RowTiling(32, 4, 3)
+_SMALL = RowTiling(16, 4, 3)
 _STREAMING = RowTiling(64, 4, 6, flatten=True)
 _SQUARE = RowTiling(128, 8, 4)
 _TALL = RowTiling(256, 8, 3)
