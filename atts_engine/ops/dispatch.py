@@ -35,7 +35,7 @@ OPS = (
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
 """Ops whose reference reads tensors on the host."""
-TRITON_OPS = frozenset({"gate", "score_tokens"})
+TRITON_OPS = frozenset({"gate", "paged_attention", "score_tokens"})
 NATIVE_OPS = frozenset(
     {"add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "sample", "score_tokens", "silu_mul"}
 )

@@ -27,7 +27,8 @@ _SAMPLE_SCHEMA = (
     "Tensor position) -> Tensor"
 )
 _ATTENTION_SCHEMA = (
-    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale) -> Tensor"
+    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale, *, "
+    "int window=0) -> Tensor"
 )
 
 _SWAP_SCHEMA = "kv_swap(Tensor(a!) kv, Tensor(b!) host, Tensor pages, Tensor slots, bool to_host) -> ()"
@@ -39,6 +40,10 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
 
 def _two_like_first(first: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(first), torch.empty_like(first)
+
+
+def _attention_fake(q: Tensor, *_: object, window: int = 0) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _fp32_per_row(first: Tensor, *_: object) -> Tensor:
@@ -82,7 +87,7 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),
     ("kv_copy_pages(Tensor(a!) kv, Tensor src, Tensor dst) -> ()", kv_copy_pages, _nothing),
     (_SWAP_SCHEMA, kv_swap, _nothing),
-    (_ATTENTION_SCHEMA, paged_attention, _like_first),
+    (_ATTENTION_SCHEMA, paged_attention, _attention_fake),
     ("score_tokens(Tensor hidden, Tensor weight, Tensor ids) -> Tensor", score_tokens, _fp32_per_row),
     ("score_logits(Tensor logits, Tensor ids) -> Tensor", score_logits, _fp32_per_row),
     ("span_mean(Tensor logprob, Tensor cu_seqlens) -> (Tensor score, Tensor sum_logprob)", span_mean, _span_mean_fake),
