@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,10 @@ from atts_engine.models import ForwardBatch, load_model
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from atts_triton.paged_attention import KEY_SPLIT, MAX_WORKSPACE, tiling  # noqa: E402
+from atts_triton.attention_tiling import KEY_SPLIT, MAX_WORKSPACE, tiling
 
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning:triton.runtime.interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULE = sys.modules["atts_triton.paged_attention"]
 NAN = float("nan")
 Part = tuple[int, int, int]  # rows start .. end - 1 of a sequence, `end` tokens of which are in the cache
 
@@ -100,6 +102,21 @@ def check(case: Case, parts: list[Part], window: int = 0) -> None:
         assert (got.cpu().double() - exact).abs().max() <= allowed
 
 
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """The interpreter's products are BLAS's, whose rounding depends on how many rows a product has. Tests of bits take
+    them in float64, where that is lost in the rounding to fp32; on a device they are left as they are."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self: object, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object) -> TensorHandle:
+        product = (a.data.astype("float64") @ b.data.astype("float64")).astype(d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
+        yield
+
+
 @settings(max_examples=12)
 @given(st.data())
 def test_ragged_batches_against_float64(data: st.DataObject) -> None:
@@ -126,7 +143,7 @@ def test_long_contexts_in_both_forms(dtype: torch.dtype, window: int, monkeypatc
     parts = [(b, end - rows, end) for (b, end), rows in zip(enumerate(ends), (1, 3, 4, 2))]
     check(case, parts, window)
     spread = run(case, parts, window)
-    monkeypatch.setattr(MODULE, "ENOUGH_TILES", 0)
+    monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", 0)
     for mine, theirs in zip(run(case, parts, window), spread):
         assert torch.equal(mine, theirs)
 
@@ -134,34 +151,36 @@ def test_long_contexts_in_both_forms(dtype: torch.dtype, window: int, monkeypatc
 @settings(max_examples=6)
 @given(st.data())
 def test_bits_do_not_depend_on_company_chunks_or_padding(data: st.DataObject) -> None:
-    heads, kv_heads, dim = data.draw(st.sampled_from([(4, 1, 64), (3, 1, 80), (7, 1, 16)]))
+    heads, dim = data.draw(st.sampled_from([(4, 64), (3, 80), (7, 16)]))
     dtype = data.draw(st.sampled_from([torch.float16, torch.float16, torch.float32]))
     window = data.draw(st.sampled_from([0, 30]))
-    lengths = data.draw(st.lists(st.integers(1, 70), min_size=2, max_size=3))
-    case = make(lengths, heads, kv_heads, dim, dtype=dtype)
-    whole = [run(case, [(b, 0, length)], window)[0] for b, length in enumerate(lengths)]
+    lengths = data.draw(st.lists(st.integers(1, 50), min_size=2, max_size=3))
+    case = make(lengths, heads, 1, dim, dtype=dtype)
     done = [0] * len(lengths)
-    while any(at < length for at, length in zip(done, lengths)):
-        step = []
-        for b in data.draw(st.permutations(range(len(lengths)))):
-            if done[b] < lengths[b]:
-                end = data.draw(st.sampled_from([done[b] + 1, lengths[b]]))
-                step.append((b, done[b], end))
-                done[b] = end
-        found = run(case, step, window, data.draw(st.sampled_from([0, 1, KEY_SPLIT // 16])))
-        for (b, start, end), got in zip(step, found):
-            assert torch.equal(got, whole[b][start:end])
+    with plain_products():
+        whole = [run(case, [(b, 0, length)], window)[0] for b, length in enumerate(lengths)]
+        while any(at < length for at, length in zip(done, lengths)):
+            step = []
+            for b in data.draw(st.permutations(range(len(lengths)))):
+                if done[b] < lengths[b]:
+                    end = data.draw(st.integers(done[b] + 1, lengths[b])) if len(step) < 2 else lengths[b]
+                    step.append((b, done[b], end))
+                    done[b] = end
+            found = run(case, step, window, data.draw(st.sampled_from([0, 1, KEY_SPLIT // 16])))
+            for (b, start, end), got in zip(step, found):
+                assert torch.equal(got, whole[b][start:end])
 
 
 def test_a_row_is_the_same_alone_and_at_the_end_of_a_long_prompt() -> None:
     """A long context, and both heights of a tile."""
     end = 2 * KEY_SPLIT + 30
     case = make([end, 40], 4, 1, 16)
-    alone = run(case, [(0, end - 1, end)])[0]
     assert tiling(1, 1, end, 4, 1, 16, torch.float16).block_m == 64
     assert tiling(60, 1, end, 4, 1, 16, torch.float16).block_m == 128
-    assert torch.equal(run(case, [(0, end - 60, end)])[0][-1:], alone)
-    assert torch.equal(run(case, [(1, 0, 40), (0, end - 3, end)], more_pages=40)[1][-1:], alone)
+    with plain_products():
+        alone = run(case, [(0, end - 1, end)])[0]
+        assert torch.equal(run(case, [(0, end - 60, end)])[0][-1:], alone)
+        assert torch.equal(run(case, [(1, 0, 40), (0, end - 3, end)], more_pages=40)[1][-1:], alone)
 
 
 def test_nan_of_others_reaches_nobody() -> None:
@@ -198,7 +217,9 @@ def test_sequences_without_rows_and_rows_without_keys() -> None:
     for more in (0, KEY_SPLIT // 16):
         table = torch.cat((case.table, case.table.new_zeros(2, more)), 1)
         with ops.use("triton"):
-            out = ops.paged_attention(torch.cat((case.q[0][:1], case.q[1][3:])), case.kv_layer, table, cu_q, kv_len, 0.2)
+            out = ops.paged_attention(
+                torch.cat((case.q[0][:1], case.q[1][3:])), case.kv_layer, table, cu_q, kv_len, 0.2
+            )
         assert out[0].isnan().all() and torch.equal(out[1:], rest)
 
 
@@ -218,14 +239,16 @@ def test_queries_may_be_a_slice_and_a_group_may_exceed_a_tile() -> None:
 def test_the_reference_has_the_same_windows() -> None:
     case = make([90, 30], 4, 2, 16, dtype=torch.float32)
     counts, table = torch.tensor([0, 40, 41]).int(), case.table.cpu()
-    q, kv_layer = torch.cat((case.q[0][50:], case.q[1][29:])).cpu(), case.kv_layer.cpu()
+    q, kv_layer = torch.cat((case.q[0][50:], case.q[1][29:])).cpu(), case.kv_layer.cpu().clone()
     kv_layer[:, table[0, :1].long()] = NAN  # keys 0 .. 15: no row's from 50 on with a window of 20
     scratch = ops.Scratch()
     for window in (20, 1, 200, 20):
         if window == 200:
             kv_layer = case.kv_layer.cpu()
         with ops.use("reference"):
-            out = ops.paged_attention(q, kv_layer, table, counts, torch.tensor([90, 30]).int(), 0.2, scratch, window=window)
+            out = ops.paged_attention(
+                q, kv_layer, table, counts, torch.tensor([90, 30]).int(), 0.2, scratch, window=window
+            )
         for part, got in zip([(0, 50, 90), (1, 29, 30)], out.split([40, 1])):
             torch.testing.assert_close(got.double(), dense(case, part, window, torch.float64), atol=2e-6, rtol=0)
     with pytest.raises(InputError, match="a window has 1 key"):
@@ -277,7 +300,7 @@ def test_what_decides_bits_is_a_function_of_the_head_and_dtype(
     alone = tiling(1, 1, 1, *heads, dim, dtype, capability)
     assert (sizes.block_n, sizes.block_d) == (alone.block_n, alone.block_d)
     assert KEY_SPLIT % sizes.block_n == 0 and sizes.block_m % 16 == 0 and sizes.block_d >= dim
-    assert 1 <= sizes.rows and sizes.rows * sizes.heads <= sizes.block_m
+    assert sizes.rows >= 1 and sizes.rows * sizes.heads <= sizes.block_m
     assert sizes.tiles * sizes.rows >= rows
     if sizes.spread:
         assert 4 * sizes.splits * rows * heads[0] * (dim + 2) <= MAX_WORKSPACE
@@ -316,9 +339,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from atts_triton.paged_attention import variants
 
-wanted = {f"attention fp16 D=64 M={height}": height for height in (64, 128)}
+wanted = {f"attention fp16 D=64 M={height} walk": height for height in (64, 128)}
 for variant in variants():
-    if variant.name in wanted:
+    if variant.name in wanted and 90 in variant.capabilities:
         signature = dict(variant.signature) | dict.fromkeys(variant.constants, "constexpr")
         ordered = {name: signature[name] for name in variant.kernel.arg_names}
         source = ASTSource(variant.kernel, ordered, variant.constants, {})
@@ -349,7 +372,7 @@ def test_bits_on_the_device(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(case, [(0, 0, end)])[0]
     for start in (end - 1, end - 5, end - 100):
         assert torch.equal(run(case, [(1, 39, 40), (0, start, end)], more_pages=9)[1], whole[start:])
-    monkeypatch.setattr(MODULE, "ENOUGH_TILES", 0)
+    monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", 0)
     assert torch.equal(run(case, [(0, end - 5, end)])[0], whole[-5:])
     monkeypatch.undo()
     q, table = case.q[0][:2].clone(), case.table.clone()

@@ -80,15 +80,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=MODULES, metavar="MODULE", help=f"of {', '.join(MODULES)}")
     arguments = parser.parse_args(argv)
     out = sys.stdout
-    out.write(f"triton {triton.__version__}\n{'kernel':34} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
+    out.write(f"triton {triton.__version__}\n{'kernel':40} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
     misfits = 0
     for variant in variants(arguments.only or MODULES):
         for capability in arguments.arch or sorted(SHARED_LIMIT):
+            if variant.capabilities is not None and capability not in variant.capabilities:
+                continue
             usage = compile_variant(variant, capability)
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]
             misfits += not fits
             out.write(
-                f"{variant.name:34} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
+                f"{variant.name:40} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
                 f"{'' if fits else '  DOES NOT FIT'}\n"
             )
             out.flush()

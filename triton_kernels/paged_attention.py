@@ -1,44 +1,47 @@
 """Causal attention over paged keys and values: decode steps, appended spans and prefill in one kernel family.
 
-**Rows.** A tile of BLOCK_M rows holds query rows of one sequence times the heads that share a KV head, so a tile of keys
-and values is read once for all of them. Where a sequence's rows lie is known on the device alone: the grid has N // R + B
-tiles (R: query rows of a tile), which is enough for any way to cut N rows into B sequences, and sequence b owns the tiles
-from cu_q[b] // R + b on. A program counts the sequences whose first tile is not beyond its own: one vector load of
-cu_q and a sum, where a binary search would wait for log2(B) loads in turn. Tiles that no row falls to end at once.
+**Rows.** A tile of BLOCK_M rows holds query rows of one sequence times the heads that share a KV head, so a tile of
+keys and values is read once for all of them. Where a sequence's rows lie is known on the device alone: the grid has
+N // R + B tiles (R: query rows of a tile), enough for any way to cut N rows into B sequences, and sequence b owns the
+tiles from cu_q[b] // R + b on. A program counts the sequences whose first tile is not beyond its own: one vector load
+of cu_q and a sum, where a binary search would wait for log2(B) loads in turn. A tile that no row falls to ends at once.
 
 **Keys.** Absolute positions are cut into splits of KEY_SPLIT keys and those into tiles of BLOCK_N. A split starts from
-nothing, is taken tile by tile, and leaves (peak, total, acc): row maximum of the scores, sum of the exponentials, and
-their product with the values, fp32. A row's result is the left fold of its splits, `_fold`. Two forms give one result:
+nothing and leaves (peak, total, acc): maximum of a row's scores, sum of its weights exp2(score - peak), and their
+product with the values. A row's result is the left fold of its splits, `_fold`. Two forms of a launch do the same:
 
-- *walk*: a program takes all splits of its tile, one after the other, and folds each into what it holds. No workspace.
+- *walk*: a program takes all splits of its tile in turn and folds each into what it holds. No workspace.
 - *spread*: a program takes one split of its tile and stores it; `_merge_kernel` folds the splits of a row.
 
-`tiling` chooses between them, and the height of a tile, from shapes that the host knows. No bit depends on the choice:
-splits and tiles lie at absolute positions; both forms fold with one function; the kernels are compiled without fusing
-products into sums, so what is fused is written out; a split or a tile of which a row sees nothing leaves every bit of the
-row as it was; and each warp owns 16 rows whole at either height, so sums over keys run in one order. That is why a tile
-of 16-bit numbers is never lower than 64: from sm_90 on, a product of fewer rows is another instruction, whose sums need
-not have the same bits.
+**Bits.** `tiling` chooses the form, and the height of a tile, from shapes that the host knows; no bit depends on them.
+Splits and tiles of keys lie at absolute positions, and their sizes are a function of the head and the dtype. Both forms
+fold with one function, and nothing is compiled with products fused into sums but what `tl.fma` fuses. A tile or a split
+of which a row sees nothing changes no bit of the row. Sums over keys run inside products only, that of the weights too
+(a product with ones), in the order of the matrix instruction, so the layout of threads has no part in them; and all
+heights that one head and dtype can get use one kind of instruction. That is why 16-bit rows never get a tile of 16:
+below 64 rows sm_90 takes mma.sync, whose roundings nobody promises to be those of wgmma.
 
-**What it costs.** Spread writes and reads 8 (D + 2) bytes a row and split, where the split's keys and values are 4 D KEY_SPLIT
-bytes in 16 bits: 2 * group / KEY_SPLIT of the traffic in a decode step, 1.6 % for a group of 4. Its workspace is 4 (D + 2) bytes
-for each row, head and split of the block table, at most `MAX_WORKSPACE`; beyond, and where tiles alone fill a GPU, the
-form is walk. A decode step of 16-bit numbers multiplies 64 rows where the group has g: 256 operations for each value
-read where 4 g are needed, which at D = 128 is 64 operations a byte, below the 295 that an H100 has for each byte of its
-memory and the 153 of an A100. One sequence with 4096 keys and 8 KV heads gives 64 programs of 512 keys.
+**What it costs.** Spread writes and reads 8 (D + 2) bytes for each row, head and split, whose keys and values are
+4 D KEY_SPLIT bytes in 16 bits for the whole group: 2 group / KEY_SPLIT of the traffic of a decode step, 1.6 % for a
+group of 4. Its workspace, half of those bytes for every split that the block table could hold, is at most
+MAX_WORKSPACE; beyond that, and where tiles alone are ENOUGH_TILES, splits are walked. A decode step multiplies 64 rows
+whatever the group: 256 D operations for the 4 D bytes of a key and its value, 64 a byte, where an H100 has 295 for each
+byte of its memory and an A100 153. One sequence of 4096 keys with 8 KV heads makes 64 programs of 512 keys; one of less
+than 512 keys makes 8, which is what fixed splits cost in parallelism.
 
 **Not supported**: logit caps, ALiBi, attention sinks, 8-bit caches, heads wider than 256.
 
-A masked key is loaded as 0, not multiplied by 0: slots that nobody wrote, and pages out of every row's window, may hold
-NaN. Numerics: scores are scaled in fp32 by scale * log2(e) and exponentials are exp2; weights are rounded to the dtype
-of the values before that product. A row that sees no key gives NaN.
+A key that no row of a tile sees is loaded as 0, not multiplied by 0: slots that nobody wrote, and pages before every
+row's window, may hold NaN. Scores are scaled in fp32 by scale * log2(e). Where a row has seen nothing its peak is -inf,
+and 0 is subtracted instead, so that -inf - -inf is never taken. Weights are rounded to the dtype of the values, in the
+numerator and the denominator alike. A row that sees no key gives NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -46,76 +49,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atts_triton.attention_tiling import KEY_SPLIT, MAX_HEAD_DIM, Tiling, tiling
 from atts_triton.variants import POINTERS, Variant
 
-KEY_SPLIT = 512
-"""Keys of a split, a multiple of every BLOCK_N."""
-MAX_HEAD_DIM = 256
-MAX_WORKSPACE = 64 << 20
-"""Bytes of partial results that a launch may take."""
-ENOUGH_TILES = 1024
-"""Tiles times KV heads from which on splits are walked: about eight programs for each SM of an H100."""
 _SEARCH = 128
 _MERGE_HEADS = 4
 _MERGE_UNROLL = 4
 _MERGE_WARPS = 4
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Sizes of a launch, a function of shapes and dtype. Only block_m and spread depend on the batch.
-
-    heads: query heads of a tile, at most those of a KV head. rows: query rows of a tile. tiles: programs for N rows of
-    B sequences. splits: splits of a block table. spread: one program for each split, then a merge.
-    """
-
-    block_m: int
-    block_n: int
-    block_d: int
-    heads: int
-    rows: int
-    tiles: int
-    splits: int
-    spread: bool
-    num_warps: int
-    num_stages: int
-
-
-def tiling(
-    rows: int, batch: int, slots: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, capability: int = 90
-) -> Tiling:
-    """Sizes for rows of batch sequences, a block table of so many slots a sequence, and heads of dim numbers."""
-    group = heads // kv_heads
-    block_d = max(16, triton.next_power_of_2(dim))
-    if dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = 16, (16 if block_d == 128 else 32), (8 if block_d == 256 else 4), 2
-    elif block_d == 256:
-        block_m, block_n, num_warps, num_stages = 32, 32, 8, 4
-    elif capability < 90:
-        # Queries and both accumulators lie in registers: twice the warps share them.
-        block_m, block_n, num_warps, num_stages = 64, (32 if block_d == 128 else 64), 8, 4
-    else:
-        block_m = 128 if rows * group > 64 * batch else 64
-        block_n, num_warps, num_stages = (32 if block_d == 128 else 64), block_m // 16, 4
-    tile_heads = min(group, block_m)
-    tile_rows = block_m // tile_heads
-    tiles = rows // tile_rows + batch
-    splits = triton.cdiv(slots, KEY_SPLIT)
-    programs = tiles * kv_heads * triton.cdiv(group, tile_heads)
-    workspace = 4 * rows * heads * splits * (dim + 2)
-    return Tiling(
-        block_m=block_m,
-        block_n=block_n,
-        block_d=block_d,
-        heads=tile_heads,
-        rows=tile_rows,
-        tiles=tiles,
-        splits=splits,
-        spread=splits > 1 and programs < ENOUGH_TILES and workspace <= MAX_WORKSPACE,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
 
 
 @triton.jit
@@ -339,7 +280,9 @@ def _merge_kernel(
             there = head < tl.where(split < last, HEADS, 0)
             next_peak = tl.load(peak_ptr + place, mask=there, other=float("-inf"))
             next_total = tl.load(total_ptr + place, mask=there, other=0.0)
-            next_acc = tl.load(acc_ptr + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+            next_acc = tl.load(
+                acc_ptr + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
+            )
             peak, total, acc = _fold(peak, total, acc, next_peak, next_total, next_acc)
     out = acc / total[:, None]
     place = token.to(tl.int64) * HEADS + head
@@ -379,7 +322,11 @@ def paged_attention(
         return out
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     cu_q, kv_len = cu_q.contiguous(), kv_len.contiguous()
-    sizes = tiling(rows, batch, width * page, heads, kv_heads, dim, q.dtype)
+    capability = 90
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        capability = 10 * major + minor
+    sizes = tiling(rows, batch, width * page, heads, kv_heads, dim, q.dtype, capability)
     k, v = kv_layer.unbind(0)
     if sizes.spread:
         peak, total = q.new_empty((2, sizes.splits, rows, heads), dtype=torch.float32).unbind(0)
@@ -461,36 +408,43 @@ def _merge_constants(block_d: int, heads: int, dim: int, windowed: bool) -> dict
     }
 
 
-_DIMS = (16, 32, 64, 80, 96, 128, 256)
-"""Head sizes: every BLOCK_D whole, and two in part."""
+_DIMS = (16, 32, 64, 80, 128, 256)
+"""Head sizes: every BLOCK_D whole, and one in part."""
 
 
 def variants() -> Iterator[Variant]:
     """What `paged_attention` launches."""
     workspace = {"peak_ptr": "*fp32", "total_ptr": "*fp32", "acc_ptr": "*fp32"}
-    rows_of = {"cu_q_ptr": "*i32", "kv_len_ptr": "*i32"}
+    bounds = {"cu_q_ptr": "*i32", "kv_len_ptr": "*i32"}
     strides = ("q_stride", "q_head_stride", "page_stride", "slot_stride", "head_stride")
     for (dtype, pointer), dim in product(POINTERS.items(), _DIMS):
         signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointer)
-        signature |= {"table_ptr": "*i32", **rows_of, **workspace, "scale": "fp32"}
+        signature |= {"table_ptr": "*i32", **bounds, **workspace, "scale": "fp32"}
         signature |= dict.fromkeys(("N", "B", "table_stride", "window", *strides), "i32")
-        heights = (1,) if dtype == torch.float32 else (1, 1000)
-        for rows, spread, windowed in product(heights, (False, True), (False, True)):
-            sizes = replace(tiling(rows, 1, KEY_SPLIT, 32, 8, dim, dtype), spread=spread)
-            name = f"{pointer[1:]} D={dim} M={sizes.block_m}{' spread' if spread else ''}{' window' if windowed else ''}"
+        launches: dict[Tiling, set[int]] = {}
+        for capability, rows, spread in product((80, 90, 100), (1, 1000), (False, True)):
+            sizes = tiling(rows, 1, KEY_SPLIT, 32, 8, dim, dtype, capability)
+            # What a launch is compiled for, without what only its grid depends on.
+            sizes = replace(sizes, tiles=1, spread=spread)
+            launches.setdefault(sizes, set()).add(capability)
+        for (sizes, capabilities), windowed in product(launches.items(), (False, True)):
+            form = "spread" if sizes.spread else "walk"
             yield Variant(
-                f"attention {name}",
+                f"attention {pointer[1:]} D={dim} M={sizes.block_m} {form}{' window' if windowed else ''}",
                 _attend_kernel,
                 signature,
                 _constants(sizes, 32, 8, dim, 16, windowed),
                 {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, "enable_fp_fusion": False},
                 frozenset(strides),
+                frozenset(capabilities),
             )
-        merged = {**workspace, **rows_of, "out_ptr": pointer} | dict.fromkeys(("N", "B", "window"), "i32")
-        yield Variant(
-            f"attention merge {pointer[1:]} D={dim}",
-            _merge_kernel,
-            merged,
-            _merge_constants(sizes.block_d, 32, dim, False),
-            {"num_warps": _MERGE_WARPS, "enable_fp_fusion": False},
-        )
+        merged = {**workspace, **bounds, "out_ptr": pointer} | dict.fromkeys(("N", "B", "window"), "i32")
+        sizes = tiling(1, 1, KEY_SPLIT, 32, 8, dim, dtype)
+        for windowed in (False, True):
+            yield Variant(
+                f"attention {pointer[1:]} D={dim} merge{' window' if windowed else ''}",
+                _merge_kernel,
+                merged,
+                _merge_constants(sizes.block_d, 32, dim, windowed),
+                {"num_warps": _MERGE_WARPS, "enable_fp_fusion": False},
+            )

@@ -137,9 +137,7 @@ def _triton(
         raise InputError(str(error)) from error
 
 
-def _plan(
-    q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, window: int
-) -> list[_Group]:
+def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, window: int) -> list[_Group]:
     starts, lengths = cu_q.tolist(), kv_len.tolist()
     if starts[-1] != q.shape[0] or len(starts) != len(lengths) + 1:
         raise InputError(f"paged_attention: cu_q ends at {starts[-1]} for {q.shape[0]} rows, {len(lengths)} sequences")
