@@ -34,6 +34,7 @@ class Tiling:
     spread: bool
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def tiling(
@@ -47,15 +48,15 @@ def tiling(
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = 16, (16 if block_d == 128 else 32), (8 if block_d == 256 else 4), 2
+        block_m, block_n, num_warps, num_stages = 16, (16 if block_d > 64 else 32), (8 if block_d > 64 else 4), 2
     elif block_d == 256:
         block_m, block_n, num_warps, num_stages = 32, 32, 8, 4
     elif capability // 10 not in (9, 10):
         # Products read their operands from registers: twice the warps share queries and both accumulators.
-        block_m, block_n, num_warps, num_stages = 64, (32 if block_d == 128 else 64), 8, 4
+        block_m, block_n, num_warps, num_stages = 64, (64 if block_d == 64 else 32), 8, 4
     else:
         block_m = 128 if rows * group > 64 * batch else 64
-        block_n, num_warps, num_stages = (32 if block_d == 128 else 64), block_m // 16, 4
+        block_n, num_warps, num_stages = (64 if block_d in (32, 64) else 32), block_m // 16, 4
     tile_heads = min(group, block_m)
     tile_rows = block_m // tile_heads
     tiles = rows // tile_rows + batch
@@ -73,4 +74,6 @@ def tiling(
         spread=splits > 1 and programs < ENOUGH_TILES and workspace <= MAX_WORKSPACE,
         num_warps=num_warps,
         num_stages=num_stages,
+        # Left to itself the compiler spills a register or two of fp32 programs to fit one more on an SM.
+        max_registers=255 if dtype == torch.float32 else None,
     )

@@ -356,9 +356,7 @@ def paged_attention(
         k.stride(1),
         k.stride(2),
         **_constants(sizes, heads, kv_heads, dim, page, window > 0),
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
-        enable_fp_fusion=False,
+        **_options(sizes),
     )
     if sizes.spread:
         _merge_kernel[(rows, triton.cdiv(heads, _MERGE_HEADS))](
@@ -392,6 +390,15 @@ def _constants(sizes: Tiling, heads: int, kv_heads: int, dim: int, page: int, wi
         "BLOCK_N": sizes.block_n,
         "BLOCK_D": sizes.block_d,
         "SEARCH": _SEARCH,
+    }
+
+
+def _options(sizes: Tiling) -> dict[str, int | bool | None]:
+    return {
+        "num_warps": sizes.num_warps,
+        "num_stages": sizes.num_stages,
+        "maxnreg": sizes.max_registers,
+        "enable_fp_fusion": False,
     }
 
 
@@ -434,7 +441,7 @@ def variants() -> Iterator[Variant]:
                 _attend_kernel,
                 signature,
                 _constants(sizes, 32, 8, dim, 16, windowed),
-                {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, "enable_fp_fusion": False},
+                _options(sizes),
                 frozenset(strides),
                 frozenset(capabilities),
             )
