@@ -74,6 +74,6 @@ def tiling(
         spread=splits > 1 and programs < ENOUGH_TILES and workspace <= MAX_WORKSPACE,
         num_warps=num_warps,
         num_stages=num_stages,
-        # Left to itself the compiler spills a register or two of fp32 programs to fit one more on an SM.
-        max_registers=255 if dtype == torch.float32 else None,
+        # Left to itself the compiler spills a register or two there, to fit one more program on an SM.
+        max_registers=255 if dtype == torch.float32 or capability >= 100 else None,
     )
