@@ -43,7 +43,7 @@ def tiling(
     """Sizes for rows of batch sequences, a block table of so many slots a sequence, and heads of dim numbers.
 
     All but block_m, num_warps, tiles, splits and spread depend on the head, the dtype and the device alone. A tile is
-    128 rows high where a sequence has more than 64 rows on average.
+    128 rows high where a sequence has more than 64 rows, times the heads of a group, on average.
     """
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(dim))
