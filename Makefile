@@ -12,6 +12,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN_READY := $(VENV)/.atts-run
 DEV_READY := $(VENV)/.atts-dev
+# Beside the newest Triton in use, the oldest that is supported (pyproject.toml).
+OLD_TRITON := $(VENV)/triton-3.6.0
 # What an installation is made of beyond Python files, which an editable one follows by itself.
 PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -29,7 +31,7 @@ help:
 	@echo "make setup           everything for development into $(VENV) (demo and test do what they need themselves)"
 	@echo "make lint            ruff, mypy, import-linter"
 	@echo "make format          ruff's formatter and import order"
-	@echo "make check-gpu-code  compile every Triton kernel and CUDA source for sm_80, sm_90, sm_100 (no GPU needed)"
+	@echo "make check-gpu-code  compile every Triton kernel (Triton 3.6.0 too) and CUDA source for sm_80, sm_90, sm_100 (no GPU)"
 	@echo "make clean           build outputs and caches (not $(VENV))"
 
 $(PY):
@@ -71,8 +73,13 @@ format: $(DEV_READY)
 	$(PY) -m ruff check --fix --select I .
 	$(PY) -m ruff format .
 
-check-gpu-code: $(DEV_READY)
+$(OLD_TRITON)/.installed: | $(DEV_READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0
+	@touch $@
+
+check-gpu-code: $(DEV_READY) $(OLD_TRITON)/.installed
 	$(PY) -m atts_triton.aot
+	PYTHONPATH=$(OLD_TRITON)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m atts_triton.aot
 ifeq ($(NVCC),)
 	@echo "nvcc not found: the CUDA sources in csrc/ were not compiled (make check-gpu-code NVCC=/path/to/nvcc)"
 else

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from atts_engine.ops import native
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,6 +22,7 @@ def provenance(command: str) -> dict[str, str | int]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "cpu": _cpu(),
+        "cpu_isa": native.isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         "python": platform.python_version(),
         "torch": torch.__version__,

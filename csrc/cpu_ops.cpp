@@ -7,21 +7,13 @@
 #include "atts/atts.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/table.h"
 
 namespace atts {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return avx2::kTable;
-#endif
-  return plain::kTable;
-}
-
 namespace {
 
-constexpr int64_t kColumns = 32;         // weight rows handed to a thread at a time
+constexpr int64_t kColumns = 128;        // weight rows handed to a thread at a time, at most
+constexpr int64_t kShares = 4;           // of them for each thread, at least
 constexpr int64_t kRows = 256;           // input rows whose results lie in a thread's scratch
 constexpr int64_t kScoreRows = 64;       // the same for a block of logits
 constexpr int64_t kSerialValues = 32768;  // below, waking a thread costs more than the work
@@ -32,11 +24,17 @@ int checked(const Params* params) {
   return params->struct_size == sizeof(Params) ? ATTS_OK : ATTS_ERROR_ABI;
 }
 
-const float* widened(const uint16_t* x, int64_t rows, int64_t n) {
-  thread_local std::vector<float> wide;
-  wide.resize(static_cast<size_t>(rows * n));
-  kernels().widen(x, n, rows, n, 1.0f, wide.data());
-  return wide.data();
+const float* prepared(const uint16_t* x, int64_t rows, int64_t n) {
+  thread_local std::vector<float> held;
+  held.resize(static_cast<size_t>(rows * n));
+  kernels().prepare(x, rows, n, held.data());
+  return held.data();
+}
+
+// Weight rows of a thread's share: large, for what one block leaves the next to read on; many, so that no thread waits long.
+int64_t columns_of(int64_t all, int64_t threads) {
+  const int64_t even = (all / (kShares * threads) + 31) / 32 * 32;
+  return even < 32 ? 32 : even < kColumns ? even : kColumns;
 }
 
 // Rows first .. last-1 to each thread, in one piece where the work is small.
@@ -45,6 +43,20 @@ void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
   const int64_t part = rows * width < kSerialValues ? rows : (rows + p.threads - 1) / p.threads;
   parallel((rows + part - 1) / part, p.threads,
            [&](int64_t i) { kernel(p, i * part, (i + 1) * part < rows ? (i + 1) * part : rows); });
+}
+
+// target - log sum exp of the blocks' (peak, sum of exp(value - peak)), which lie stride apart.
+float logprob_of(float target, const float* peaks, const float* sums, int64_t blocks, int64_t stride) {
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  float peak = kNothing;
+  for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[b * stride]);
+  double total = 0.0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
+    if (std::isnan(sums[b * stride]) && peaks[b * stride] == kNothing && std::isfinite(peak)) continue;
+    total += static_cast<double>(sums[b * stride]) * std::exp(static_cast<double>(peaks[b * stride]) - peak);
+  }
+  return static_cast<float>(static_cast<double>(target) - peak - std::log(total));
 }
 
 }  // namespace
@@ -59,10 +71,11 @@ extern "C" int atts_linear_cpu(const atts_linear_params* params) {
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.weight == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
-  const float* x = atts::widened(p.x, p.rows, p.in_features);
-  parallel((p.out_features + atts::kColumns - 1) / atts::kColumns, p.threads, [&](int64_t block) {
-    const int64_t first = block * atts::kColumns, left = p.out_features - first;
-    const int64_t columns = left < atts::kColumns ? left : atts::kColumns;
+  const float* x = atts::prepared(p.x, p.rows, p.in_features);
+  const int64_t width = atts::columns_of(p.out_features, p.threads);
+  parallel((p.out_features + width - 1) / width, p.threads, [&](int64_t block) {
+    const int64_t first = block * width, left = p.out_features - first;
+    const int64_t columns = left < width ? left : width;
     float* sums = atts::scratch(atts::kRows * atts::kColumns);
     for (int64_t at = 0; at < p.rows; at += atts::kRows) {
       const int64_t rows = p.rows - at < atts::kRows ? p.rows - at : atts::kRows;
@@ -85,7 +98,7 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
     return ATTS_ERROR_NULL_POINTER;
   for (int64_t row = 0; row < p.rows; ++row)
     if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
-  const float* hidden = atts::widened(p.hidden, p.rows, p.width);
+  const float* hidden = atts::prepared(p.hidden, p.rows, p.width);
   const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
   std::vector<float> peaks(static_cast<size_t>(blocks * p.rows)), sums(peaks.size());
   std::vector<float> target(static_cast<size_t>(p.rows));
@@ -106,19 +119,35 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
       }
     }
   });
-  for (int64_t row = 0; row < p.rows; ++row) {
-    float peak = -std::numeric_limits<float>::infinity();
-    for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[static_cast<size_t>(b * p.rows + row)]);
-    double total = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const size_t place = static_cast<size_t>(b * p.rows + row);
-      // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
-      if (std::isnan(sums[place]) && peaks[place] == -std::numeric_limits<float>::infinity() && std::isfinite(peak))
-        continue;
-      total += static_cast<double>(sums[place]) * std::exp(static_cast<double>(peaks[place]) - peak);
+  for (int64_t row = 0; row < p.rows; ++row)
+    p.logprob[row] = atts::logprob_of(target[static_cast<size_t>(row)], &peaks[static_cast<size_t>(row)],
+                                      &sums[static_cast<size_t>(row)], blocks, p.rows);
+  return ATTS_OK;
+}
+
+extern "C" int atts_score_logits_cpu(const atts_score_logits_params* params) {
+  if (const int status = atts::checked(params)) return status;
+  const atts_score_logits_params& p = *params;
+  if (p.rows < 0 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.logits == nullptr || p.ids == nullptr || p.logprob == nullptr) return ATTS_ERROR_NULL_POINTER;
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
+  const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
+  parallel(p.rows, p.threads, [&](int64_t row) {
+    const uint16_t* logits = p.logits + row * p.logits_stride;
+    float* peaks = atts::scratch(2 * blocks + atts::kScoreBlock);
+    float *sums = peaks + blocks, *values = sums + blocks;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * atts::kScoreBlock, left = p.vocab - first;
+      const int64_t columns = left < atts::kScoreBlock ? left : atts::kScoreBlock;
+      kernels().widen(logits + first, columns, values);
+      kernels().softmax_parts(values, columns, peaks + block, sums + block);
     }
-    p.logprob[row] = static_cast<float>(static_cast<double>(target[static_cast<size_t>(row)]) - peak - std::log(total));
-  }
+    float target;
+    kernels().widen(logits + p.ids[row], 1, &target);
+    p.logprob[row] = atts::logprob_of(target, peaks, sums, blocks, 1);
+  });
   return ATTS_OK;
 }
 
@@ -149,10 +178,14 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
     for (int64_t first = 0; first < rows; first += atts::kAttentionRows)
       units.push_back({b, first, first + atts::kAttentionRows < rows ? first + atts::kAttentionRows : rows});
   }
-  const int64_t floats = atts::attention_scratch(p, longest);
-  parallel(static_cast<int64_t>(units.size()) * p.kv_heads, p.threads, [&](int64_t i) {
-    const Unit& unit = units[static_cast<size_t>(i / p.kv_heads)];
-    kernels().attend(p, unit.sequence, i % p.kv_heads, unit.first, unit.last, atts::scratch(floats));
+  const int64_t floats = kernels().attention_scratch(p, longest);
+  // A thread that has all heads of a unit finds the next head's keys in the lines beside the last one's.
+  const auto all = static_cast<int64_t>(units.size()), apart = all < 4 * p.threads ? p.kv_heads : 1;
+  parallel(all * apart, p.threads, [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i / apart)];
+    const int64_t heads = p.kv_heads / apart;
+    for (int64_t h = i % apart * heads; h < (i % apart + 1) * heads; ++h)
+      kernels().attend(p, unit.sequence, h, unit.first, unit.last, atts::scratch(floats));
   });
   return ATTS_OK;
 }

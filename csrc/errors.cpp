@@ -24,6 +24,8 @@ extern "C" const char* atts_strerror(int status) {
       return "the CUDA launch failed";
     case ATTS_ERROR_BATCH:
       return "cu_q, kv_len and the block table do not describe one batch over the pages";
+    case ATTS_ERROR_ISA:
+      return "this processor or this build does not have that instruction set";
     default:
       return "unknown status";
   }

@@ -2,24 +2,22 @@
 //
 // A token's noise is at most -log(v) of its uniform v, so it can beat the best so far only where v < exp(its value - best).
 // An upper bound of that exponential costs one multiplication, and a few tokens of a row pass.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "atts/atts.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/splitmix.h"
 
 namespace {
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
-
-// The finaliser of SplitMix64 (Steele, Lea, Flood 2014).
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
+using atts::kernels;
+using atts::kGolden;
+using atts::mix;
 
 float value_of(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -101,16 +99,15 @@ float noise_of(uint64_t bits) {
 }
 
 int64_t draw(const Row& row) {
-  uint32_t highest = 0, size = 0;
-  for (int64_t id = 0; id < row.vocab; ++id) {
-    const uint32_t rank = rank_of(row.logits[id]), magnitude = row.logits[id] & 0x7fffu;
-    highest = rank > highest ? rank : highest;
-    size = magnitude > size ? magnitude : size;
-  }
-  if (size > 0x7f80u || !std::isfinite(value_of(bits_of(highest)))) return -1;
-  int64_t best_id = 0;
-  while (rank_of(row.logits[best_id]) != highest) ++best_id;
-  if (row.temperature <= 0) return best_id;
+  int16_t key;
+  uint16_t size;
+  kernels().extremes(row.logits, row.vocab, &key, &size);
+  const uint32_t highest = key < 0 ? (key == -1 ? 0x8000u : static_cast<uint32_t>(key + 0x8000)) : key | 0x8000u;
+  const uint16_t peak = bits_of(highest);
+  if (size > 0x7f80u || !std::isfinite(value_of(peak)) || std::isnan(row.temperature)) return -1;
+  int64_t best_id = kernels().find(row.logits, row.vocab, peak, peak == 0 ? 0x8000u : peak);
+  // A temperature that takes the largest out of the range of float is as good as 0.
+  if (row.temperature <= 0 || std::isinf(value_of(peak) / row.temperature)) return best_id;
   const bool filtered = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
   const Cut cut = filtered ? cut_of(row, highest) : Cut{0, row.vocab};
   const uint64_t stream = mix(mix(row.position * kGolden + row.seed) + row.seed);
@@ -126,20 +123,20 @@ int64_t draw(const Row& row) {
     return 127.0f + 63.0f + 0x1p-9f + std::fabs(y) * 0x1p-19f - y;
   };
   float shift = shifted(best);
-  for (int64_t id = 0; id < row.vocab; ++id) {
+  const auto contend = [&](int64_t id) {
     const float y = value_of(row.logits[id]) * slope + shift;  // 127 + 63 + log2 of the largest v that can win
-    if (!(y > 125.0f)) continue;                               // no v is below 2^-64
+    if (!(y > 125.0f)) return;                               // no v is below 2^-64
     const uint64_t bits = hashed(id);
     if (y < 190.0f) {
       const uint32_t pattern = static_cast<uint32_t>(y * 8388608.0f);
       float bound;
       std::memcpy(&bound, &pattern, sizeof bound);
       // The bound may be as low as 2^-2 while v is held at 2^-1 of these units: a v that small always passes.
-      if (static_cast<float>(static_cast<int64_t>(bits)) > bound && bits > 1) continue;
+      if (static_cast<float>(static_cast<int64_t>(bits)) > bound && bits > 1) return;
     }
     if (filtered) {
       const uint32_t rank = rank_of(row.logits[id]);
-      if (rank < cut.rank || (rank == cut.rank && id > cut.last)) continue;
+      if (rank < cut.rank || (rank == cut.rank && id > cut.last)) return;
     }
     const float value = value_of(row.logits[id]) / row.temperature + noise_of(bits);
     if (value > best || (value == best && id < best_id)) {
@@ -147,7 +144,12 @@ int64_t draw(const Row& row) {
       best_id = id;
       shift = shifted(best);
     }
-  }
+  };
+  const int64_t whole = row.vocab / 8 * 8;
+  uint32_t which = 0;
+  for (int64_t id = 0; (id = kernels().contenders(row.logits, id, whole, slope, shift, stream, &which)) < whole; id += 8)
+    for (; which; which &= which - 1) contend(id + __builtin_ctz(which));
+  for (int64_t id = whole; id < row.vocab; ++id) contend(id);
   return best_id;
 }
 
@@ -163,7 +165,9 @@ extern "C" int atts_sample_cpu(const atts_sample_params* params) {
       p.min_p == nullptr || p.seed == nullptr || p.position == nullptr || p.ids == nullptr)
     return ATTS_ERROR_NULL_POINTER;
   atts::parallel(p.rows, p.threads, [&](int64_t i) {
-    p.ids[i] = draw({p.logits + i * p.logits_stride, p.vocab, p.temperature[i], p.top_k[i], p.top_p[i], p.min_p[i],
+    // An infinite temperature would make NaN of tokens at -inf; NaN stays.
+    const float temperature = std::min(p.temperature[i], std::numeric_limits<float>::max());
+    p.ids[i] = draw({p.logits + i * p.logits_stride, p.vocab, temperature, p.top_k[i], p.top_p[i], p.min_p[i],
                      static_cast<uint64_t>(p.seed[i]), static_cast<uint64_t>(p.position[i])});
   });
   return ATTS_OK;

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from atts_engine import ops
+from atts_engine.errors import InputError
+from atts_engine.ops import native
 
 # Triton reads it when a kernel is defined: without a GPU the suite runs every kernel in the interpreter.
 if not torch.cuda.is_available():
@@ -49,3 +54,15 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("the folder ../shared with recorded traces and problem sets is not here")
     return path
+
+
+@pytest.fixture(params=native.ISAS)
+def native_bf16(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels of csrc/ for each instruction set that this processor has, in turn."""
+    try:
+        native.use_isa(request.param)
+    except InputError as reason:
+        pytest.skip(str(reason))
+    with ops.use("native-bf16"):
+        yield
+    native.use_isa(None)

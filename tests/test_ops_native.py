@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,11 @@ pytestmark = [
     pytest.mark.skipif(
         native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
     ),
-    pytest.mark.usefixtures("forced"),
+    pytest.mark.usefixtures("native_bf16"),
 ]
 BF16 = torch.bfloat16
 HALF_ULP = 2.0**-8
 """What one rounding to bfloat16 may move a value by, relative to it."""
-
-
-@pytest.fixture
-def forced() -> Iterator[None]:
-    with ops.use("native-bf16"):
-        yield
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -121,7 +114,7 @@ def test_attention_refuses_what_is_not_a_batch() -> None:
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
-    with pytest.raises(InputError, match="block table"):
+    with pytest.raises(InputError, match="block_table"):
         ops.paged_attention(q, kv, table[:1], cu_q, kv_len, 0.2)
 
 
@@ -215,6 +208,29 @@ def test_score_tokens_of_rows_that_are_not_finite() -> None:
     assert found.isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 512, 1301])
+def test_score_logits_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> None:
+    logits = random(9, vocab + 3, scale=4.0)[:, :vocab]
+    ids = torch.randint(0, vocab, (9,), generator=torch.Generator().manual_seed(2))
+    found = ops.score_logits(logits, ids)
+    oracle = torch.log_softmax(logits.double(), 1).gather(1, ids[:, None])[:, 0]
+    assert found.dtype == torch.float32
+    assert float((found.double() - oracle).abs().max()) < 1e-5
+    for row in range(9):
+        assert torch.equal(ops.score_logits(logits[row : row + 1], ids[row : row + 1]), found[row : row + 1])
+    with pytest.raises(InputError, match="score_logits"):
+        ops.score_logits(logits, ids + vocab)
+
+
+def test_score_logits_of_values_that_are_not_finite() -> None:
+    logits = random(5, 1100)
+    logits[1, 600], logits[2, :512], logits[3], logits[4, 3] = float("nan"), -float("inf"), -float("inf"), float("inf")
+    found = ops.score_logits(logits, torch.full((5,), 700))
+    assert found.isnan().tolist() == [False, True, False, True, True]
+    oracle = torch.log_softmax(logits[2].double(), 0)[700]
+    assert abs(float(found[2]) - float(oracle)) < 1e-5
+
+
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +269,17 @@ def test_sample_of_rows_that_cannot_be_drawn_from() -> None:
     logits[4, 7:] = float("-inf")
     found = ops.sample(logits, *(t[1:6] for t in sampling_rows(6, 3)))
     assert found[[0, 1, 3]].tolist() == [-1, -1, -1] and int(found[2]) >= 0 and 0 <= int(found[4]) < 7
+
+
+def test_sample_at_extreme_temperatures() -> None:
+    nan = torch.tensor([float("nan")])
+    parameters = [t[:1] for t in sampling_rows(6, 4)]
+    for sign, least in ((1.0, 1), (-1.0, 0)):
+        logits = sign * torch.tensor([[1.0, 3.0, 2.0, sign * float("-inf")]], dtype=BF16)
+        for temperature in (1e-30, 1e-45):
+            assert ops.sample(logits, torch.tensor([temperature]), *parameters[1:]).tolist() == [least]
+        assert 0 <= int(ops.sample(logits, 1 / torch.zeros(1), *parameters[1:])) < 3
+        assert ops.sample(logits, nan, *parameters[1:]).tolist() == [-1]
 
 
 def test_sample_of_strided_rows() -> None:

@@ -12,7 +12,7 @@ from atts_engine.ops import native
 needs_library = pytest.mark.skipif(
     native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
 )
-SHAPES = [(1, 8, 1), (3, 5, 7), (16, 576, 64), (7, 577, 101), (70, 64, 33)]
+SHAPES = [(1, 8, 1), (3, 5, 7), (16, 576, 64), (7, 577, 101), (70, 64, 33), (27, 1601, 300), (2, 1, 16), (13, 31, 17)]
 
 
 def inputs(rows: int, width: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -22,14 +22,8 @@ def inputs(rows: int, width: int, columns: int) -> tuple[torch.Tensor, torch.Ten
     return x, weight, bias
 
 
-@pytest.fixture
-def forced() -> object:
-    with ops.use("native-bf16"):
-        yield
-
-
 @needs_library
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("native_bf16")
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_float64(shape: tuple[int, int, int], with_bias: bool) -> None:
@@ -44,7 +38,7 @@ def test_equals_float64(shape: tuple[int, int, int], with_bias: bool) -> None:
 
 
 @needs_library
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("native_bf16")
 def test_a_row_has_its_bits_whatever_company_it_keeps() -> None:
     x, weight, _ = inputs(70, 576, 101)
     whole = ops.linear(x, weight)
@@ -64,7 +58,7 @@ def test_a_row_has_its_bits_whatever_company_it_keeps() -> None:
 
 
 @needs_library
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("native_bf16")
 def test_strides_empty_batches_and_values_that_are_not_finite() -> None:
     x, weight, bias = inputs(6, 64, 32)
     assert torch.equal(ops.linear(x[::2], weight, bias), ops.linear(x[::2].contiguous(), weight, bias))
@@ -87,7 +81,17 @@ def test_other_dtypes_run_the_reference_bit_for_bit() -> None:
 
 def test_without_the_library_it_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
+    ops.use(None)  # forgets what was decided before
     assert ops.available()["linear"] == ["reference"]
     assert ops.chosen("linear", "cpu") == "reference"
     with pytest.raises(InputError, match="CMake"):
         ops.use("native-bf16")
+
+
+@needs_library
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    before = native.isa()
+    assert before in native.ISAS
+    with pytest.raises(InputError, match="for sse9 cannot run here"):
+        native.use_isa("sse9")
+    assert native.isa() == before

@@ -5,6 +5,24 @@ from __future__ import annotations
 
 from atts_triton.gate import gate
 from atts_triton.paged_attention import paged_attention
+from atts_triton.paging import kv_append, kv_copy_pages, kv_gather, kv_scatter, kv_slots, rope_kv_append
+from atts_triton.rows import add_rms_norm, rms_norm, rope, silu_mul
+from atts_triton.sample import sample
 from atts_triton.score_tokens import score_tokens
 
-__all__ = ["gate", "paged_attention", "score_tokens"]
+__all__ = [
+    "add_rms_norm",
+    "gate",
+    "kv_append",
+    "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_kv_append",
+    "sample",
+    "score_tokens",
+    "silu_mul",
+]

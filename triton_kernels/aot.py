@@ -24,7 +24,7 @@ from atts_triton.variants import Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block can ask for, by compute capability (CUDA C++ Programming Guide, table 30)."""
-MODULES = ("gate", "paged_attention", "score_tokens")
+MODULES = ("gate", "paged_attention", "paging", "rows", "sample", "score_tokens")
 """Modules of kernels. Each has `variants()`."""
 
 

@@ -18,13 +18,14 @@ NaN logit reaches s and makes the row NaN; an id outside [0, V) makes its row Na
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from atts_triton import tuning
 from atts_triton.variants import POINTERS, Variant
 
 MAX_SPLITS = 128
@@ -36,7 +37,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Sizes of `_split_kernel`, a function of (V, H, dtype) alone."""
+    """Sizes of `_split_kernel`, a function of (V, H, dtype) alone but for what `tuning` lets a table change."""
 
     block_t: int
     block_v: int
@@ -181,7 +182,8 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     logprob = hidden.new_empty(rows, dtype=torch.float32)
     if not rows:
         return logprob
-    sizes = tiling(vocab, width, hidden.dtype)
+    measured = tuning.settings("score_tokens", hidden.dtype, T=rows, V=vocab, H=width)
+    sizes = replace(tiling(vocab, width, hidden.dtype), **measured)
     partial = hidden.new_empty((3, sizes.splits, rows), dtype=torch.float32)
     peak, total, target = partial.unbind(0)
     ids = ids.contiguous()

@@ -4,29 +4,46 @@ and is the oracle; `chosen` tells which implementation runs. All are also regist
 from __future__ import annotations
 
 from atts_engine.ops.attention import Scratch, paged_attention
+from atts_engine.ops.checks import checked
 from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
-from atts_engine.ops.dispatch import available, capturable, chosen, use
+from atts_engine.ops.dispatch import IMPLEMENTATIONS, Obstacle, available, capturable, chosen, obstacle, use
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
-from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
+from atts_engine.ops.paging import (
+    kv_append,
+    kv_copy_pages,
+    kv_gather,
+    kv_scatter,
+    kv_slots,
+    kv_swap,
+    rope_kv_append,
+)
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "GateResult",
+    "Obstacle",
     "Scratch",
     "add_rms_norm",
     "available",
     "capturable",
+    "checked",
     "chosen",
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
     "kv_swap",
     "linear",
+    "obstacle",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv_append",
     "sample",
     "score_logits",
     "score_tokens",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
-from atts_engine.ops.dispatch import TRITON, chosen, runs_native
+from atts_engine.ops import checks, flash, native
+from atts_engine.ops.dispatch import FLASHINFER, TRITON, chosen, runs_native
 
 ROW_BLOCK = 4
 """Query rows are padded to a multiple of this: a batched CPU product gives a row the same bits for every such M
@@ -52,6 +52,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
         self._planned: tuple[Tensor, Tensor, Tensor] | None = None
         self._plans: dict[int, list[_Group]] = {}
+        self._flash: flash.Attention | None = None
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """An fp32 tensor of this shape; what it holds is left over from an earlier use, but finite."""
@@ -72,6 +73,12 @@ class Scratch:
         if window not in self._plans:
             self._plans[window] = _plan(q, kv_layer, block_table, cu_q, kv_len, window)
         return self._plans[window]
+
+    def flashinfer(self, device: torch.device) -> flash.Attention:
+        """FlashInfer's attention with the workspace and the plan of this caller."""
+        if self._flash is None or self._flash.device != device:
+            self._flash = flash.Attention(device)
+        return self._flash
 
 
 def paged_attention(
@@ -101,20 +108,22 @@ def paged_attention(
 
     scratch: buffers of the reference to work in, None for fresh ones.
     Raises InputError where shapes do not fit or a sequence has more query rows than tokens; the Triton kernel, which
-    reads nothing on the host, gives NaN for rows that see no key and leaves longer sequences than the block table holds
-    to the caller. It takes fp32, fp16 and bf16, the same in q and kv_layer, and heads of up to 256.
+    reads nothing on the host outside `ops.checked()`, gives NaN for rows that see no key and leaves sequences longer
+    than the block table to the caller. It takes fp32, fp16 and bf16, the same in q and kv_layer, heads of up to 256.
     """
-    heads, dim = q.shape[1], q.shape[2]
-    kv_heads = kv_layer.shape[3]
-    if heads % kv_heads or kv_layer.shape[4] != dim:
-        raise InputError(f"paged_attention: q {tuple(q.shape)} does not fit the cache {tuple(kv_layer.shape)}")
+    checks.paged_attention(q, kv_layer, block_table, cu_q, kv_len)
     if window < 0:
         raise InputError(f"paged_attention: a window has 1 key or more, or is 0 for none, not {window}")
-    if chosen("paged_attention", q.device) == TRITON:
+    impl = chosen("paged_attention", q.device)
+    if impl == TRITON:
         return _triton(q, kv_layer, block_table, cu_q, kv_len, scale, window)
     if not window and runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
         return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
+    if impl == FLASHINFER:
+        if window:
+            raise InputError("paged_attention: FlashInfer is not asked for windows here: use('triton')")
+        return scratch.flashinfer(q.device)(q, kv_layer, block_table, cu_q, kv_len, scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len, window):
         _attend(out, q, kv_layer, group, scale, scratch)
@@ -126,11 +135,6 @@ def _triton(
 ) -> Tensor:
     import atts_triton
 
-    batch = kv_len.shape[0]
-    if cu_q.shape != (batch + 1,) or block_table.dim() != 2 or block_table.shape[0] != batch:
-        raise InputError(
-            f"paged_attention: cu_q {tuple(cu_q.shape)}, block table {tuple(block_table.shape)}, {batch} sequences"
-        )
     try:
         return atts_triton.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale, window)
     except ValueError as error:
@@ -146,6 +150,7 @@ def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len
         raise InputError("paged_attention: a sequence has more query rows than tokens")
     if max(lengths, default=0) > block_table.shape[1] * kv_layer.shape[2]:
         raise InputError("paged_attention: a sequence is longer than its row of the block table")
+    checks.pages_in_pool("paged_attention", block_table, kv_len, kv_layer.shape[2], kv_layer.shape[1])
     return [
         _group(members, starts, counts, lengths, block_table, kv_layer.shape[2], kv_layer.shape[3], window)
         for members in _members(counts, lengths, q.shape[1])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops import checks
+from atts_engine.ops.checks import LEVEL_ONE
 from atts_engine.ops.dispatch import TRITON, chosen
 
-LEVEL_ONE = 1 << 32
-"""The integer that stands for a level, or a uniform, of 1."""
 MAX_CAPACITY = 1 << 28
 """Calibration scores per key. Keeps u * (1 + ties) and level * (n + 1) below 2^62, so that int64 decides exactly."""
 
@@ -51,19 +51,9 @@ def gate(
     Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that
     the store does not have.
     """
-    batch = score.shape[0]
-    if any(t.shape != (batch,) for t in (key, level, u, insert)):
-        raise InputError(f"gate: score, key, level, u and insert must all have {batch} rows")
-    if ring.dim() != 2 or size.shape != ring.shape[:1] or head.shape != ring.shape[:1] or ring.shape[1] < 1:
-        raise InputError(
-            f"gate: ring {tuple(ring.shape)}, size {tuple(size.shape)}, head {tuple(head.shape)} do not fit"
-        )
-    if ring.shape[1] > MAX_CAPACITY:
-        raise InputError(f"gate: a ring holds at most {MAX_CAPACITY} scores, not {ring.shape[1]}")
-    if score.dtype != torch.float32 or ring.dtype != torch.float32:
-        raise InputError(f"gate: scores must be float32, not {score.dtype} and {ring.dtype}")
-    if batch and not score.is_cuda and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
-        raise InputError(f"gate: a key is outside the store's {ring.shape[0]} keys")
+    checks.gate(score, key, ring, size, head, level, u, insert)
+    if not 1 <= ring.shape[1] <= MAX_CAPACITY:
+        raise InputError(f"gate: a ring holds 1 to {MAX_CAPACITY} scores, not {ring.shape[1]}")
     if chosen("gate", score.device) == TRITON:
         import atts_triton
 

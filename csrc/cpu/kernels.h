@@ -11,27 +11,34 @@ constexpr int64_t kScoreBlock = 512;  // logits of one normaliser's block
 constexpr int64_t kAttentionRows = 16;  // query rows of one unit of attention
 
 struct Kernels {
-  // x[rows, n] -> fp32 times scale, in the order in which `dot` reads it (see widen in dense.cpp).
-  void (*widen)(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, float scale, float* out);
-  // out[r * out_stride + c] = x[r] . weight[c], x widened.
+  const char* isa;
+  // x[rows, n] in the form in which `dot` reads it; row r begins at out + r * n.
+  void (*prepare)(const uint16_t* x, int64_t rows, int64_t n, float* out);
+  // out[r * out_stride + c] = x[r] . weight[c], x prepared.
   void (*dot)(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
               int64_t out_stride);
   // out[n] = sum[n] + bias[n], rounded once.
   void (*narrow)(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out);
+  // x[n] as fp32, in order.
+  void (*widen)(const uint16_t* x, int64_t n, float* out);
   // The largest of values[n] and the sum of exp(value - largest); values[n .. n rounded up to 8) are overwritten.
   void (*softmax_parts)(float* values, int64_t n, float* largest, float* sum);
-  // Query rows first .. last-1 of sequence b for the query heads that share KV head h; scratch as attention_scratch says.
+  // Floats of scratch that `attend` takes for keys 0 .. longest-1.
+  int64_t (*attention_scratch)(const atts_attention_params& p, int64_t longest);
+  // Query rows first .. last-1 of sequence b for the query heads that share KV head h.
   void (*attend)(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch);
   void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
   void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
   void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);
+  // The largest of x[n] as an integer that orders as values do, with -0 below 0, and the largest of its bits less the sign.
+  void (*extremes)(const uint16_t* x, int64_t n, int16_t* highest, uint16_t* size);
+  // The first i with x[i] of these bits, n where there is none.
+  int64_t (*find)(const uint16_t* x, int64_t n, uint16_t a, uint16_t b);
+  // The first of first, first + 8, ... from which on eight tokens hold one whose noise may let it win (`which`, a bit each),
+  // n where there is none; slope, shift and stream as `draw` has them.
+  int64_t (*contenders)(const uint16_t* logits, int64_t first, int64_t n, float slope, float shift, uint64_t stream,
+                        uint32_t* which);
 };
-
-// Floats of scratch that `attend` takes for keys 0 .. longest-1.
-inline int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
-  const int64_t group = p.heads / p.kv_heads;
-  return kAttentionRows * group * p.head_dim + 3 * p.head_dim + 3 * ((longest + 7) / 8 * 8);
-}
 
 const Kernels& kernels();
 

@@ -1,4 +1,4 @@
-// What a decoder does row by row between its dense layers: one pass each, fp32 inside.
+// What is done row by row between and behind dense layers: one pass each, fp32 inside.
 #include "cpu/kernels.h"
 #include "cpu/table.h"
 #include "cpu/vector.h"
@@ -76,6 +76,40 @@ void rope(const atts_rope_params& p, int64_t first, int64_t last) {
       }
     }
   }
+}
+
+void narrow(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const F8 value = load<F8>(sum + i);
+    store(out + i, to_bf16(bias == nullptr ? value : value + from_bf16(load<H8>(bias + i))));
+  }
+  for (; i < n; ++i) out[i] = to_bf16(bias == nullptr ? sum[i] : sum[i] + from_bf16(bias[i]));
+}
+
+void widen(const uint16_t* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(out + i, from_bf16(load<H8>(x + i)));
+  for (; i < n; ++i) out[i] = from_bf16(x[i]);
+}
+
+void softmax_parts(float* values, int64_t n, float* largest, float* sum) {
+  for (int64_t i = n; i < (n + 7) / 8 * 8; ++i) values[i] = -__builtin_inff();
+  F8 peaks = load<F8>(values);
+  for (int64_t i = 8; i < n; i += 8) {
+    const F8 v = load<F8>(values + i);
+    peaks = select(v > peaks, v, peaks);
+  }
+  float peak = peaks[0];
+  for (int lane = 1; lane < 8; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
+  F8 total = all(0.0f);
+  for (int64_t i = 0; i < n; i += 8) {
+    const F8 e = exp8(load<F8>(values + i) - peak);
+    store(values + i, e);
+    total += e;
+  }
+  *largest = peak;
+  *sum = sum_lanes(total);
 }
 
 }  // namespace ATTS_ISA

@@ -34,7 +34,8 @@ typedef enum atts_status {
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
   ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
   ATTS_ERROR_CUDA = 8,         /* the launch failed; cudaGetLastError was consumed */
-  ATTS_ERROR_BATCH = 9         /* cu_q, kv_len and the block table do not describe one batch over the pages */
+  ATTS_ERROR_BATCH = 9,        /* cu_q, kv_len and the block table do not describe one batch over the pages */
+  ATTS_ERROR_ISA = 10          /* this processor, or this build, has no such instruction set */
 } atts_status;
 
 /* The conformal gate: count every row of a batch against the ring of its key as it is, decide, then insert in index
@@ -91,6 +92,16 @@ typedef struct atts_score_tokens_params {
   int64_t rows, width, vocab;
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
+
+/* The same of logits[rows, vocab] in bfloat16 that exist already. */
+typedef struct atts_score_logits_params {
+  uint64_t struct_size;    /* sizeof(atts_score_logits_params) */
+  const uint16_t* logits;  /* [rows, vocab], rows logits_stride apart */
+  const int64_t* ids;      /* [rows], in 0..vocab-1 */
+  float* logprob;          /* [rows], written */
+  int64_t rows, vocab, logits_stride;
+  int32_t threads;         /* 1 or more */
+} atts_score_logits_params;
 
 /* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions
  * of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
@@ -178,12 +189,20 @@ ATTS_API const char* atts_strerror(int status);
 /* 1 where the library was built with CUDA, else 0. */
 ATTS_API int atts_has_cuda(void);
 
+/* Instruction set of the CPU kernels that this processor runs: "avx512bf16", "avx2" or "plain"; never to be freed. */
+ATTS_API const char* atts_cpu_isa(void);
+
+/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the processor
+ * has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
+ATTS_API int atts_use_cpu_isa(const char* isa);
+
 /* On the host. Checks every argument before it writes anything. */
 ATTS_API int atts_gate_cpu(const atts_gate_params* params);
 
 /* On the host, at AVX2 speed where the processor has it. Each checks every argument before it writes anything. */
 ATTS_API int atts_linear_cpu(const atts_linear_params* params);
 ATTS_API int atts_score_tokens_cpu(const atts_score_tokens_params* params);
+ATTS_API int atts_score_logits_cpu(const atts_score_logits_params* params);
 ATTS_API int atts_attention_cpu(const atts_attention_params* params);
 ATTS_API int atts_rms_norm_cpu(const atts_rms_norm_params* params);
 ATTS_API int atts_silu_mul_cpu(const atts_silu_mul_params* params);

@@ -2,7 +2,7 @@
 //
 // A row's bits depend on its own query, keys and values alone: products and sums run in the order of the keys, whatever
 // rows and heads share a tile.
-#include "cpu/dense.h"
+#include "cpu/fp32.h"
 #include "cpu/kernels.h"
 #include "cpu/table.h"
 
@@ -104,6 +104,11 @@ void attend_tile(const float* q, int64_t dim, const Keys& keys, const Keys& valu
 }
 
 }  // namespace
+
+int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
+  const int64_t group = p.heads / p.kv_heads;
+  return kAttentionRows * group * p.head_dim + kTile * p.head_dim + kTile * ((longest + 7) / 8 * 8);
+}
 
 void attend(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch) {
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim;

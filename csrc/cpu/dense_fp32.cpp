@@ -2,7 +2,7 @@
 //
 // An output's bits depend on its own two rows alone: every dot product runs over eight partial sums in index order,
 // whichever rows and columns share its tile, so tiles, batches and threads cannot move a bit.
-#include "cpu/dense.h"
+#include "cpu/fp32.h"
 
 #include "cpu/kernels.h"
 #include "cpu/table.h"
@@ -10,8 +10,8 @@
 namespace atts {
 namespace ATTS_ISA {
 
-void widen(const uint16_t* x, int64_t stride, int64_t rows, int64_t n, float scale, float* out) {
-  for (int64_t row = 0; row < rows; ++row) widen_row(x + row * stride, n, scale, out + row * n);
+void prepare(const uint16_t* x, int64_t rows, int64_t n, float* out) {
+  for (int64_t row = 0; row < rows; ++row) widen_row(x + row * n, n, 1.0f, out + row * n);
 }
 
 namespace {
@@ -51,34 +51,6 @@ void dot(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, 
   for (column = whole; column < columns; ++column)
     for (int64_t row = 0; row < rows; ++row)
       tile<1, 1>(x + row * n, weight + column * n, n, out + row * out_stride + column, out_stride);
-}
-
-void narrow(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const F8 value = load<F8>(sum + i);
-    store(out + i, to_bf16(bias == nullptr ? value : value + from_bf16(load<H8>(bias + i))));
-  }
-  for (; i < n; ++i) out[i] = to_bf16(bias == nullptr ? sum[i] : sum[i] + from_bf16(bias[i]));
-}
-
-void softmax_parts(float* values, int64_t n, float* largest, float* sum) {
-  for (int64_t i = n; i < (n + 7) / 8 * 8; ++i) values[i] = -__builtin_inff();
-  F8 peaks = load<F8>(values);
-  for (int64_t i = 8; i < n; i += 8) {
-    const F8 v = load<F8>(values + i);
-    peaks = select(v > peaks, v, peaks);
-  }
-  float peak = peaks[0];
-  for (int lane = 1; lane < 8; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
-  F8 total = all(0.0f);
-  for (int64_t i = 0; i < n; i += 8) {
-    const F8 e = exp8(load<F8>(values + i) - peak);
-    store(values + i, e);
-    total += e;
-  }
-  *largest = peak;
-  *sum = sum_lanes(total);
 }
 
 }  // namespace ATTS_ISA

@@ -1,6 +1,6 @@
 // The tile that dense layers, scores and attention share.
-#ifndef ATTS_CPU_DENSE_H_
-#define ATTS_CPU_DENSE_H_
+#ifndef ATTS_CPU_FP32_H_
+#define ATTS_CPU_FP32_H_
 
 #include "cpu/vector.h"
 
@@ -58,4 +58,4 @@ ATTS_INLINE void dot_tile(const float* x, int64_t x_stride, const uint16_t* cons
 }  // namespace
 }  // namespace atts
 
-#endif  // ATTS_CPU_DENSE_H_
+#endif  // ATTS_CPU_FP32_H_
