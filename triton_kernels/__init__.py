@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 from atts_triton.gate import gate
+from atts_triton.paged_attention import paged_attention
 from atts_triton.paging import kv_append, kv_copy_pages, kv_gather, kv_scatter, kv_slots, rope_kv_append
 from atts_triton.rows import add_rms_norm, rms_norm, rope, silu_mul
 from atts_triton.sample import sample
@@ -20,6 +21,7 @@ __all__ = [
     "kv_gather",
     "kv_scatter",
     "kv_slots",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_kv_append",

@@ -24,7 +24,17 @@ from atts_triton.variants import Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block can ask for, by compute capability (CUDA C++ Programming Guide, table 30)."""
-MODULES = ("gate", "paging", "rows", "sample", "score_gate", "score_logits", "score_tokens", "span_mean")
+MODULES = (
+    "gate",
+    "paged_attention",
+    "paging",
+    "rows",
+    "sample",
+    "score_gate",
+    "score_logits",
+    "score_tokens",
+    "span_mean",
+)
 """Modules of kernels. Each has `variants()`."""
 
 
@@ -85,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=MODULES, metavar="MODULE", help=f"of {', '.join(MODULES)}")
     arguments = parser.parse_args(argv)
     out = sys.stdout
-    out.write(f"triton {triton.__version__}\n{'kernel':34} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
+    out.write(f"triton {triton.__version__}\n{'kernel':40} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
     misfits = 0
     for variant in variants(arguments.only or MODULES):
         for capability in arguments.arch or sorted(SHARED_LIMIT):
@@ -95,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]
             misfits += not fits
             out.write(
-                f"{variant.name:34} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
+                f"{variant.name:40} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
                 f"{'' if fits else '  DOES NOT FIT'}\n"
             )
             out.flush()

@@ -26,4 +26,4 @@ class Variant:
     multiples_of_16: frozenset[str] = frozenset()
     """Integer arguments that the just-in-time compiler would see to be multiples of 16."""
     capabilities: frozenset[int] = frozenset()
-    """Compute capabilities that it is for; none named means all."""
+    """Compute capabilities that it is launched on; none named means all."""

@@ -313,6 +313,8 @@ def paged_attention(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tens
         or pool[3] < 1
         or shape[1] % pool[3]
         or shape[2] != pool[4]
+        or q.dtype not in FLOATS
+        or kv_layer.dtype not in FLOATS
         or kv_layer.device != device
         or block_table.dim() != 2
         or block_table.shape[:1] != kv_len.shape

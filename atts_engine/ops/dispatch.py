@@ -52,6 +52,7 @@ TRITON_OPS = frozenset(
         "kv_gather",
         "kv_scatter",
         "kv_slots",
+        "paged_attention",
         "rms_norm",
         "rope",
         "rope_kv_append",

@@ -42,7 +42,8 @@ _SAMPLE_SCHEMA = (
     "Tensor position) -> Tensor"
 )
 _ATTENTION_SCHEMA = (
-    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale) -> Tensor"
+    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale, *, "
+    "int window=0) -> Tensor"
 )
 _ROPE_APPEND_SCHEMA = (
     "rope_kv_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv_layer, Tensor slots) -> Tensor"
@@ -56,6 +57,10 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
 
 def _two_like_first(first: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(first), torch.empty_like(first)
+
+
+def _attention_fake(q: Tensor, *_: object, window: int = 0) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _fp32_per_row(first: Tensor, *_: object) -> Tensor:
@@ -112,7 +117,7 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     ("kv_gather(Tensor kv, Tensor pages) -> Tensor", kv_gather, _gather_fake),
     ("kv_scatter(Tensor staged, Tensor(a!) kv, Tensor pages) -> ()", kv_scatter, _nothing),
     (_SWAP_SCHEMA, kv_swap, _nothing),
-    (_ATTENTION_SCHEMA, paged_attention, _like_first),
+    (_ATTENTION_SCHEMA, paged_attention, _attention_fake),
     (_SCORE_TOKENS_SCHEMA, score_tokens, _fp32_per_row),
     ("score_logits(Tensor logits, Tensor ids, float softcap=0.0) -> Tensor", score_logits, _fp32_per_row),
     ("span_mean(Tensor logprob, Tensor cu_seqlens) -> (Tensor score, Tensor sum_logprob)", span_mean, _span_mean_fake),
