@@ -131,8 +131,12 @@ def test_pages_are_copied_in_every_layer_as_they_were() -> None:
         assert torch.equal(kv[:, :, target], before[:, :, source])
     with pytest.raises(InputError, match="dst does not fit"):
         ops.kv_copy_pages(kv, torch.tensor([0]), torch.tensor([1, 2]))
-    for src, dst in (([0, 1], [1, 2]), ([1, 0], [2, 1]), ([0, 1], [2, 2])):
-        with pytest.raises(InputError, match="in one call"):
+    for src, dst, match in (
+        ([0, 1], [1, 2], "in one call"),
+        ([1, 0], [2, 1], "in one call"),
+        ([0, 1], [2, 2], "dst names 2 twice"),
+    ):
+        with pytest.raises(InputError, match=match):
             ops.kv_copy_pages(kv, torch.tensor(src), torch.tensor(dst))
 
 

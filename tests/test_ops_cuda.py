@@ -254,6 +254,12 @@ def test_what_the_module_refuses_is_one_line() -> None:
 
 
 @pytest.mark.usefixtures("on_host")
+def test_a_softcap_is_refused() -> None:
+    with pytest.raises(InputError, match="has no softcap"):
+        ops.score_logits(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), 30.0)
+
+
+@pytest.mark.usefixtures("on_host")
 def test_a_module_of_other_sources_says_so() -> None:
     with pytest.raises(InputError, match="was built from other sources; install again"):
         cuda._call("softmax")

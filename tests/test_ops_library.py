@@ -45,6 +45,17 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "score_logits": (x, index),
         "span_mean": (rows, torch.tensor([0, 2, 5])),
         "gate": (rows, index % 3, *store, index + 1, index + 1, index > 0),
+        "score_gate": (
+            x,
+            torch.randn(40, 16, generator=g),
+            index,
+            torch.tensor([0, 2, 5]),
+            index[:2],
+            *(t.clone() for t in store),
+            index[:2] + 1,
+            index[:2] + 1,
+            index[:2] > 0,
+        ),  # fmt: skip
         "sample": (x, rows, index, rows, rows, index, index),
     }
 

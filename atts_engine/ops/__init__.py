@@ -1,5 +1,6 @@
 """One public function per kernel. Each docstring is the contract; the torch reference serves every device
-and is the oracle; `chosen` tells which implementation runs. All are also registered as torch.ops.atts.*"""
+and is the oracle; `chosen` tells which implementation runs. Tensors that do not fit an op's contract raise InputError
+(checks.py). All are also registered as torch.ops.atts.*"""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ from atts_engine.ops.paging import (
 )
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GateResult",
     "Obstacle",
+    "ScoreGateResult",
     "Scratch",
     "add_rms_norm",
     "available",
@@ -45,6 +48,7 @@ __all__ = [
     "rope",
     "rope_kv_append",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",

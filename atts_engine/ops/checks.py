@@ -313,6 +313,8 @@ def paged_attention(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tens
         or pool[3] < 1
         or shape[1] % pool[3]
         or shape[2] != pool[4]
+        or q.dtype not in FLOATS
+        or kv_layer.dtype not in FLOATS
         or kv_layer.device != device
         or block_table.dim() != 2
         or block_table.shape[:1] != kv_len.shape
@@ -361,8 +363,8 @@ def pages_in_pool(op: str, block_table: Tensor, kv_len: Tensor, page: int, pages
 # Scoring and sampling -------------------------------------------------------------------------------------------------
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
-    op, own = "score_tokens", (hidden.dtype,)
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, op: str = "score_tokens") -> None:
+    own = (hidden.dtype,)
     found = ("hidden", hidden, (-1, -1), FLOATS), ("weight", weight, (-1, _side(hidden, 1)), own)
     _misfit(op, hidden, *found, ("ids", ids, (_side(hidden, 0),), (_INT64,)))
     rows_without_gaps(op, "hidden", hidden)
@@ -383,25 +385,68 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> None:
     if cu_seqlens.shape[0] < 1:
         raise InputError("span_mean: cu_seqlens has no bound: it must begin with 0")
     if values_read(logprob):
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != logprob.shape[0]:
-            raise InputError(f"span_mean: cu_seqlens runs {first} .. {last} for {logprob.shape[0]} tokens")
-        if cu_seqlens.shape[0] > 1 and int(cu_seqlens.diff().amin()) < 1:
-            raise InputError("span_mean: a span without tokens has no score")
+        span_bounds("span_mean", cu_seqlens, logprob.shape[0])
+
+
+def span_bounds(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """cu_seqlens must rise from 0 to `tokens`, by one or more for each span. Reads it back."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        raise InputError(f"{op}: cu_seqlens runs {first} .. {last} for {tokens} tokens")
+    if cu_seqlens.shape[0] > 1 and int(cu_seqlens.diff().amin()) < 1:
+        raise InputError(f"{op}: a span without tokens has no score")
+
+
+def score_gate(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    key: Tensor,
+    ring: Tensor,
+    size: Tensor,
+    head: Tensor,
+    level: Tensor,
+    u: Tensor,
+    insert: Tensor,
+) -> None:
+    op = "score_gate"
+    score_tokens(hidden, weight, ids, op)
+    tensor(op, "cu_seqlens", cu_seqlens, (-1,), (_INT32, _INT64), hidden)
+    if cu_seqlens.shape[0] < 1:
+        raise InputError(f"{op}: cu_seqlens has no bound: it must begin with 0")
+    if values_read(hidden):
+        span_bounds(op, cu_seqlens, hidden.shape[0])
+    gate_store(op, hidden, cu_seqlens.shape[0] - 1, key, ring, size, head, level, u, insert)
 
 
 def gate(
     score: Tensor, key: Tensor, ring: Tensor, size: Tensor, head: Tensor, level: Tensor, u: Tensor, insert: Tensor
 ) -> None:
-    op, rows = "gate", (_side(score, 0),)
-    keys = (_side(ring, 0),)
+    tensor("gate", "score", score, (-1,), (_FP32,), score)
+    gate_store("gate", score, score.shape[0], key, ring, size, head, level, u, insert)
+
+
+def gate_store(
+    op: str,
+    like: Tensor,
+    batch: int,
+    key: Tensor,
+    ring: Tensor,
+    size: Tensor,
+    head: Tensor,
+    level: Tensor,
+    u: Tensor,
+    insert: Tensor,
+) -> None:
+    """What every op that gates takes beside its scores; `like` gives the device."""
+    rows, keys = (batch,), (_side(ring, 0),)
+    _misfit(op, like, ("key", key, rows, (_INT64,)), ("level", level, rows, (_INT64,)), ("u", u, rows, (_INT64,)))
     store = ("ring", ring, (-1, -1), (_FP32,)), ("size", size, keys, (_INT64,)), ("head", head, keys, (_INT64,))
-    batch = ("key", key, rows, (_INT64,)), ("level", level, rows, (_INT64,)), ("u", u, rows, (_INT64,))
-    flags = ("insert", insert, rows, (torch.bool,))
-    _misfit(op, score, ("score", score, (-1,), (_FP32,)), *batch, flags, *store)
+    _misfit(op, like, ("insert", insert, rows, (torch.bool,)), *store)
     for name, x, _, _ in store:
         dense(op, name, x)
-    if values_read(score):
+    if values_read(like):
         within(op, "key", key, 0, ring.shape[0], "the store")
     if _Values.on:
         within(op, "level", level, 0, LEVEL_ONE + 1, "the levels")

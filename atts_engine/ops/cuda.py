@@ -97,8 +97,10 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return score, total
 
 
-def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """An id outside the vocabulary gives NaN."""
+def score_logits(logits: Tensor, ids: Tensor, softcap: float) -> Tensor:
+    """An id outside the vocabulary gives NaN. There is no softcap in the kernel."""
+    if softcap:
+        raise InputError("score_logits: the CUDA kernel of csrc/ has no softcap: use('triton') or use('reference')")
     logits = _rows_without_gaps(logits)
     out = logits.new_empty(logits.shape[0], dtype=torch.float32)
     workspace = _Workspaces.of("score_logits", logits, _call("score_logits_workspace", logits))

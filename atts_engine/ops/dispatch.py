@@ -37,12 +37,13 @@ OPS = (
     "rope",
     "rope_kv_append",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",
     "span_mean",
 )
-_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "span_mean"})
+_HOST_READERS = frozenset({"gate", "paged_attention", "sample", "score_gate", "span_mean"})
 """Ops whose reference, and whose plan in FlashInfer, reads tensors on the host."""
 TRITON_OPS = frozenset(
     {
@@ -53,12 +54,16 @@ TRITON_OPS = frozenset(
         "kv_gather",
         "kv_scatter",
         "kv_slots",
+        "paged_attention",
         "rms_norm",
         "rope",
         "rope_kv_append",
         "sample",
+        "score_gate",
+        "score_logits",
         "score_tokens",
         "silu_mul",
+        "span_mean",
     }
 )
 NATIVE_OPS = frozenset(

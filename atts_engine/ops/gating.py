@@ -27,6 +27,12 @@ class GateResult(NamedTuple):
     p: Tensor
 
 
+def check_capacity(ring: Tensor, op: str) -> None:
+    """Raises InputError for rings that hold nothing, or more than the test can decide exactly."""
+    if not 1 <= ring.shape[1] <= MAX_CAPACITY:
+        raise InputError(f"{op}: a ring holds 1 to {MAX_CAPACITY} scores, not {ring.shape[1]}")
+
+
 def gate(
     score: Tensor,
     key: Tensor,
@@ -49,11 +55,10 @@ def gate(
     not inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
 
     Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that
-    the store does not have.
+    the store does not have; on a GPU such a key gives what a NaN score gives, with n = 0.
     """
     checks.gate(score, key, ring, size, head, level, u, insert)
-    if not 1 <= ring.shape[1] <= MAX_CAPACITY:
-        raise InputError(f"gate: a ring holds 1 to {MAX_CAPACITY} scores, not {ring.shape[1]}")
+    check_capacity(ring, "gate")
     impl = chosen("gate", score.device)
     if impl == TRITON:
         import atts_triton

@@ -89,6 +89,7 @@ def cases(size: str, dtype: torch.dtype) -> Iterator[Case]:
     yield from _attention(s, dtype, item)
     for rows in s.rows:
         yield _score_tokens(s, rows, dtype, item)
+    yield _score_gate(s, dtype, item)
     yield from _scores(s, dtype, item)
     yield _gate(s)
     yield _sample(s, dtype, item)
@@ -232,6 +233,21 @@ def _score_tokens(s: Sizes, rows: int, dtype: torch.dtype, item: int) -> Case:
         (v * h + rows * h) * item + 12 * rows,
         2 * rows * h * v,
     )
+
+
+def _score_gate(s: Sizes, dtype: torch.dtype, item: int) -> Case:
+    spans, _, new = s.span
+    tokens = _score_tokens(s, spans * new, dtype, item)
+    gated = _gate(s)
+
+    def make(device: torch.device, seed: int) -> tuple[Any, ...]:
+        bounds = torch.arange(0, spans * new + 1, new, device=device)
+        _, key, ring, size, head, level, u, insert = gated.make(device, seed)
+        key, level, u, insert = (x[:spans].contiguous() for x in (key, level, u, insert))
+        return *tokens.make(device, seed), bounds, key, ring, size, head, level, u, insert
+
+    label = f"B={spans} {tokens.label}"
+    return Case("score_gate", label, dtype, make, tokens.bytes + gated.bytes, tokens.flops)
 
 
 def _scores(s: Sizes, dtype: torch.dtype, item: int) -> Iterator[Case]:
