@@ -37,8 +37,8 @@ atts_status check_struct(const Params* params) {
   return params->struct_size == sizeof(Params) ? ATTS_OK : ATTS_ERROR_ABI;
 }
 
-// A [rows, heads, width] array: ATTS_ERROR_STRIDE where two elements share a place, ATTS_ERROR_SHAPE where its last byte
-// cannot be addressed.
+// A [rows, heads, width] array: ATTS_ERROR_STRIDE where two elements share a place, ATTS_ERROR_SHAPE where its last
+// byte cannot be addressed.
 inline atts_status check_strides(int64_t rows, int64_t heads, int64_t width, int64_t row_stride, int64_t head_stride,
                                  int64_t bytes) {
   if (rows <= 1) row_stride = width;

@@ -14,7 +14,7 @@ extern "C" int atts_gate(const atts_gate_params* params, void* stream) {
   if (bytes > 0) {
     if (!atts::aligned(g.workspace, 16)) return ATTS_ERROR_ALIGNMENT;
     if (g.workspace_bytes < static_cast<uint64_t>(bytes)) return ATTS_ERROR_WORKSPACE;
-    work.splits = atts::gate_splits(g.batch, g.keys, g.capacity);
+    work.splits = static_cast<unsigned>(atts::gate_splits(g.batch, g.keys, g.capacity));
     work.counts = static_cast<unsigned long long*>(g.workspace);
     work.tickets = reinterpret_cast<uint32_t*>(work.counts + g.batch);
   }

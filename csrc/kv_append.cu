@@ -28,9 +28,9 @@ atts_status launch_append(const atts_kv_append_params& p, void* stream) {
   // So that a lane's count of units stays an int.
   if (units < 0 || units > INT32_MAX / 2) return ATTS_ERROR_SHAPE;
   const int64_t wanted = (units - 1) / (kWarp * kUnitsOfLane) + 1;
-  const int parts = static_cast<int>(wanted < kAppendMaxParts ? wanted : kAppendMaxParts);
+  const auto parts = static_cast<unsigned>(wanted < kAppendMaxParts ? wanted : kAppendMaxParts);
   const AppendLaunch work{p, static_cast<int>(run / n), static_cast<int>(units), parts};
-  if (p.rows > INT64_MAX / parts - kAppendWarps) return ATTS_ERROR_SHAPE;
+  if (p.rows > INT32_MAX / parts) return ATTS_ERROR_SHAPE;  // a kernel counts warps in 32 bits
   const int64_t blocks = (p.rows * parts - 1) / kAppendWarps + 1;
   const auto kernel = p.cosine == nullptr ? kv_append_kernel<Element, n, false> : kv_append_kernel<Element, n, true>;
   return launch(kernel, blocks, kAppendThreads, stream, work);

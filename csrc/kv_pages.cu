@@ -19,8 +19,10 @@ atts_status launch_pages(const Pool& pool, const PageEnd& from, const PageEnd& t
                          void* stream) {
   const int64_t units = pool.page_bytes / static_cast<int64_t>(sizeof(Unit)), chunks = (units - 1) / kPageChunk + 1;
   const int64_t blocks = product(count, pool.planes, chunks);
-  if (blocks < 0) return ATTS_ERROR_SHAPE;
-  const PageLaunch work{from, to, pool.planes, pool.pages, units, chunks, error};
+  if (blocks < 0 || blocks > INT32_MAX) return ATTS_ERROR_SHAPE;
+  // Blocks are count * planes * chunks, so that neither factor is larger.
+  const auto planes = static_cast<unsigned>(pool.planes), pieces = static_cast<unsigned>(chunks);
+  const PageLaunch work{from, to, pool.pages, units, planes, pieces, error};
   return launch(kv_pages_kernel<Unit>, blocks, kPageThreads, stream, work);
 }
 
@@ -42,7 +44,8 @@ extern "C" int atts_kv_copy_pages(const atts_kv_copy_pages_params* params, void*
   const atts_kv_copy_pages_params& p = *params;
   if (p.count == 0) return ATTS_OK;
   const atts::Pool pool = atts::pool_of(p);
-  return atts::copy_pages(pool, atts::paged(pool, p.kv, p.src), atts::paged(pool, p.kv, p.dst), p.count, p.error, stream);
+  const atts::PageEnd from = atts::paged(pool, p.kv, p.src), to = atts::paged(pool, p.kv, p.dst);
+  return atts::copy_pages(pool, from, to, p.count, p.error, stream);
 }
 
 extern "C" int atts_kv_gather(const atts_kv_gather_params* params, void* stream) {

@@ -1,5 +1,5 @@
-// Pages to pinned host memory and back by the copy engines. A page is one piece of each plane on the device, and one piece in
-// all on the host.
+// Pages to pinned host memory and back by the copy engines. A page is one piece of each plane on the device, and one
+// piece in all on the host.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -33,8 +33,8 @@ atts_status check_pinned(const void* pointer) {
 }
 
 #if CUDART_VERSION >= 12080
-// The form of CUDA 12.8, which every later driver has too. By name and version, so that the library also loads, and takes
-// the other way, where the driver is older than what it was built with.
+// The form of CUDA 12.8, which every later driver has too. By name and version, so that the library also loads, and
+// takes the other way, where the driver is older than what it was built with.
 using BatchCopy = CUresult(CUDAAPI*)(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CUmemcpyAttributes*, size_t*, size_t,
                                      size_t*, CUstream);
 

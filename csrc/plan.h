@@ -33,8 +33,8 @@ inline int64_t score_workspace(int64_t rows, int64_t vocab, int32_t dtype) {
   return bytes < 0 || bytes > INT64_MAX - kScoreTicketBytes ? -1 : kScoreTicketBytes + bytes;
 }
 
-// gate: a block takes the rows of one key. Where keys outnumber rows, block i looks after the key of row i, if no earlier
-// row has it.
+// gate: a block takes the rows of one key. Where keys outnumber rows, block i looks after the key of row i, if no
+// earlier row has it.
 constexpr int64_t gate_owners(int64_t batch, int64_t keys) { return batch < keys ? batch : keys; }
 
 constexpr int64_t kGateSegment = 1024;   // ring entries that are worth a block
@@ -46,10 +46,10 @@ constexpr int64_t gate_splits(int64_t batch, int64_t keys, int64_t capacity) {
   return most < 1 ? 1 : useful < most ? useful : most;
 }
 
-// Counts of each row, then a ticket of each owner; all are 0 between calls.
+// A uint64_t of counts for each row, then a uint32_t of a ticket for each owner; all are 0 between calls.
 constexpr int64_t gate_workspace(int64_t batch, int64_t keys, int64_t capacity) {
   if (batch == 0 || gate_splits(batch, keys, capacity) == 1) return 0;
-  return batch * static_cast<int64_t>(sizeof(uint64_t)) + gate_owners(batch, keys) * static_cast<int64_t>(sizeof(uint32_t));
+  return 8 * batch + 4 * gate_owners(batch, keys);
 }
 
 }  // namespace atts

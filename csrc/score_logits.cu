@@ -13,7 +13,8 @@ atts_status launch_rows(const atts_score_logits_params& p, void* stream) {
   if (bytes > 0) {
     if (!aligned(p.workspace, 16)) return ATTS_ERROR_ALIGNMENT;
     if (p.workspace_bytes < static_cast<uint64_t>(bytes)) return ATTS_ERROR_WORKSPACE;
-    work.shares = work.parts;
+    if (work.parts > INT32_MAX) return ATTS_ERROR_SHAPE;
+    work.shares = static_cast<unsigned>(work.parts);
     work.tickets = static_cast<uint32_t*>(p.workspace);
     work.partial = reinterpret_cast<Part*>(static_cast<char*>(p.workspace) + kScoreTicketBytes);
   }

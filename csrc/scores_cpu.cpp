@@ -30,7 +30,9 @@ void span_means(const float* logprob, const int64_t* cu_seqlens, int64_t batch, 
 }
 
 void widen(Bfloat16, const uint16_t* from, int64_t n, float* to) { kernels().widen(from, n, to); }
-void widen(Float32, const float* from, int64_t n, float* to) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof *to); }
+void widen(Float32, const float* from, int64_t n, float* to) {
+  std::memcpy(to, from, static_cast<size_t>(n) * sizeof *to);
+}
 void widen(Float16, const uint16_t* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = Float16::widen(from[i]);
 }

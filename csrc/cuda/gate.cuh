@@ -1,6 +1,6 @@
-// The gate in one launch. An owner looks after one key, whose ring it alone touches; `splits` blocks count a part of that
-// ring each for all rows of the key. The last of them to finish decides and inserts, so that nothing is inserted before
-// everything is counted, and no block waits for another.
+// The gate in one launch. An owner looks after one key, whose ring it alone touches; `splits` blocks count a part of
+// that ring each for all rows of the key. The last of them to finish decides and inserts, so that nothing is inserted
+// before everything is counted, and no block waits for another.
 #ifndef ATTS_CUDA_GATE_CUH_
 #define ATTS_CUDA_GATE_CUH_
 
@@ -13,9 +13,10 @@ constexpr int kGateWarps = kGateThreads / kWarp;
 
 struct GateLaunch {
   atts_gate_params g;
-  int64_t splits;              // blocks of an owner
-  unsigned long long* counts;  // [batch], greater in the upper half and ties in the lower; 0 between launches; with splits > 1
-  uint32_t* tickets;           // [owners], 0 between launches; with splits > 1
+  // Blocks of an owner; above 1 the next two are there, and are 0 between launches.
+  unsigned splits;
+  unsigned long long* counts;  // [batch], greater in the upper half and ties in the lower
+  uint32_t* tickets;           // [owners]
 };
 
 struct GateStore {
@@ -42,7 +43,8 @@ struct GateRows {
   int listed[kGateThreads];  // rows, in ascending order, from the first of the call on
 };
 
-// Lists the threads whose row is `mine`, and returns how many. The first barrier also ends every use of the list before.
+// Lists the threads whose row is `mine`, and returns how many. The first barrier also ends every use of the list
+// before.
 __device__ __forceinline__ int list_rows(GateRows& rows, bool mine) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned ballot = __ballot_sync(kAllLanes, mine);
@@ -82,7 +84,8 @@ __device__ __forceinline__ void count_entries(const float* ring, int64_t first, 
   *ties = __reduce_add_sync(kAllLanes, equal);
 }
 
-__device__ __forceinline__ void decide(const atts_gate_params& g, int64_t row, int64_t n, int64_t greater, int64_t ties) {
+__device__ __forceinline__ void decide(const atts_gate_params& g, int64_t row, int64_t n, int64_t greater,
+                                       int64_t ties) {
   const bool finite = isfinite(g.score[row]);
   const int64_t u = g.u[row];
   g.n[row] = n;

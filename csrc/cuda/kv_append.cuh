@@ -1,5 +1,5 @@
-// k and v, and q beside them, to where they belong. A warp, or several where a row is long, takes a row: it finds the slot
-// once, and its lanes take a vector of a head each, or the two vectors that turn together.
+// k and v, and q beside them, to where they belong. A warp, or several where a row is long, takes a row: it finds the
+// slot once, and its lanes take a vector of a head each, or the two vectors that turn together.
 #ifndef ATTS_CUDA_KV_APPEND_CUH_
 #define ATTS_CUDA_KV_APPEND_CUH_
 
@@ -16,7 +16,7 @@ struct AppendLaunch {
   atts_kv_append_params p;
   int units_of_head;  // vectors, or pairs of them where heads are turned
   int units;          // of all heads of a row: keys, values, queries
-  int parts;          // warps of a row
+  unsigned parts;     // warps of a row
 };
 
 // The slot of a row, found by a whole warp; -1 where the row has none.
@@ -67,13 +67,13 @@ __device__ __forceinline__ void turn(Pack<typename Element::type, n>& low, Pack<
   }
 }
 
-// n: elements of a vector, 1 where something is not aligned. Three blocks of a multiprocessor: left to itself ptxas aims at
-// four, and spills.
+// n: elements of a vector, 1 where something is not aligned. Three blocks of a multiprocessor: left to itself ptxas
+// aims at four, and spills.
 template <class Element, int n, bool turned>
 __global__ void __launch_bounds__(kAppendThreads, 3) kv_append_kernel(const __grid_constant__ AppendLaunch launch) {
   using T = typename Element::type;
   const atts_kv_append_params& p = launch.p;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / kWarp;
+  const unsigned warp = blockIdx.x * kAppendWarps + threadIdx.x / kWarp;
   const int64_t row = warp / launch.parts;
   if (row >= p.rows) return;
   const int64_t slot = slot_of(p, row);
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kAppendThreads, 3) kv_append_kernel(const __gr
   const int64_t half = p.head_dim / 2;
 
 #pragma unroll kUnitsOfLane
-  for (int unit = static_cast<int>(warp % launch.parts) * kWarp + static_cast<int>(threadIdx.x) % kWarp;
-       unit < launch.units; unit += launch.parts * kWarp) {
+  for (int unit = warp % launch.parts * kWarp + threadIdx.x % kWarp; unit < launch.units;
+       unit += launch.parts * kWarp) {
     int head = unit / launch.units_of_head;
     const int64_t at = static_cast<int64_t>(unit % launch.units_of_head) * n;
     const T* from;

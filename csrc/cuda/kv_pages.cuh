@@ -1,5 +1,5 @@
-// Pages between places of a cache, or between a cache and a dense array. A piece is one page of one plane, a plane being the
-// keys or the values of a layer; a block copies a chunk of a piece, all loads before the first store.
+// Pages between places of a cache, or between a cache and a dense array. A piece is one page of one plane, a plane
+// being the keys or the values of a layer; a block copies a chunk of a piece, all loads before the first store.
 #ifndef ATTS_CUDA_KV_PAGES_CUH_
 #define ATTS_CUDA_KV_PAGES_CUH_
 
@@ -21,9 +21,10 @@ struct PageEnd {
 
 struct PageLaunch {
   PageEnd from, to;
-  int64_t planes, pages;
-  int64_t units;   // of a piece
-  int64_t chunks;  // of a piece
+  int64_t pages;
+  int64_t units;  // of a piece
+  unsigned planes;
+  unsigned chunks;  // of a piece
   int32_t* error;
 };
 
@@ -39,12 +40,12 @@ __device__ __forceinline__ char* place_of(const PageEnd& end, int64_t i, int64_t
 
 template <class Unit>
 __global__ void __launch_bounds__(kPageThreads) kv_pages_kernel(const __grid_constant__ PageLaunch launch) {
-  const int64_t piece = blockIdx.x / launch.chunks, chunk = blockIdx.x % launch.chunks;
-  const int64_t i = piece / launch.planes, plane = piece % launch.planes;
+  const unsigned piece = blockIdx.x / launch.chunks, chunk = blockIdx.x % launch.chunks;
+  const unsigned i = piece / launch.planes, plane = piece % launch.planes;
   const Unit* from = reinterpret_cast<const Unit*>(place_of(launch.from, i, plane, launch.pages, launch.error));
   Unit* to = reinterpret_cast<Unit*>(place_of(launch.to, i, plane, launch.pages, launch.error));
   if (from == nullptr || to == nullptr) return;
-  const int64_t first = chunk * kPageChunk + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(chunk) * kPageChunk + threadIdx.x;
   Unit held[kPageLoads];
 #pragma unroll
   for (int j = 0; j < kPageLoads; ++j)

@@ -26,8 +26,8 @@ inline atts_status check_device(const void* pointer) {
   return attributes.type == cudaMemoryTypeDevice && attributes.device == device ? ATTS_OK : ATTS_ERROR_DEVICE;
 }
 
-// One-dimensional launch. `behind`: the kernel may start before the one ahead of it in the stream has ended, and waits for
-// it itself (wait_for_kernel_ahead).
+// One-dimensional launch. `behind`: the kernel may start before the one ahead of it in the stream has ended, and waits
+// for it itself (wait_for_kernel_ahead).
 template <class Params>
 atts_status launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, const Params& params,
                    bool behind = false) {

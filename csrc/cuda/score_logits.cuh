@@ -1,6 +1,6 @@
-// Log-probabilities of logits in one read. A row is cut into parts that a block holds in registers as a whole: the largest
-// value first, then the exponentials against it, so that nothing is read or rescaled twice. Parts are merged in order,
-// by the block that went through all of them or by the last of those that shared the row: the bits are the same.
+// Log-probabilities of logits in one read. A row is cut into parts that a block holds in registers as a whole: the
+// largest value first, then the exponentials against it, so that nothing is read or rescaled twice. Parts are merged in
+// order, by the block that went through all of them or by the last of those that shared the row: the bits are the same.
 #ifndef ATTS_CUDA_SCORE_LOGITS_CUH_
 #define ATTS_CUDA_SCORE_LOGITS_CUH_
 
@@ -17,7 +17,7 @@ static_assert(kScoreVectors * kVectorBytes * kScoreThreads == kPartBytes);
 struct ScoreLaunch {
   atts_score_logits_params p;
   int64_t parts;      // of a row
-  int64_t shares;     // blocks of a row: 1, or as many as parts
+  unsigned shares;    // blocks of a row: 1, or as many as parts
   Part* partial;      // [rows, parts]; with shares > 1
   uint32_t* tickets;  // [rows], 0 between launches; with shares > 1
 };
@@ -36,8 +36,8 @@ struct ScoreShared {
   float peaks[kScoreWarps], sums[kScoreWarps];
 };
 
-// Elements first .. of a row, as many as a part has, those behind the vocabulary as -inf. Every thread returns the part.
-// fmaxf passes NaN over; the sum does not.
+// Elements first .. of a row, as many as a part has, those behind the vocabulary as -inf. Every thread returns the
+// part. fmaxf passes NaN over; the sum does not.
 template <class Element, bool aligned>
 __device__ __forceinline__ Part sum_part(const typename Element::type* row, int64_t first, int64_t vocab,
                                          ScoreShared& shared) {
@@ -76,7 +76,8 @@ __device__ __forceinline__ Part sum_part(const typename Element::type* row, int6
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   if (lane == 0) shared.sums[warp] = sum;
-  // The next part writes peaks behind this barrier and sums behind the one above, so neither is written while it is read.
+  // The next part writes peaks behind this barrier and sums behind the one above, so neither is written while it is
+  // read.
   __syncthreads();
   sum = 0.0f;
   for (int w = 0; w < kScoreWarps; ++w) sum += shared.sums[w];
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(kScoreThreads) score_logits_kernel(const __gri
     __threadfence();
     launch.tickets[row] = 0;
     total = {minus_infinity(), 0.0f};
-    for (int64_t part = 0; part < launch.parts; ++part) total = merge(total, {__ldcg(&partial[part].peak), __ldcg(&partial[part].sum)});
+    for (int64_t part = 0; part < launch.parts; ++part)
+      total = merge(total, {__ldcg(&partial[part].peak), __ldcg(&partial[part].sum)});
   }
   if (!known) report(p.error, ATTS_ERROR_KEY);
   p.logprob[row] = (target - total.peak) - logf(total.sum);

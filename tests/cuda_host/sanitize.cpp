@@ -1,5 +1,5 @@
-// Every kernel over ragged shapes, built with the address and undefined-behaviour sanitizers: arrays are heap blocks of just
-// their size, so that an access beside one is found. Exit code 0 where all results are right too.
+// Every kernel over ragged shapes, built with the address and undefined-behaviour sanitizers: arrays are heap blocks of
+// just their size, so that an access beside one is found. Exit code 0 where all results are right too.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -134,13 +134,21 @@ void kv_append(int32_t dtype, int64_t kv_heads, int64_t heads, int64_t dim, int6
   q.kv = other.data(), q.q_out = heads > 0 ? other_q.data() : nullptr;
   expect(atts_kv_append(&p, nullptr) == ATTS_OK && atts_kv_append_cpu(&q) == ATTS_OK, "the status of kv_append", dim);
   expect(kv == other && q_out == other_q, "kv_append", dim);
+  const std::vector<int64_t> slots{35, 0, 3, -1, 8, 2, 5, 30, 31, 32, 33, 9, 34};
+  for (auto* each : {&p, &q}) {
+    each->slots = slots.data(), each->block_table = each->cu_q = each->kv_len = nullptr;
+    each->batch = each->table_width = 0;
+  }
+  expect(atts_kv_append(&p, nullptr) == ATTS_OK && atts_kv_append_cpu(&q) == ATTS_OK, "the status of kv_append", dim);
+  expect(kv == other && q_out == other_q, "kv_append to slots", dim);
 }
 
 template <class Element>
 void pages(int32_t dtype, int64_t layers, int64_t page, int64_t dim) {
   const int64_t count = 2, pool_pages = 5, piece = page * dim;
   auto kv = random_array<Element>(layers * 2 * pool_pages * piece, 1.0f), other = kv;
-  std::vector<typename Element::type> dense(static_cast<size_t>(count * layers * 2 * piece)), other_dense(dense), pool(dense);
+  std::vector<typename Element::type> dense(static_cast<size_t>(count * layers * 2 * piece)), other_dense, pool;
+  other_dense = pool = dense;
   const std::vector<int64_t> src{0, 3}, dst{4, 1};
   const auto set = [&](auto params, void* where) {
     params.kv = where, params.layers = layers, params.pages = pool_pages, params.page = page, params.kv_heads = 1;
@@ -191,7 +199,8 @@ int main() {
     all<atts::host::Float32>(ATTS_FLOAT32);
     all<atts::host::Float16>(ATTS_FLOAT16);
     all<atts::host::Bfloat16>(ATTS_BFLOAT16);
-    for (const auto& [batch, keys, capacity] : {std::array<int64_t, 3>{1, 1, 1}, {9, 3, 5}, {300, 2, 7}, {5, 9, 1031}, {20, 1, 2051}})
+    for (const auto& [batch, keys, capacity] :
+         {std::array<int64_t, 3>{1, 1, 1}, {9, 3, 5}, {300, 2, 7}, {5, 9, 1031}, {20, 1, 2051}})
       gate(batch, keys, capacity);
   }
   return failures == 0 ? 0 : 1;

@@ -1,33 +1,36 @@
 /* C ABI of atts-engine's native kernels. It needs no header of torch, CUDA or C++, and compiles as C11 and as C++17.
  *
- * Entry points. `atts_X_cpu(params)` runs on the host and returns when it is done. `atts_X(params, stream)` launches on the
- * current CUDA device, on `stream` (a cudaStream_t; NULL is the default stream), and returns at once. It allocates nothing,
- * waits for nothing and may be captured in a CUDA graph, unless its struct says otherwise. Both take the same struct, the
- * first with pointers that the host can read, the second with pointers of the current device.
+ * Entry points. `atts_X_cpu(params)` runs on the host and returns when it is done. `atts_X(params, stream)` launches on
+ * the current CUDA device, on `stream` (a cudaStream_t; NULL is the default stream), and returns at once. It allocates
+ * nothing, waits for nothing and may be captured in a CUDA graph, unless its struct says otherwise. Both take the same
+ * struct, the first with pointers that the host can read, the second with pointers of the current device.
  *
- * Struct and lifetime. Set `struct_size` to sizeof the struct and every field that is not called optional; zero the rest.
- * The struct itself is read before the call returns and may then go. Arrays belong to the caller; on a device they must
- * stay as they are until the stream has passed the launch.
+ * Struct and lifetime. Set `struct_size` to sizeof the struct and every field that is not called optional; zero the
+ * rest. The struct itself is read before the call returns and may then go. Arrays belong to the caller; on a device
+ * they must stay as they are until the stream has passed the launch.
  *
- * Units. Counts, sizes and strides are elements unless a name ends in `_bytes`; a stride of a dimension of size 1 is not
- * looked at. [a, b] means a rows of b elements, dense and row by row where no stride is named. Addresses are computed in 64
- * bits; a product that 64 bits do not hold, or a launch of more than 2^31 - 1 blocks, is refused with ATTS_ERROR_SHAPE.
+ * Units. Counts, sizes and strides are elements unless a name ends in `_bytes`; a stride of a dimension of size 1 is
+ * not looked at. [a, b] means a rows of b elements, dense and row by row where no stride is named. Addresses are
+ * computed in 64 bits; a product that 64 bits do not hold is refused with ATTS_ERROR_SHAPE, and so is a launch of more
+ * than 2^31 - 1 blocks (kv_append: warps).
  *
- * Alignment. An array is aligned to its element, else ATTS_ERROR_ALIGNMENT. Rows that are also aligned to 16 bytes are read
- * and written 16 bytes at a time, others element by element, with the same result to the bit.
+ * Alignment. An array is aligned to its element, else ATTS_ERROR_ALIGNMENT. Rows that are also aligned to 16 bytes are
+ * read and written 16 bytes at a time, others element by element, with the same result to the bit.
  *
- * What is checked. Both forms check the struct: sizes, strides, dtype, alignment, pointers that are missing. The host form
- * also checks every value that an array holds (ids, slots, keys, bounds) before it writes anything. The device form cannot
- * read arrays: there a row with a bad value is left out, as each struct says, and `error`, where it is not NULL, is set to
- * the status that the host form would have returned. Nothing ever resets `error`; set it to ATTS_OK and read it at leisure.
- * The device form returns ATTS_ERROR_DEVICE where its largest array is not memory of the current device. A launch that
- * fails gives ATTS_ERROR_CUDA, and cudaGetLastError was consumed; what the kernel does later is reported by CUDA as usual.
+ * What is checked. Both forms check the struct: sizes, strides, dtype, alignment, pointers that are missing. The host
+ * form also checks every value that an array holds (ids, slots, keys, bounds) before it writes anything. The device
+ * form cannot read arrays: there a row with a bad value is left out, as each struct says, and `error`, where it is not
+ * NULL, is set to the status that the host form would have returned. Nothing ever resets `error`; set it to ATTS_OK and
+ * read it at leisure. The device form returns ATTS_ERROR_DEVICE where its largest array is not memory of the current
+ * device. A launch that fails gives ATTS_ERROR_CUDA, and cudaGetLastError was consumed; what the kernel does later is
+ * reported by CUDA as usual.
  *
  * Threads. Every function may be called from several threads at once, as long as no two calls write the same array. A
  * workspace and a store count as written.
  *
  * Results. A row's bits depend on that row alone: not on the batch, its place in it, its alignment or the number of
- * threads. Host and device agree to rounding; where a struct says "exact", to the bit. NaN is never turned into a number. */
+ * threads. Host and device agree to rounding; where a struct says "exact", to the bit. NaN is never turned into a
+ * number. */
 #ifndef ATTS_ATTS_H_
 #define ATTS_ATTS_H_
 
@@ -58,7 +61,7 @@ typedef enum atts_status {
   ATTS_ERROR_ABI = 1,          /* params.struct_size is not this header's */
   ATTS_ERROR_NULL_POINTER = 2, /* an array is missing, or given without the one that it belongs to */
   ATTS_ERROR_SHAPE = 3,        /* a count that is negative, or 0 where it must not be, or too large to address */
-  ATTS_ERROR_KEY = 4,          /* a key outside 0..keys-1, an id outside the vocabulary, a slot or page outside the pool */
+  ATTS_ERROR_KEY = 4,          /* a key, a token id, a slot or a page outside its store */
   ATTS_ERROR_VALUE = 5,        /* a level outside 0..ATTS_LEVEL_ONE, or a u outside 1..ATTS_LEVEL_ONE */
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
   ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
@@ -81,7 +84,8 @@ typedef enum atts_dtype {
 } atts_dtype;
 
 /* The conformal gate: count every row of a batch against the ring of its key as it is, decide, then insert in index
- * order. A store holds the rings of many keys; a batch may name any of them, and bring a ring more scores than it holds.
+ * order. A store holds the rings of many keys; a batch may name any of them, and bring a ring more scores than it
+ * holds.
  *
  *   greater = #{ring > score}, ties = #{ring == score}, n = filled part of the ring before the call
  *   takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1)          in 64-bit integers
@@ -89,9 +93,9 @@ typedef enum atts_dtype {
  *
  * A score that is NaN or infinite is not inserted: greater = -1, ties = 0, takeover = 0, p = NaN. Exact.
  *
- * On a device one launch does it all. With a workspace the count of a ring is spread over many blocks, the last of which
- * decides and inserts; without one a block counts a whole ring, which takes longer the more it holds. The results are the
- * same. Rows with a bad key, level, u or store are not written and not inserted. */
+ * On a device one launch does it all. With a workspace the count of a ring is spread over many blocks, the last of
+ * which decides and inserts; without one a block counts a whole ring, which takes longer the more it holds. The results
+ * are the same. Rows with a bad key, level, u or store are not written and not inserted. */
 typedef struct atts_gate_params {
   uint64_t struct_size;   /* sizeof(atts_gate_params) */
   const float* score;     /* [batch] */
@@ -115,9 +119,10 @@ typedef struct atts_gate_params {
   int64_t capacity;       /* 1 .. ATTS_GATE_MAX_CAPACITY */
 } atts_gate_params;
 
-/* Score of each span: score[b] = -mean and sum[b] of logprob[cu_seqlens[b] .. cu_seqlens[b+1]-1], summed in fp64 from the
- * first token to the last, so that a caller that adds a span's chunks one after the other arrives at the same bits. Exact.
- * On a device a span that is empty or outside 0..tokens gets NaN; that spans cover all tokens is not looked at there. */
+/* Score of each span: score[b] = -mean and sum[b] of logprob[cu_seqlens[b] .. cu_seqlens[b+1]-1], summed in fp64 from
+ * the first token to the last, so that a caller that adds a span's chunks one after the other arrives at the same bits.
+ * Exact. On a device a span that is empty or outside 0..tokens gets NaN; that spans cover all tokens is not looked at
+ * there. */
 typedef struct atts_span_mean_params {
   uint64_t struct_size;       /* sizeof(atts_span_mean_params) */
   const float* logprob;       /* [tokens], natural logarithms */
@@ -128,8 +133,9 @@ typedef struct atts_span_mean_params {
   int64_t tokens, batch;      /* 0 or more */
 } atts_span_mean_params;
 
-/* logprob[i] = log softmax(logits[i])[ids[i]] in one read of the logits, in fp32. NaN where a row holds NaN, +inf or nothing
- * but -inf. With cu_seqlens the spans' scores follow as in atts_span_mean_params, on a device in a second, small launch.
+/* logprob[i] = log softmax(logits[i])[ids[i]] in one read of the logits, in fp32. NaN where a row holds NaN, +inf or
+ * nothing but -inf. With cu_seqlens the spans' scores follow as in atts_span_mean_params, on a device in a second,
+ * small launch.
  *
  * The sum of a row runs over fixed parts in a fixed order. With a workspace and few rows the parts of a row are spread
  * over blocks; the bits are the same. On a device an id outside the vocabulary gives NaN. */
@@ -152,8 +158,9 @@ typedef struct atts_score_logits_params {
   int32_t threads;            /* 1 or more, host; not looked at on a device */
 } atts_score_logits_params;
 
-/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. This struct and those without a dtype
- * are for the host alone, in bfloat16; a bfloat16 is its 16 bits. AVX-512, AVX2 or plain code, as the processor has it. */
+/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. This struct and those without a
+ * dtype are for the host alone, in bfloat16; a bfloat16 is its 16 bits. AVX-512, AVX2 or plain code, as the processor
+ * has it. */
 typedef struct atts_linear_params {
   uint64_t struct_size;    /* sizeof(atts_linear_params) */
   const uint16_t* x;       /* [rows, in_features] */
@@ -166,8 +173,8 @@ typedef struct atts_linear_params {
   int32_t threads;         /* 1 or more */
 } atts_linear_params;
 
-/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]] in bfloat16, logits in fp32 and never rounded. NaN where a row is
- * not finite. */
+/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]] in bfloat16, logits in fp32 and never rounded. NaN where a row
+ * is not finite. */
 typedef struct atts_score_tokens_params {
   uint64_t struct_size;    /* sizeof(atts_score_tokens_params) */
   const uint16_t* hidden;  /* [rows, width] */
@@ -178,8 +185,8 @@ typedef struct atts_score_tokens_params {
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
 
-/* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions
- * of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
+/* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last
+ * positions of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
 typedef struct atts_attention_params {
   uint64_t struct_size;        /* sizeof(atts_attention_params) */
   const uint16_t* q;           /* [rows, heads, head_dim] */
@@ -195,7 +202,8 @@ typedef struct atts_attention_params {
   int32_t threads;             /* 1 or more */
 } atts_attention_params;
 
-/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum. */
+/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum.
+ * */
 typedef struct atts_rms_norm_params {
   uint64_t struct_size;    /* sizeof(atts_rms_norm_params) */
   const uint16_t* x;       /* [rows, width], rows x_stride apart */
@@ -233,11 +241,11 @@ typedef struct atts_rope_params {
  * turned on the way: elements i and i + head_dim / 2 of a head together, in fp32, each operation rounded. Exact.
  *
  * A slot is page * (tokens of a page) + offset. Either `slots` names them, or they follow from the block table: rows
- * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens, and token t of it lies in slot t % page of
- * page block_table[b, t / page]. Two rows must not share a slot: which of them stays is not defined.
+ * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens, and token t of it lies in slot t %
+ * page of page block_table[b, t / page]. Two rows must not share a slot: which of them stays is not defined.
  *
- * A row of slot -1 is padding and writes nothing, to q_out neither. On a device the same goes for rows behind cu_q[batch],
- * and for those whose slot or page is outside the cache, which is an error. */
+ * A row of slot -1 is padding and writes nothing, to q_out neither. On a device the same goes for rows behind
+ * cu_q[batch], and for those whose slot or page is outside the cache, which is an error. */
 typedef struct atts_kv_append_params {
   uint64_t struct_size;        /* sizeof(atts_kv_append_params) */
   const void* k;               /* [rows, kv_heads, head_dim] of dtype, with strides */
@@ -266,8 +274,8 @@ typedef struct atts_kv_append_params {
 } atts_kv_append_params;
 
 /* Pages src[i] to pages dst[i] in every layer of a cache, all layers and pages in one launch. In one call no page is a
- * destination twice, nor both a source and a destination: the host form refuses it with ATTS_ERROR_OVERLAP, on a device the
- * content of such a page is not defined. On a device a pair with a page outside the pool is left out. */
+ * destination twice, nor both a source and a destination: the host form refuses it with ATTS_ERROR_OVERLAP, on a device
+ * the content of such a page is not defined. On a device a pair with a page outside the pool is left out. */
 typedef struct atts_kv_copy_pages_params {
   uint64_t struct_size;   /* sizeof(atts_kv_copy_pages_params) */
   void* kv;               /* [layers, 2, pages, page, kv_heads, head_dim] of dtype, changed */
@@ -281,9 +289,9 @@ typedef struct atts_kv_copy_pages_params {
   int32_t dtype;          /* atts_dtype of kv */
 } atts_kv_copy_pages_params;
 
-/* Pages of a cache to a dense array in which a page of all layers lies in one piece, or the way back: for one large copy to
- * the host, another device or another pool. When pages are written, each must be named once: ATTS_ERROR_OVERLAP. On a
- * device a page outside the pool is left out. */
+/* Pages of a cache to a dense array in which a page of all layers lies in one piece, or the way back: for one large
+ * copy to the host, another device or another pool. When pages are written, each must be named once:
+ * ATTS_ERROR_OVERLAP. On a device a page outside the pool is left out. */
 typedef struct atts_kv_gather_params {
   uint64_t struct_size;     /* sizeof(atts_kv_gather_params) */
   void* kv;                 /* [layers, 2, pages, page, kv_heads, head_dim] of dtype; changed where scatter is 1 */
@@ -298,11 +306,11 @@ typedef struct atts_kv_gather_params {
   int32_t scatter;          /* 0: kv to dense; 1: dense to kv */
 } atts_kv_gather_params;
 
-/* Pages of a cache to slots of a pool in host memory, or back: page_ids[i] <-> slots[i]. What is written must be named once
- * only. `host`, `page_ids` and `slots` are host memory for the device form too; both lists are checked there as well, and
- * may go when the call returns. `host` must be pinned there (ATTS_ERROR_DEVICE), and is the host's again when the stream
- * has come so far. No kernel runs: the copies are queued in batches where the driver has cuMemcpyBatchAsync (12.8 on) and
- * `stream` is neither the legacy default stream nor being captured, and page by page otherwise. */
+/* Pages of a cache to slots of a pool in host memory, or back: page_ids[i] <-> slots[i]. What is written must be named
+ * once only. `host`, `page_ids` and `slots` are host memory for the device form too; both lists are checked there as
+ * well, and may go when the call returns. `host` must be pinned there (ATTS_ERROR_DEVICE), and is the host's again when
+ * the stream has come so far. No kernel runs: the copies are queued in batches where the driver has cuMemcpyBatchAsync
+ * (12.8 on) and `stream` is neither the legacy default stream nor being captured, and page by page otherwise. */
 typedef struct atts_kv_swap_params {
   uint64_t struct_size;     /* sizeof(atts_kv_swap_params) */
   void* kv;                 /* [layers, 2, pages, page, kv_heads, head_dim] of dtype; changed where to_host is 0 */
@@ -318,8 +326,8 @@ typedef struct atts_kv_swap_params {
   int32_t to_host;          /* 1: kv to host; 0: host to kv */
 } atts_kv_swap_params;
 
-/* One token per row of logits by the Gumbel-max trick; the noise of a token is a hash of (seed, position, id). A row with
- * NaN or without a finite largest logit gives -1. */
+/* One token per row of logits by the Gumbel-max trick; the noise of a token is a hash of (seed, position, id). A row
+ * with NaN or without a finite largest logit gives -1. */
 typedef struct atts_sample_params {
   uint64_t struct_size;      /* sizeof(atts_sample_params) */
   const uint16_t* logits;    /* [rows, vocab], bfloat16, rows logits_stride apart */
@@ -346,8 +354,8 @@ ATTS_API int atts_has_cuda(void);
 /* Instruction set of the CPU kernels that this processor runs: "avx512bf16", "avx2" or "plain"; never to be freed. */
 ATTS_API const char* atts_cpu_isa(void);
 
-/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the processor
- * has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
+/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the
+ * processor has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
 ATTS_API int atts_use_cpu_isa(const char* isa);
 
 /* On the host; the first seven have a form for the device below. */
@@ -376,8 +384,8 @@ ATTS_API int atts_kv_gather(const atts_kv_gather_params* params, void* stream);
 ATTS_API int atts_kv_swap(const atts_kv_swap_params* params, void* stream);
 
 /* Bytes of device memory that make the op quick with these sizes; arrays need not be set. 0: it gains nothing from one.
- * One that serves several sizes is as large as the largest answer. The caller aligns it to 16 bytes, sets it to 0 once, and gives it to one op only and to one
- * call at a time, in stream order; every call leaves it ready for the next. */
+ * One that serves several sizes is as large as the largest answer. The caller aligns it to 16 bytes, sets it to 0 once,
+ * and gives it to one op only and to one call at a time, in stream order; every call leaves it ready for the next. */
 ATTS_API int atts_gate_workspace(const atts_gate_params* params, uint64_t* bytes);
 ATTS_API int atts_score_logits_workspace(const atts_score_logits_params* params, uint64_t* bytes);
 

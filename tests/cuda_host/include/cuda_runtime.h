@@ -1,7 +1,7 @@
-// A CUDA of the host, for tests: the sources of csrc/ compile against this header with a C++ compiler, and their kernels run
-// on the CPU. tests/cuda_host/run.cpp runs a grid: blocks one after the other in random order; in a block every thread is
-// a fiber, and warps go on in random order from one barrier to the next, the lanes of a warp likewise between two of its
-// collective operations. A missing barrier then gives a wrong result for some seed.
+// A CUDA of the host, for tests: the sources of csrc/ compile against this header with a C++ compiler, and their
+// kernels run on the CPU. tests/cuda_host/run.cpp runs a grid: blocks one after the other in random order; in a block
+// every thread is a fiber, and warps go on in random order from one barrier to the next, the lanes of a warp likewise
+// between two of its collective operations. A missing barrier then gives a wrong result for some seed.
 //
 // What is not here: blocks at the same time, weakly ordered memory, tensor cores, asynchronous copies, clusters.
 #ifndef CUDA_HOST_CUDA_RUNTIME_H_
@@ -19,8 +19,8 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Shared memory holds garbage when a block starts, in one section, so that it can be filled. Address sanitizer guards only
-// variables that are in none.
+// Shared memory holds garbage when a block starts, in one section, so that it can be filled. Address sanitizer guards
+// only variables that are in none.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
