@@ -137,7 +137,7 @@ class Call {
   }
 
   void contiguous(const char* name, const TensorView& x) const {
-    if (!x.IsContiguous()) TVM_FFI_THROW(ValueError) << op_ << ": " << name << " must be contiguous";
+    if (x.numel() > 0 && !x.IsContiguous()) TVM_FFI_THROW(ValueError) << op_ << ": " << name << " must be contiguous";
   }
 
   void typed(const char* name, const TensorView& x, const Dtype& dtype) const {
