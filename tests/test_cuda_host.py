@@ -25,12 +25,16 @@ SEEDS = (1, 2, 3)
 """Orders of the warps and lanes between barriers."""
 
 
-def build(root: Path, out: Path, sources: Iterable[str], *flags: str) -> Path:
+SHARED = ("-O1", "-fPIC", "-shared")
+
+
+def build(root: Path, out: Path, sources: Iterable[str], *flags: str, objects: Iterable[Path] = ()) -> Path:
     """Compile C++ and CUDA sources, those of the latter as C++ too."""
     if not COMPILER:
         pytest.skip("needs a C++ compiler")
+    built = [str(path) for path in objects]
     done = subprocess.run(
-        [COMPILER, *FLAGS, *flags, "-x", "c++", *sources, "-o", str(out)],
+        [COMPILER, *FLAGS, *flags, "-x", "c++", *sources, "-x", "none", *built, "-o", str(out)],
         cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -44,11 +48,17 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def host(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def runtime(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs the grids, compiled."""
+    return build(root, tmp_path_factory.mktemp("cuda") / "run.o", ["tests/cuda_host/run.cpp"], "-O1", "-fPIC", "-c")
+
+
+@pytest.fixture(scope="session")
+def host(root: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Every .cu of csrc/, and the host's CUDA."""
     kernels = sorted(str(path.relative_to(root)) for path in root.glob("csrc/*.cu"))
-    sources = ("tests/cuda_host/run.cpp", "csrc/workspace.cpp", *kernels)
-    return load(build(root, tmp_path_factory.mktemp("cuda") / "host.so", sources, "-O1", "-fPIC", "-shared"))
+    out = tmp_path_factory.mktemp("cuda") / "host.so"
+    return load(build(root, out, ["csrc/workspace.cpp", *kernels], *SHARED, objects=[runtime]))
 
 
 Form = Callable[..., int]
@@ -483,25 +493,31 @@ def test_the_way_a_swap_takes(host: ctypes.CDLL, device: Form, stream: int | Non
 
 # A kernel with a fault ----------------------------------------------------------------------------------------------
 
+PEAKS = "  if (lane == 0) shared.peaks[warp] = peak;\n"
 FAULTS = {
-    "gate.cuh": ("    __syncthreads();\n    if (!is_last) return;\n", "    if (!is_last) return;\n"),
-    "score_logits.cuh": ("  if (lane == 0) shared.peaks[warp] = peak;\n  __syncthreads();\n",
-                         "  if (lane == 0) shared.peaks[warp] = peak;\n"),
-}  # fmt: skip
+    "counts-before-ticket": ("gate.cuh", "  // the counts before the ticket\n    __syncthreads();\n", "\n"),
+    "ticket-before-return": (
+        "gate.cuh",
+        "    __syncthreads();\n    if (!is_last) return;\n",
+        "    if (!is_last) return;\n",
+    ),
+    "peaks-before-sums": ("score_logits.cuh", PEAKS + "  __syncthreads();\n", PEAKS),
+}
+"""(file, what it says, what it says without one of its barriers)"""
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_missing_barrier_is_found(root: Path, tmp_path: Path, name: str) -> None:
-    """The same test on a copy of the kernel without one of its barriers fails for some order of the warps."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_missing_barrier_is_found(root: Path, runtime: Path, tmp_path: Path, fault: str) -> None:
+    """A copy of a kernel without one of its barriers gives a wrong result for some order of warps and blocks."""
+    name, right, wrong = FAULTS[fault]
     source = (root / "csrc" / "cuda" / name).read_text()
-    right, wrong = FAULTS[name]
     assert source.count(right) == 1
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / name).write_text(source.replace(right, wrong))
     kernel = tmp_path / name.removesuffix("h")  # its own folder comes before every other
     shutil.copy(root / "csrc" / kernel.name, kernel)
-    sources = ("tests/cuda_host/run.cpp", "csrc/span_mean.cu", str(kernel))
-    broken = load(build(root, tmp_path / "broken.so", sources, "-O1", "-fPIC", "-shared"))
+    others = ["csrc/span_mean.cu"] if name == "score_logits.cuh" else []
+    broken = load(build(root, tmp_path / "broken.so", [str(kernel), *others], *SHARED, objects=[runtime]))
 
     def wrong_results(seed: int) -> bool:
         form = _device_form(broken, seed)

@@ -10,7 +10,7 @@ import torch
 
 from atts_engine.ops import native
 from tests.abi import STATUS, params
-from tests.test_cuda_host import Form, cpu_form, device, host  # noqa: F401
+from tests.test_cuda_host import Form, cpu_form, device, host, runtime  # noqa: F401
 
 Fields = dict[str, "torch.Tensor | int | float | None"]
 HUGE = 1 << 62
