@@ -1,4 +1,4 @@
-"""The C ABI as the header states it, for every entry point at once. One by one: tests/test_cuda_host_errors.py."""
+"""The C ABI as the header states it, for every entry point at once. One by one: tests/cuda_host/test_errors.py."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@
 #include "cuda/device.cuh"
 
 namespace atts {
+namespace {
 
 constexpr int kGateThreads = 256;
 constexpr int kGateWarps = kGateThreads / kWarp;
@@ -197,6 +198,7 @@ __global__ void __launch_bounds__(kGateThreads, 2) gate_kernel(const __grid_cons
   insert_rows(g, store, rows);
 }
 
+}  // namespace
 }  // namespace atts
 
 #endif  // ATTS_CUDA_GATE_CUH_

@@ -6,6 +6,7 @@
 #include "cuda/device.cuh"
 
 namespace atts {
+namespace {
 
 constexpr int kAppendThreads = 256;
 constexpr int kAppendWarps = kAppendThreads / kWarp;
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(kAppendThreads, 3) kv_append_kernel(const __gr
   }
 }
 
+}  // namespace
 }  // namespace atts
 
 #endif  // ATTS_CUDA_KV_APPEND_CUH_

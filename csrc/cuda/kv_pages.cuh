@@ -6,6 +6,7 @@
 #include "cuda/device.cuh"
 
 namespace atts {
+namespace {
 
 constexpr int kPageThreads = 256;
 constexpr int kPageLoads = 8;  // of a thread, under way at once
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kPageThreads) kv_pages_kernel(const __grid_con
     if (first + j * kPageThreads < launch.units) to[first + j * kPageThreads] = held[j];
 }
 
+}  // namespace
 }  // namespace atts
 
 #endif  // ATTS_CUDA_KV_PAGES_CUH_

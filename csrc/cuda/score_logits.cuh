@@ -8,6 +8,7 @@
 #include "plan.h"
 
 namespace atts {
+namespace {
 
 constexpr int kScoreThreads = 256;
 constexpr int kScoreWarps = kScoreThreads / kWarp;
@@ -35,6 +36,12 @@ __device__ __forceinline__ Part merge(const Part& a, const Part& b) {
 struct ScoreShared {
   float peaks[kScoreWarps], sums[kScoreWarps];
 };
+
+// The same for every instance of the kernel.
+__device__ __forceinline__ ScoreShared& shared_of_block() {
+  __shared__ ScoreShared shared;
+  return shared;
+}
 
 // Elements first .. of a row, as many as a part has, those behind the vocabulary as -inf. Every thread returns the
 // part. fmaxf passes NaN over; the sum does not.
@@ -87,7 +94,7 @@ __device__ __forceinline__ Part sum_part(const typename Element::type* row, int6
 template <class Element>
 __global__ void __launch_bounds__(kScoreThreads) score_logits_kernel(const __grid_constant__ ScoreLaunch launch) {
   using T = typename Element::type;
-  __shared__ ScoreShared shared;
+  ScoreShared& shared = shared_of_block();
   let_kernel_behind_start();
   const atts_score_logits_params& p = launch.p;
   const int64_t row = blockIdx.x / launch.shares, share = blockIdx.x % launch.shares;
@@ -121,6 +128,7 @@ __global__ void __launch_bounds__(kScoreThreads) score_logits_kernel(const __gri
   p.logprob[row] = (target - total.peak) - logf(total.sum);
 }
 
+}  // namespace
 }  // namespace atts
 
 #endif  // ATTS_CUDA_SCORE_LOGITS_CUH_

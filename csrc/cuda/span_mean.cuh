@@ -5,6 +5,7 @@
 #include "cuda/device.cuh"
 
 namespace atts {
+namespace {
 
 constexpr int kSpanThreads = 128;
 constexpr int kSpanWarps = kSpanThreads / kWarp;
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(kSpanThreads) span_mean_kernel(const __grid_co
   p.score[span] = static_cast<float>(-total / static_cast<double>(last - first));
 }
 
+}  // namespace
 }  // namespace atts
 
 #endif  // ATTS_CUDA_SPAN_MEAN_CUH_

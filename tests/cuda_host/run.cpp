@@ -49,35 +49,47 @@ struct Fiber {
 std::mt19937_64 random_source;
 std::string failure;
 
+// The shared variables of the block that is running; of the others their Block holds a copy.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kMostBlocks = 1;  // shared variables are no section then, and cannot be put aside
+char* shared_memory() { return nullptr; }
+size_t shared_bytes() { return 0; }
+#else
+constexpr size_t kMostBlocks = 3;
+char* shared_memory() { return __start_cuda_shared; }
+size_t shared_bytes() {
+  return __start_cuda_shared == nullptr ? 0 : static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared);
+}
+#endif
+
 class Block {
  public:
-  bool run(dim3 size, const std::function<void()>& body) {
+  enum class Progress { kGoesOn, kEnded, kStuck };
+
+  void begin(dim3 size, unsigned index, const std::function<void()>& body) {
     body_ = &body;
+    index_ = {index, 0, 0};
     threads_ = static_cast<int>(size.x);
     while (static_cast<int>(fibers_.size()) < threads_) fibers_.push_back(std::make_unique<Fiber>());
-    for (int t = 0; t < threads_; ++t) begin(*fibers_[t], static_cast<unsigned>(t));
-#if !defined(__SANITIZE_ADDRESS__)
-    if (__start_cuda_shared != nullptr)
-      std::memset(__start_cuda_shared, 0xa5, static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared));
-#endif
-    running_ = this;
-    const int warps = (threads_ + kLanes - 1) / kLanes;
+    for (int t = 0; t < threads_; ++t) begin_fiber(*fibers_[t], static_cast<unsigned>(t));
+    shared_.assign(shared_bytes(), static_cast<char>(0xa5));
+  }
+
+  // One warp of the block goes on until a barrier stops it, and meets no other warp on the way.
+  Progress step() {
     std::vector<int> ready;
-    while (true) {
-      ready.clear();
-      for (int w = 0; w < warps; ++w)
-        if (has_ready_lane(w)) ready.push_back(w);
-      if (ready.empty()) {
-        if (release_barrier()) continue;
-        return ended();
-      }
-      const int warp = ready[random_source() % ready.size()];
-      // This warp goes on until a barrier stops it, and meets no other on the way.
-      while (has_ready_lane(warp)) {
-        run_lanes(warp);
-        release_collectives(warp);
-      }
+    for (int w = 0; w * kLanes < threads_; ++w)
+      if (has_ready_lane(w)) ready.push_back(w);
+    if (ready.empty()) return release_barrier() ? Progress::kGoesOn : ended() ? Progress::kEnded : Progress::kStuck;
+    running_ = this;
+    if (!shared_.empty()) std::memcpy(shared_memory(), shared_.data(), shared_.size());
+    const int warp = ready[random_source() % ready.size()];
+    while (has_ready_lane(warp)) {
+      run_lanes(warp);
+      release_collectives(warp);
     }
+    if (!shared_.empty()) std::memcpy(shared_.data(), shared_memory(), shared_.size());
+    return Progress::kGoesOn;
   }
 
   int at_barrier(bool value) {
@@ -100,7 +112,7 @@ class Block {
 
  private:
   // A function of its own: getcontext counts as one that returns twice.
-  static void begin(Fiber& fiber, unsigned thread) {
+  static void begin_fiber(Fiber& fiber, unsigned thread) {
     STACK_STARTS(fiber.stack.get(), kStackBytes);
     fiber.state = State::kReady;
     fiber.thread = {thread, 0, 0};
@@ -195,6 +207,7 @@ class Block {
   void resume(Fiber& fiber) {
     current_ = &fiber;
     threadIdx = fiber.thread;
+    blockIdx = index_;
     [[maybe_unused]] void* saved = nullptr;
     SWITCH_STARTS(&saved, fiber.stack.get(), kStackBytes);
     swapcontext(&scheduler_, &fiber.context);
@@ -218,7 +231,9 @@ class Block {
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   const std::function<void()>* body_ = nullptr;
+  uint3 index_{};
   int threads_ = 0;
+  std::vector<char> shared_;
   ucontext_t scheduler_;
   Fiber* current_ = nullptr;
   const void* scheduler_bottom_ = nullptr;
@@ -226,7 +241,7 @@ class Block {
 };
 
 Block* Block::running_ = nullptr;
-Block block_of_all_grids;
+Block resident_blocks[kMostBlocks];
 
 struct Memory {
   const char* first;
@@ -268,9 +283,21 @@ bool run_grid(dim3 grid, dim3 block, bool behind, const std::function<void()>& b
   std::vector<unsigned> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_source);
-  for (const unsigned index : order) {
-    blockIdx = {index, 0, 0};
-    if (!block_of_all_grids.run(block, body)) return false;
+  std::vector<Block*> resident, idle;
+  for (Block& each : resident_blocks) idle.push_back(&each);
+  while (!order.empty() || !resident.empty()) {
+    while (!order.empty() && !idle.empty()) {
+      resident.push_back(idle.back());
+      idle.pop_back();
+      resident.back()->begin(block, order.back(), body);
+      order.pop_back();
+    }
+    const size_t chosen = random_source() % resident.size();
+    const Block::Progress progress = resident[chosen]->step();
+    if (progress == Block::Progress::kStuck) return false;
+    if (progress == Block::Progress::kGoesOn) continue;
+    idle.push_back(resident[chosen]);
+    resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(chosen));
   }
   return true;
 }

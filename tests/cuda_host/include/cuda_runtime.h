@@ -1,9 +1,10 @@
 // A CUDA of the host, for tests: the sources of csrc/ compile against this header with a C++ compiler, and their
-// kernels run on the CPU. tests/cuda_host/run.cpp runs a grid: blocks one after the other in random order; in a block
-// every thread is a fiber, and warps go on in random order from one barrier to the next, the lanes of a warp likewise
-// between two of its collective operations. A missing barrier then gives a wrong result for some seed.
+// kernels run on the CPU. tests/cuda_host/run.cpp runs a grid: a few blocks at a time, taken in random order; in a
+// block every thread is a fiber, and warps go on in random order from one barrier to the next, the lanes of a warp
+// likewise between two of its collective operations. A missing barrier then gives a wrong result for some seed.
 //
-// What is not here: blocks at the same time, weakly ordered memory, tensor cores, asynchronous copies, clusters.
+// What is not here: warps that interleave between two barriers, weakly ordered memory, tensor cores, asynchronous
+// copies, clusters.
 #ifndef CUDA_HOST_CUDA_RUNTIME_H_
 #define CUDA_HOST_CUDA_RUNTIME_H_
 
@@ -19,8 +20,9 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Shared memory holds garbage when a block starts, in one section, so that it can be filled. Address sanitizer guards
-// only variables that are in none.
+// Shared variables lie in one section, so that they can be filled with garbage when a block starts and put aside when
+// another goes on. GCC leaves those of templates and of functions with external linkage out. Address sanitizer guards
+// none in a section.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else

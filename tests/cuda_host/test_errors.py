@@ -10,7 +10,7 @@ import torch
 
 from atts_engine.ops import native
 from tests.abi import STATUS, params
-from tests.test_cuda_host import Form, cpu_form, device, host  # noqa: F401
+from tests.cuda_host.calls import Form, cpu_form
 
 Fields = dict[str, "torch.Tensor | int | float | None"]
 HUGE = 1 << 62
@@ -141,12 +141,12 @@ def pin(library: ctypes.CDLL, fields: Fields) -> None:
 
 
 @pytest.fixture(params=["device", "cpu"])
-def either(request: pytest.FixtureRequest, device: Form) -> Form:  # noqa: F811
+def either(request: pytest.FixtureRequest, device: Form) -> Form:
     return device if request.param == "device" else cpu_form()
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_calls_below_are_sound_but_for_one_thing(name: str, host: ctypes.CDLL, either: Form) -> None:  # noqa: F811
+def test_the_calls_below_are_sound_but_for_one_thing(name: str, host: ctypes.CDLL, either: Form) -> None:
     op, fields = CALLS[name][0], CALLS[name][1]()
     pin(host, fields)
     assert either(op, **fields) == 0
@@ -192,7 +192,7 @@ def test_what_is_written_by_a_scatter_or_swap_is_named_once() -> None:
         assert cpu_form()(name, **{**fields, **way}) == STATUS["ERROR_OVERLAP"]
 
 
-def test_lists_of_a_swap_are_checked_by_both_forms(host: ctypes.CDLL, either: Form) -> None:  # noqa: F811
+def test_lists_of_a_swap_are_checked_by_both_forms(host: ctypes.CDLL, either: Form) -> None:
     for array, content in (("page_ids", [4, 0]), ("slots", [3, 0]), ("slots", [-1, 0])):
         fields = {**kv_swap(), array: torch.tensor(content)}
         pin(host, fields)
@@ -206,7 +206,7 @@ def test_lists_of_a_swap_are_checked_by_both_forms(host: ctypes.CDLL, either: Fo
         ("kv_copy_pages", "kv"), ("kv_gather", "kv"), ("kv_gather", "dense"), ("kv_swap", "kv"),
     ],
 )  # fmt: skip
-def test_memory_of_the_wrong_device(host: ctypes.CDLL, device: Form, name: str, array: str) -> None:  # noqa: F811
+def test_memory_of_the_wrong_device(host: ctypes.CDLL, device: Form, name: str, array: str) -> None:
     for kind, number in ((0, 0), (1, 0), (2, 1)):  # pageable, pinned, of another device
         fields = CALLS[name][1]()
         host.cuda_host_forget_memory()
@@ -217,11 +217,11 @@ def test_memory_of_the_wrong_device(host: ctypes.CDLL, device: Form, name: str, 
         assert device(name, **fields) == STATUS["ERROR_DEVICE"]
 
 
-def test_a_swap_wants_pinned_memory(device: Form) -> None:  # noqa: F811
+def test_a_swap_wants_pinned_memory(device: Form) -> None:
     assert device("kv_swap", **kv_swap()) == STATUS["ERROR_DEVICE"]
 
 
-def test_workspaces(host: ctypes.CDLL, device: Form) -> None:  # noqa: F811
+def test_workspaces(host: ctypes.CDLL, device: Form) -> None:
     wide = {**score_logits(), "logits": torch.zeros(4, 20000), "vocab": 20000, "logits_stride": 20000}
     long = {**gate(), "ring": torch.zeros(2, 5000), "capacity": 5000}
     for op, fields in (("score_logits", wide), ("gate", long)):
@@ -238,7 +238,7 @@ def test_workspaces(host: ctypes.CDLL, device: Form) -> None:  # noqa: F811
         assert query(ctypes.byref(params(op, **{**fields, "batch": -1})), ctypes.byref(needed)) == STATUS["ERROR_SHAPE"]
 
 
-def test_a_launch_of_too_many_blocks(device: Form) -> None:  # noqa: F811
+def test_a_launch_of_too_many_blocks(device: Form) -> None:
     rows = 1 << 36
     assert device("kv_append", **{**append_to_slots(), "rows": rows}) == STATUS["ERROR_SHAPE"]
     assert device("score_logits", **{**score_logits(), "rows": rows}) == STATUS["ERROR_SHAPE"]
@@ -247,14 +247,14 @@ def test_a_launch_of_too_many_blocks(device: Form) -> None:  # noqa: F811
     assert device("gate", **{**gate(), "batch": rows, "keys": rows}) == STATUS["ERROR_SHAPE"]
 
 
-def test_a_launch_that_fails(host: ctypes.CDLL, device: Form) -> None:  # noqa: F811
+def test_a_launch_that_fails(host: ctypes.CDLL, device: Form) -> None:
     host.cuda_host_launches_fail(1)
     for name, (op, make) in CALLS.items():
         assert name == "kv_swap" or device(op, **make()) == STATUS["ERROR_CUDA"]
     host.cuda_host_launches_fail(0)
 
 
-def test_no_params_at_all(host: ctypes.CDLL) -> None:  # noqa: F811
+def test_no_params_at_all(host: ctypes.CDLL) -> None:
     for op, _ in CALLS.values():
         assert getattr(host, f"atts_{op}")(None, None) == STATUS["ERROR_NULL_POINTER"]
 
