@@ -268,6 +268,8 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reference" in found["ops"]["score_tokens"]["available"]
     assert found["models"] == {"tiny-draft": True, "tiny-target": True}
     assert found["ops"]["rms_norm"]["obstacles"]["native-bf16"]["cuda"] == "CPU only"
+    assert "apache-tvm-ffi" in found["packages"]
+    assert ("a CUDA device" in found["csrc_cuda"]) != torch.cuda.is_available()
     assert "kernels on cpu" in captured.err
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from atts_engine.ops import native
-from tests.abi import DTYPES, OPERATIONS, STATUS, STRUCTS, params
+from tests.abi import DTYPES, OPERATIONS, STATUS, STRUCTS, VERSION, params
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def test_every_status_has_a_sentence_of_its_own(library: ctypes.CDLL) -> None:
 
 
 def test_the_structs_of_python_are_those_of_the_header() -> None:
+    assert VERSION[:2] == native.ABI
     for kind in native._ALL:
         wanted = STRUCTS[OPERATIONS[kind.function.removeprefix("atts_")]]
         assert [name for name, *_ in kind._fields_] == [name for name, *_ in wanted._fields_]

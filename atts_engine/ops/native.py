@@ -16,6 +16,9 @@ from torch import Tensor
 
 from atts_engine.errors import InputError
 
+ABI = (0, 2)
+"""Major and minor version of the header that the structs below follow."""
+
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
 
@@ -79,6 +82,8 @@ def load(path: Path) -> ctypes.CDLL:
     anew by itself."""
     loaded = ctypes.CDLL(str(path))
     try:
+        if divmod(loaded.atts_version() // 100, 100) != ABI:
+            raise AttributeError(f"its ABI is {loaded.atts_version()}")
         loaded.atts_strerror.restype = ctypes.c_char_p
         loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
