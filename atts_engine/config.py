@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from atts_engine.errors import InputError
+from atts_engine.ops import IMPLEMENTATIONS
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.runtime.preemption import PREEMPTIONS
 from atts_engine.runtime.records import SamplingParams
@@ -39,6 +40,10 @@ class EngineConfig:
     overlap: a lane launches a step before it has seen the results of the one before; None: on a GPU, not on a CPU.
     graphs: decode steps as CUDA graphs; None: where every op of a step can be captured.
     lane_threads: "one" scheduler thread for both lanes, or "each" lane its own. profile: NVTX ranges on a GPU.
+    ops: the implementation that every op with a kernel of that name runs ("reference", "triton", ...), in the whole
+    process; None: each device's own choice. check_ops: ops look into their tensors for values out of range, which on a
+    GPU waits for the device at each of them (`ops.checked`).
+    tuning: file of a tuning table for the kernels; None: the device's own file where there is one (`ops.tuning.find`).
     prompt: user message with `{problem}` in it; None: the problem alone for the built-in pair, `MATH_PROMPT` otherwise.
     Raises `InputError` for a value outside its range.
     """
@@ -61,6 +66,9 @@ class EngineConfig:
     graphs: bool | None = None
     lane_threads: str = "one"
     profile: bool = False
+    ops: str | None = None
+    check_ops: bool = False
+    tuning: str | None = None
     prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +91,8 @@ class EngineConfig:
                 f"host_kv_tokens must be {'1 or more to swap' if self.preemption == 'swap' else '0 or more'}, "
                 f"not {self.host_kv_tokens}"
             )
+        if self.ops is not None and self.ops not in IMPLEMENTATIONS:
+            raise InputError(f"ops must be one of {', '.join(IMPLEMENTATIONS)}, not {self.ops!r}")
         if self.prompt is not None:
             fill_prompt(self.prompt, "")
 

@@ -6,16 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
+from atts_engine import ops
 from atts_engine.backends import InProcessLane
 from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
-from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Policy, TopB, make_policy
+from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored, Policy, TopB, make_policy
 from atts_engine.errors import InputError, QueueFull
 from atts_engine.models import Decoder, Model, load_model, resolve_device
+from atts_engine.ops import tuning
 from atts_engine.pipeline import (
     ATTSParams,
     ConformalGate,
@@ -93,6 +96,11 @@ class AsyncEngine:
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.ops is not None:
+            ops.use(config.ops)
+        if config.check_ops:
+            ops.checked()
+        await asyncio.to_thread(_tune, config)
         draft, target = await asyncio.to_thread(_load_pair, config)
         cores = await asyncio.to_thread(_cores, config, draft, target)
         return cls(config, draft, target, cores, calibrator)
@@ -243,6 +251,8 @@ class AsyncEngine:
             raise InputError(
                 f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
             )
+        if params.early_verdict:
+            self._check_early(calibrator)
         name = (id(calibrator), params.policy)
         gate = self._gates.get(name)
         if gate is None:
@@ -253,6 +263,22 @@ class AsyncEngine:
                 policy = made
             gate = self._gates[name] = ConformalGate(calibrator, self._announce, policy)
         return gate
+
+    def _check_early(self, calibrator: Calibrator) -> None:
+        if not calibrator.frozen:
+            raise InputError(
+                "early_verdict needs a frozen calibration: a span that ends early has no whole score to learn from; "
+                "save one with `atts calibrate` and load it frozen, or leave early_verdict off"
+            )
+        if isinstance(calibrator, Monitored):
+            raise InputError(
+                "early_verdict leaves a monitor no p-values of whole spans to watch; leave one of the two out"
+            )
+        if self._pair.tongues.codecs is not None:
+            raise InputError(
+                "early_verdict needs a pair that shares a tokenizer: with two, nobody knows how many of the target's "
+                "tokens a span will have at most"
+            )
 
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
         key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,
@@ -318,6 +344,17 @@ class Engine:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
+
+
+def _tune(config: EngineConfig) -> None:
+    """Put the tuning table of --tuning in force, or that of the target's GPU where there is one. The table is the
+    process's: two kinds of GPU share the target's."""
+    device = resolve_device(config.target_device)
+    path = Path(config.tuning) if config.tuning is not None else None
+    if path is None and device.type == "cuda":
+        path = tuning.find(torch.cuda.get_device_name(device))
+    if path is not None:
+        tuning.put_in_force(tuning.load(path), path)
 
 
 def _load_pair(config: EngineConfig) -> tuple[Model, Model]:

@@ -62,6 +62,8 @@ def read_spans(paths: Iterable[Path]) -> list[Span]:
             graded = gold is not None and line.optional_text("error") is None
             wrong = not (answer is not None and grader.equal(gold, answer)) if graded and gold is not None else None
             for turn in line.objects("turns"):
+                if turn.flag("early", False):
+                    raise turn.error("field 'early': the span was not scored whole; record without --early-verdict")
                 if turn.fields.get("chunks"):
                     spans.append(_span(line.text("problem_id"), turn, wrong))
         if len(spans) == before:

@@ -2,6 +2,7 @@
 //
 // A token's noise is at most -log(v) of its uniform v, so it can beat the best so far only where v < exp(its value - best).
 // An upper bound of that exponential costs one multiplication, and a few tokens of a row pass.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -103,9 +104,10 @@ int64_t draw(const Row& row) {
   kernels().extremes(row.logits, row.vocab, &key, &size);
   const uint32_t highest = key < 0 ? (key == -1 ? 0x8000u : static_cast<uint32_t>(key + 0x8000)) : key | 0x8000u;
   const uint16_t peak = bits_of(highest);
-  if (size > 0x7f80u || !std::isfinite(value_of(peak))) return -1;
+  if (size > 0x7f80u || !std::isfinite(value_of(peak)) || std::isnan(row.temperature)) return -1;
   int64_t best_id = kernels().find(row.logits, row.vocab, peak, peak == 0 ? 0x8000u : peak);
-  if (row.temperature <= 0) return best_id;
+  // A temperature that takes the largest out of the range of float is as good as 0.
+  if (row.temperature <= 0 || std::isinf(value_of(peak) / row.temperature)) return best_id;
   const bool filtered = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
   const Cut cut = filtered ? cut_of(row, highest) : Cut{0, row.vocab};
   const uint64_t stream = mix(mix(row.position * kGolden + row.seed) + row.seed);
@@ -163,7 +165,9 @@ extern "C" int atts_sample_cpu(const atts_sample_params* params) {
       p.min_p == nullptr || p.seed == nullptr || p.position == nullptr || p.ids == nullptr)
     return ATTS_ERROR_NULL_POINTER;
   atts::parallel(p.rows, p.threads, [&](int64_t i) {
-    p.ids[i] = draw({p.logits + i * p.logits_stride, p.vocab, p.temperature[i], p.top_k[i], p.top_p[i], p.min_p[i],
+    // An infinite temperature would make NaN of tokens at -inf; NaN stays.
+    const float temperature = std::min(p.temperature[i], std::numeric_limits<float>::max());
+    p.ids[i] = draw({p.logits + i * p.logits_stride, p.vocab, temperature, p.top_k[i], p.top_p[i], p.min_p[i],
                      static_cast<uint64_t>(p.seed[i]), static_cast<uint64_t>(p.position[i])});
   });
   return ATTS_OK;

@@ -44,3 +44,13 @@ def params(op: str, **fields: torch.Tensor | int | float | None) -> ctypes.Struc
         setattr(made, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
     made.tensors = fields  # type: ignore[attr-defined]
     return made
+
+
+FUNCTIONS = sorted(re.findall(r"^ATTS_API [\w\s*]+?(\w+)\(", _TEXT, re.MULTILINE))
+"""Every function that the header declares."""
+OPERATIONS = dict(
+    re.findall(r"ATTS_API int atts_(\w+)\(const atts_(\w+)_params\* params(?:, void\* stream)?\);", _TEXT)
+)
+"""Of each form of an op, as in "gate_cpu" and "gate", the op."""
+VERSION = tuple(int(n) for n in re.findall(r"#define ATTS_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", _TEXT))
+"""Major, minor and patch."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from atts_engine import ops
 from atts_engine.models import ForwardBatch, Model, ModelConfig
 
 VOCAB = 13
@@ -56,7 +57,7 @@ class FakeDecoder:
         values = batch.ids.to(torch.float32)
         if self.poison is not None:
             values = torch.where(batch.ids == self.poison, torch.nan, values)
-        flat[batch.slots] = values
+        flat[ops.kv_slots(batch.positions, batch.block_table, batch.cu_q, page)] = values
         hidden = torch.zeros(len(batch.ids), VOCAB)
         bounds = batch.cu_q.tolist()
         self.rows += len(batch.ids)

@@ -37,7 +37,7 @@ def paged_logits(
                 step.append((i, done[i], done[i] + take))
         if not step:
             continue
-        batch = _batch(step, sequences, pages, page, device)
+        batch = _batch(step, sequences, pages, device)
         logits = decoder.logits(decoder.forward(batch, kv))
         for (i, start, end), rows in zip(step, logits.split([e - s for _, s, e in step]), strict=True):
             assert start == done[i]
@@ -50,18 +50,15 @@ def _batch(
     step: list[tuple[int, int, int]],
     sequences: Sequence[Sequence[int]],
     pages: Sequence[torch.Tensor],
-    page: int,
     device: torch.device,
 ) -> ForwardBatch:
     ids = [t for i, start, end in step for t in sequences[i][start:end]]
     positions = [torch.arange(start, end) for _, start, end in step]
-    slots = [pages[i][p // page] * page + p % page for (i, _, _), p in zip(step, positions, strict=True)]
     table = torch.nn.utils.rnn.pad_sequence([pages[i] for i, _, _ in step], batch_first=True)
     lengths = torch.tensor([end - start for _, start, end in step])
     return ForwardBatch(
         ids=torch.tensor(ids, device=device),
         positions=torch.cat(positions).to(device),
-        slots=torch.cat(slots).to(device),
         block_table=table.to(device, torch.int32),
         cu_q=torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(device, torch.int32),
         kv_len=torch.tensor([end for _, _, end in step], dtype=torch.int32, device=device),

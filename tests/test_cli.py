@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from atts_engine.cli import main as cli
+from atts_engine.cli import options
 from atts_engine.cli.progress import Progress, Tail
 from atts_engine.cli.tables import Table, plain_table, seconds
 from atts_engine.cli.view import Heading, LiveView, PlainView
+from atts_engine.config import EngineConfig
 from atts_engine.pipeline import Chain, ChainEvent, TokensEvent, Turn, VerdictEvent
 from tests.fake_engine import some_problems
 
@@ -64,6 +67,8 @@ def run_words(problems: Path, out: Path, *more: str) -> list[str]:
         (["--dtype", "int4"], "dtype must be one of"),
         (["--page-size", "0"], "page_size"),
         (["--chunk-tokens", "0"], "chunk_tokens must be 1 or more"),
+        (["--lane-threads", "many"], "argument --lane-threads: invalid choice: 'many'"),
+        (["--overlap", "yes"], "unrecognized arguments: yes"),
         (["--concurrency", "0"], "--concurrency must be 1 or more"),
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--draft", "nowhere"], "no model 'nowhere'"),
@@ -104,6 +109,34 @@ def test_a_malformed_problem_is_named_by_its_line(
     with problems.open("a") as file:
         file.write(line + "\n")
     assert said in fails(capsys, run_words(problems, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "eval"])
+def test_settings_of_the_lanes_reach_the_engine(command: str) -> None:
+    def settings(*flags: str) -> tuple[object, ...]:
+        args = cli.build_parser().parse_args([command, *PAIR, "--out", "x", *flags])
+        made = options.engine_config(args)
+        return made.overlap, made.graphs, made.lane_threads, made.profile
+
+    plain = EngineConfig("tiny-draft", "tiny-target")
+    assert settings() == (plain.overlap, plain.graphs, plain.lane_threads, plain.profile) == (None, None, "one", False)
+    assert settings("--overlap", "--graphs", "--lane-threads", "each", "--profile") == (True, True, "each", True)
+    assert settings("--no-overlap", "--no-graphs") == (False, False, "one", False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_graphs_that_cannot_be_had_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, problems: Path
+) -> None:
+    assert "paged_attention" in fails(capsys, run_words(problems, tmp_path / "out", "--graphs"))
+
+
+def test_the_lanes_may_run_ahead_on_a_thread_each(tmp_path: Path, problems: Path) -> None:
+    chains = []
+    for i, flags in enumerate(([], ["--overlap", "--lane-threads", "each"])):
+        assert cli.main(run_words(problems, tmp_path / f"{i}", "--strategy", "draft", *flags)) == 0
+        chains.append(sorted(_untimed((tmp_path / f"{i}" / "chains.jsonl").read_text())))
+    assert chains[0] == chains[1]
 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, problems: Path) -> None:
@@ -234,7 +267,22 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["row_invariance"]["holds"] is True
     assert "reference" in found["ops"]["score_tokens"]["available"]
     assert found["models"] == {"tiny-draft": True, "tiny-target": True}
-    assert "kernels" in captured.err
+    assert found["ops"]["rms_norm"]["obstacles"]["native-bf16"]["cuda"] == "CPU only"
+    assert "kernels on cpu" in captured.err
+
+
+def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
+    from atts_engine.cli.doctor import kernel_table
+
+    facts = {"chosen": {"cpu": "native-bf16"}, "obstacles": {"reference": {}, "native-bf16": {"cuda": "CPU only"}}}
+    assert kernel_table({"rope": facts}, "cpu").rows == (("rope", "can run", "runs"),)
+    elsewhere = kernel_table({"rope": facts}, "cuda")
+    assert elsewhere.rows == (("rope", "no GPU", "CPU only"),) and "no cuda device" in str(elsewhere.note)
+
+
+def test_an_implementation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], problems: Path) -> None:
+    line = fails(capsys, ["calibrate", *PAIR, "--problems", str(problems), "--ops", "cutlass", "--out", "x.npz"])
+    assert "ops must be one of reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'" in line
 
 
 def watched(view_of: type[PlainView] | type[LiveView], stream: io.StringIO) -> str:

@@ -29,7 +29,6 @@ def decode_step(rows: int, width: int, seed: int, futures: list[int] | None = No
     return StepArrays(
         ids=rng.integers(0, 9, rows),
         positions=rng.integers(0, 9, rows),
-        slots=rng.integers(0, 9, rows),
         block_table=rng.integers(1, 9, (rows, width), dtype=np.int32),
         cu_q=np.arange(rows + 1, dtype=np.int32),
         kv_len=rng.integers(1, 9, rows, dtype=np.int32),
@@ -44,14 +43,14 @@ def decode_step(rows: int, width: int, seed: int, futures: list[int] | None = No
 
 
 class Recorder:
-    """Stands for a decoder: remembers batches, and gives each row's id, position, slot, length and pages as logits."""
+    """Stands for a decoder: remembers batches, and gives each row's id, position, length and pages as logits."""
 
     def __init__(self) -> None:
         self.batches: list[ForwardBatch] = []
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         self.batches.append(batch)
-        columns = (batch.ids, batch.positions, batch.slots, batch.kv_len)
+        columns = (batch.ids, batch.positions, batch.kv_len)
         return torch.cat((torch.stack(columns, 1), batch.block_table), 1)
 
 
@@ -74,20 +73,20 @@ def test_a_step_takes_the_smallest_graph_and_idle_rows_fill_it() -> None:
     assert sizes == [11, 8, 4, 2, 1]
     assert [graphs.size_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 11)] == [1, 2, 4, 4, 8, 8, 11, 11]
     assert graphs.holds(11) and not graphs.holds(12)
-    places = {t.data_ptr() for b in decode.batches for t in (b.ids, b.positions, b.slots, b.kv_len, b.block_table)}
-    assert len(places) == 5  # every size reads the same buffers
+    places = {t.data_ptr() for b in decode.batches for t in (b.ids, b.positions, b.kv_len, b.block_table)}
+    assert len(places) == 4  # every size reads the same buffers
     for seed, (rows, width) in enumerate([(3, 5), (11, 2), (3, 1), (8, 4), (1, 3)]):
         step = decode_step(rows, width, seed)
         found = graphs.run(step, None)
-        assert found.shape == (rows, 4 + 5)
-        want = np.stack([step.ids, step.positions, step.slots, step.kv_len], 1)
-        assert np.array_equal(found[:, :4], want)
-        assert np.array_equal(found[:, 4 : 4 + width], step.block_table)
-        assert not found[:, 4 + width :].any()  # PAD_PAGE, whatever an earlier step left there
+        assert found.shape == (rows, 3 + 5)
+        want = np.stack([step.ids, step.positions, step.kv_len], 1)
+        assert np.array_equal(found[:, :3], want)
+        assert np.array_equal(found[:, 3 : 3 + width], step.block_table)
+        assert not found[:, 3 + width :].any()  # PAD_PAGE, whatever an earlier step left there
         batch = decode.batches[-1]
         assert len(batch.ids) == graphs.size_for(rows)
         assert batch.cu_q.tolist() == list(range(len(batch.ids) + 1))
-        for idle, value in ((batch.ids, 0), (batch.positions, 0), (batch.slots, 0), (batch.kv_len, 1)):
+        for idle, value in ((batch.ids, 0), (batch.positions, 0), (batch.kv_len, 1)):
             assert (idle[rows:] == value).all()
         assert not batch.block_table[rows:].any()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from atts_engine.kv.pages import PAD_PAGE
-from atts_engine.runtime.commands import Append, Decode, Fork, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Decode, Fork, Scored, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
 from atts_engine.runtime.scheduler import Step
@@ -134,6 +134,13 @@ class LaneMachine(RuleBasedStateMachine):
             self.core.step(lambda request, result: None)
         self.core.stop_decode(seq.id)
         self.ask(seq, lambda reply: Truncate(len(seq.tokens), reply))
+
+    @rule(seq=sequences, wait=st.booleans())
+    def tell_scored(self, seq: Oracle, wait: bool) -> None:
+        found = self.ask(seq, lambda reply: Scored(wait, reply))
+        expected = [log_probability(seq.tokens[:p], seq.tokens[p]) for p in seq.scored]
+        assert len(found) == len(expected) if wait else len(found) <= len(expected)
+        assert found == pytest.approx(expected[: len(found)], abs=1e-6)
 
     @rule(seq=sequences)
     def verdict(self, seq: Oracle) -> None:

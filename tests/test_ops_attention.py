@@ -126,11 +126,18 @@ def test_refuses_what_does_not_fit() -> None:
 def test_pages_are_copied_in_every_layer_as_they_were() -> None:
     kv = torch.randn(3, 2, 6, 4, 2, 8, generator=torch.Generator().manual_seed(0))
     before = kv.clone()
-    ops.kv_copy_pages(kv, torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]))
-    for target, source in ((0, 0), (1, 0), (2, 1), (3, 3), (4, 4), (5, 2)):
+    ops.kv_copy_pages(kv, torch.tensor([0, 0, 2]), torch.tensor([1, 4, 5]))
+    for target, source in ((0, 0), (1, 0), (2, 2), (3, 3), (4, 0), (5, 2)):
         assert torch.equal(kv[:, :, target], before[:, :, source])
-    with pytest.raises(InputError, match="source pages"):
+    with pytest.raises(InputError, match="dst does not fit"):
         ops.kv_copy_pages(kv, torch.tensor([0]), torch.tensor([1, 2]))
+    for src, dst, match in (
+        ([0, 1], [1, 2], "in one call"),
+        ([1, 0], [2, 1], "in one call"),
+        ([0, 1], [2, 2], "dst names 2 twice"),
+    ):
+        with pytest.raises(InputError, match=match):
+            ops.kv_copy_pages(kv, torch.tensor(src), torch.tensor(dst))
 
 
 def test_append_writes_its_slots_and_nothing_else() -> None:
@@ -140,5 +147,5 @@ def test_append_writes_its_slots_and_nothing_else() -> None:
     rows = layer.view(2, 12, 2, 8)
     assert rows[0, [5, 11]].eq(1).all() and rows[1, [5, 11]].eq(2).all()
     assert layer.count_nonzero() == 4 * 16
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="slots does not fit"):
         ops.kv_append(k, v, layer, torch.tensor([5]))

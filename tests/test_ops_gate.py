@@ -85,8 +85,8 @@ def _call(**changes: torch.Tensor) -> None:
     [
         ({"key": torch.tensor([0, 3])}, "outside the store"),
         ({"key": torch.tensor([0, -1])}, "outside the store"),
-        ({"level": torch.tensor([1])}, "rows"),
-        ({"ring": torch.zeros(2, 4)}, "do not fit"),
+        ({"level": torch.tensor([1])}, "level does not fit"),
+        ({"ring": torch.zeros(2, 4)}, "size does not fit"),
         ({"score": torch.zeros(2, dtype=torch.float64)}, "float32"),
     ],
 )

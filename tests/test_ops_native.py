@@ -114,7 +114,7 @@ def test_attention_refuses_what_is_not_a_batch() -> None:
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
-    with pytest.raises(InputError, match="block table"):
+    with pytest.raises(InputError, match="block_table"):
         ops.paged_attention(q, kv, table[:1], cu_q, kv_len, 0.2)
 
 
@@ -269,6 +269,17 @@ def test_sample_of_rows_that_cannot_be_drawn_from() -> None:
     logits[4, 7:] = float("-inf")
     found = ops.sample(logits, *(t[1:6] for t in sampling_rows(6, 3)))
     assert found[[0, 1, 3]].tolist() == [-1, -1, -1] and int(found[2]) >= 0 and 0 <= int(found[4]) < 7
+
+
+def test_sample_at_extreme_temperatures() -> None:
+    nan = torch.tensor([float("nan")])
+    parameters = [t[:1] for t in sampling_rows(6, 4)]
+    for sign, least in ((1.0, 1), (-1.0, 0)):
+        logits = sign * torch.tensor([[1.0, 3.0, 2.0, sign * float("-inf")]], dtype=BF16)
+        for temperature in (1e-30, 1e-45):
+            assert ops.sample(logits, torch.tensor([temperature]), *parameters[1:]).tolist() == [least]
+        assert 0 <= int(ops.sample(logits, 1 / torch.zeros(1), *parameters[1:])) < 3
+        assert ops.sample(logits, nan, *parameters[1:]).tolist() == [-1]
 
 
 def test_sample_of_strided_rows() -> None:

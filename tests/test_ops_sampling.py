@@ -106,5 +106,5 @@ def test_neighbouring_streams_are_unlike() -> None:
 
 def test_refuses_parameters_of_another_length() -> None:
     one = torch.ones(1)
-    with pytest.raises(InputError, match="must have 2 rows"):
+    with pytest.raises(InputError, match="temperature does not fit"):
         ops.sample(torch.zeros(2, 4), one, one.long(), one, one, one.long(), one.long())

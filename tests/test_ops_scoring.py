@@ -70,7 +70,7 @@ def test_refuses_what_does_not_fit() -> None:
             ops.score_tokens(x, weight, bad)
     with pytest.raises(InputError, match="score_tokens"):
         ops.score_tokens(x, weight[:, :4], ids)
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="ids does not fit"):
         ops.score_logits(x, ids[:2])
 
 

@@ -13,10 +13,12 @@ from atts_engine import ops
 from atts_engine.errors import InputError
 from atts_engine.kv import BlockTable, OutOfPages, PagePool
 from atts_engine.ops import paging
+from atts_engine.runtime import runner
 from atts_engine.runtime.commands import Decode, Fork
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.preemption import Costs, forward_flops
 from atts_engine.runtime.records import SamplingParams, TokenChunk
+from atts_engine.runtime.runner import Runner, _last_writes, copy_rounds
 from atts_engine.runtime.scheduler import Step
 from tests.fakes import EOS, fake_model, greedy
 
@@ -194,13 +196,46 @@ def test_kv_swap_copies_the_named_pages_both_ways(data: st.DataObject, staged: i
     assert torch.equal(kv, wanted_kv) and torch.equal(host, wanted_host)
 
 
+def test_a_page_that_was_copied_from_is_given_away_in_the_same_step_and_written_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, rounds = lane(36, 0, budget=4), []
+    monkeypatch.setattr(runner, "copy_rounds", lambda copies: rounds.append(copy_rounds(copies)) or rounds[-1])
+    prompts = [tuple((i + j) % EOS for j in range(10)) for i in range(2)]
+    for i, prompt in enumerate(prompts):
+        core.open(i, prompt)
+        core.command(i, Fork((100 + i, 200 + i), lambda value, error: None))
+    while any(len(s.pending) for s in core._sequences.values()):
+        core.step(lambda request, result: None)
+    chunks = {seq: write(core, seq, 18) for i in range(2) for seq in (i, 100 + i, 200 + i)}
+    run(core)
+    for seq, written in chunks.items():
+        assert text(written) == greedy(list(prompts[seq % 100]), 18)
+    # Otherwise nothing was tested: one launch would have raced.
+    assert max(map(len, rounds)) > 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_copies_in_rounds_are_copies_one_after_the_other(copies: list[tuple[int, int]]) -> None:
+    copies = [(source, destination) for source, destination in copies if source != destination]
+    model = fake_model()
+    kv = Runner(model.decoder, 7, 4, torch.device("cpu"), torch.float32)
+    kv.kv.copy_(torch.arange(7.0).view(7, 1, 1, 1).expand_as(kv.kv))
+    wanted = list(range(7))
+    for source, destination in copies:
+        wanted[destination] = wanted[source]
+    kv.move(Step((), tuple(copies), ()))
+    assert kv.kv[0, 0, :, 0, 0, 0].tolist() == wanted
+    assert sum(len(sources) for sources, _ in copy_rounds(copies)) == len(copies)
+
+
 def test_misuse_is_named() -> None:
     kv, index = torch.zeros(3, 2, 7, 4, 2, 8), torch.arange(2)
-    with pytest.raises(InputError, match="does not fit the cache"):
+    with pytest.raises(InputError, match="host does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 4), index, index, True)
-    with pytest.raises(InputError, match="does not fit the cache"):
+    with pytest.raises(InputError, match="host does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 8, dtype=torch.float64), index, index, True)
-    with pytest.raises(InputError, match="2 pages but 1 slots"):
+    with pytest.raises(InputError, match="slots does not fit"):
         ops.kv_swap(kv, torch.zeros(9, 3, 2, 4, 2, 8), index, index[:1], True)
     pool, host = PagePool(8, 4), PagePool(2, 4, padding=False)
     table = BlockTable(pool, host)
@@ -208,3 +243,8 @@ def test_misuse_is_named() -> None:
     with pytest.raises(OutOfPages):
         table.park()
     assert (len(table.pages), table.parked, host.free) == (3, [], 2)
+
+
+def test_a_place_that_is_taken_twice_in_a_step_is_written_once() -> None:
+    """A host slot that was given up and taken again within a step: an op may write its destinations in any order."""
+    assert _last_writes([(5, 0), (6, 1), (7, 0)]) == ((7, 6), (0, 1))

@@ -62,7 +62,7 @@ class ListLane:
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random, check: Callable[[], None], opening: str = "") -> None:
         """opening: said first in each span."""
-        self.tokenizer, self.rng, self.check, self.scored = tokenizer, rng, check, 0
+        self.tokenizer, self.rng, self.check, self.unjudged = tokenizer, rng, check, 0
         self.opening = tokenizer.encode(opening)
         text = "".join(CORPUS[:1])
         self.common = tokenizer.encode(text)
@@ -102,15 +102,18 @@ class ListLane:
     async def append(self, seq: Any, tokens: Sequence[int], *, score: bool = False) -> None:
         assert tokens
         seq.ids += tokens
-        self.scored += len(tokens) if score else 0
+        self.unjudged += len(tokens) if score else 0
 
     async def verdict(self, seq: Any, gate: Any) -> SpanResult:
-        n, self.scored = self.scored, 0
+        n, self.unjudged = self.unjudged, 0
         assert n
         return SpanResult(-1.0 * n, n, 1.0)
 
+    async def scored(self, seq: Any, *, wait: bool = False) -> tuple[float, ...]:
+        return (-1.0,) * self.unjudged
+
     async def truncate(self, seq: Any, length: int) -> None:
-        assert 0 <= length < len(seq.ids)
+        assert 0 <= length <= len(seq.ids)
         del seq.ids[length:]
 
 
@@ -123,9 +126,11 @@ class CoinGate:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    async def ask(self, lane: Any, seq: Any, place: Place, seed: int) -> Judged:
+    async def ask(self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None) -> Judged:
         result = await lane.verdict(seq, None)
         return Judged(result.score, self.rng.random() < 0.5, sum_logprob=result.sum_logprob)
+
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None: ...
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None: ...
 

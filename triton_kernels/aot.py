@@ -18,13 +18,23 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from atts_triton.variants import Variant
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block can ask for, by compute capability (CUDA C++ Programming Guide, table 30)."""
-MODULES = ("gate", "score_tokens")
+MODULES = (
+    "gate",
+    "paged_attention",
+    "paging",
+    "rows",
+    "sample",
+    "score_gate",
+    "score_logits",
+    "score_tokens",
+    "span_mean",
+)
 """Modules of kernels. Each has `variants()`."""
 
 
@@ -44,8 +54,8 @@ def variants(modules: Iterable[str] = MODULES) -> Iterator[Variant]:
         yield from import_module(f"atts_triton.{name}").variants()
 
 
-def compile_variant(variant: Variant, capability: int) -> Usage:
-    """Compile for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them."""
+def compiled(variant: Variant, capability: int) -> CompiledKernel:
+    """Code for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them."""
     signature = dict(variant.signature) | dict.fromkeys(variant.constants, "constexpr")
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -54,8 +64,13 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     }
     ordered = {name: signature[name] for name in variant.kernel.arg_names}
     source = ASTSource(variant.kernel, ordered, variant.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+
+
+def compile_variant(variant: Variant, capability: int) -> Usage:
+    """What the code of a variant takes there."""
+    kernel = compiled(variant, capability)
+    return _usage(kernel.asm["cubin"], kernel.metadata.shared)
 
 
 def _usage(cubin: bytes, shared: int) -> Usage:
@@ -80,15 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=MODULES, metavar="MODULE", help=f"of {', '.join(MODULES)}")
     arguments = parser.parse_args(argv)
     out = sys.stdout
-    out.write(f"triton {triton.__version__}\n{'kernel':34} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
+    out.write(f"triton {triton.__version__}\n{'kernel':40} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
     misfits = 0
     for variant in variants(arguments.only or MODULES):
         for capability in arguments.arch or sorted(SHARED_LIMIT):
+            if variant.capabilities and capability not in variant.capabilities:
+                continue
             usage = compile_variant(variant, capability)
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]
             misfits += not fits
             out.write(
-                f"{variant.name:34} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
+                f"{variant.name:40} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
                 f"{'' if fits else '  DOES NOT FIT'}\n"
             )
             out.flush()

@@ -25,3 +25,5 @@ class Variant:
     options: dict[str, Any]
     multiples_of_16: frozenset[str] = frozenset()
     """Integer arguments that the just-in-time compiler would see to be multiples of 16."""
+    capabilities: frozenset[int] = frozenset()
+    """Compute capabilities that it is launched on; none named means all."""

@@ -10,7 +10,7 @@ from typing import Any
 from atts_engine.backends.protocol import Seq
 from atts_engine.conformal import GateRequest
 from atts_engine.errors import InputError, LaneError
-from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Scored, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.loop import EngineLoop, Mailbox
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
@@ -108,6 +108,11 @@ class InProcessLane:
         result = await self._ask(seq, lambda reply: Verdict(gate, reply))
         assert isinstance(result, SpanResult)
         return result
+
+    async def scored(self, seq: Seq, *, wait: bool = False) -> tuple[float, ...]:
+        logprobs = await self._ask(seq, lambda reply: Scored(wait, reply))
+        assert isinstance(logprobs, tuple)
+        return logprobs
 
     async def truncate(self, seq: Seq, length: int) -> None:
         own = self._own(seq)

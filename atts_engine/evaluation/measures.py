@@ -81,20 +81,23 @@ def grade(chains: Iterable[Chain], equal: Callable[[str, str], bool] | None = No
 
 
 def takeover_rates(chains: Iterable[Chain]) -> dict[str, Any]:
-    """{"decisions", "rate", "by_turn": {turn: {"n", "rate"}}, "by_problem": {id: {"n", "rate"}}} over scored
-    turns; a rate without decisions is None."""
+    """{"decisions", "rate", "early", "by_turn": {turn: {"n", "rate"}}, "by_problem": {id: {"n", "rate"}}} over scored
+    turns; a rate without decisions is None. early: how many verdicts were settled before their span was whole."""
     turns: dict[int, list[bool]] = defaultdict(list)
     problems: dict[str, list[bool]] = {}
+    early = 0
     for problem_id, group in by_problem(chains).items():
         for chain in group:
             for turn in chain.turns:
                 if turn.score is not None:
                     turns[turn.turn].append(turn.takeover)
                     problems.setdefault(problem_id, []).append(turn.takeover)
+                    early += turn.early
     everything = [taken for cell in turns.values() for taken in cell]
     return {
         "decisions": len(everything),
         "rate": sum(everything) / len(everything) if everything else None,
+        "early": early,
         "by_turn": {str(t): _cell(turns[t]) for t in sorted(turns)},
         "by_problem": {name: _cell(cell) for name, cell in problems.items()},
     }

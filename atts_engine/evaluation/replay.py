@@ -68,10 +68,17 @@ def scored_spans(chains: Iterable[Chain], order: str = "arrival", seed: int = 0)
     """The scored spans of a trace.
 
     arrival: by problem, then turn, then chain, as chains of one problem run side by side; shuffle: a
-    permutation drawn from `seed`.
+    permutation drawn from `seed`. `InputError` for a span that was not scored whole.
     """
     if order not in ORDERS:
         raise InputError(f"no order {order!r}; there are {', '.join(ORDERS)}")
+    chains = list(chains)
+    for chain in chains:
+        if any(turn.early for turn in chain.turns):
+            raise InputError(
+                f"problem {chain.problem_id}, chain {chain.chain} holds early verdicts, whose scores are lower bounds; "
+                "a replay needs a run without --early-verdict"
+            )
     spans = [
         Scored(c.problem_id, c.problem_index, c.chain, t.turn, t.score, t.ppl, t.percentile, t.takeover)
         for c in chains

@@ -112,8 +112,3 @@ class BlockTable:
 
     def release(self) -> None:
         self.truncate(0)
-
-    def slots(self, start: int, end: int) -> list[int]:
-        """Flat slot (page * page_size + offset) of each position in [start, end)."""
-        size, pages = self._pool.page_size, self.pages
-        return [pages[p // size] * size + p % size for p in range(start, end)]

@@ -20,15 +20,13 @@ from atts_engine.models.rotary import rope_table
 class ForwardBatch:
     """N tokens of B sequences, those of one sequence side by side; every tensor on the decoder's device.
 
-    ids: int64 [N]. positions: int64 [N], below config.max_positions. slots: int64 [N], page_id * page +
-    offset where each token's key and value go. block_table: int32 [B, maxpages]. cu_q: int32 [B+1], row
-    bounds of the sequences. kv_len: int32 [B], tokens of each sequence in the cache once this batch is
-    written (its rows are the last of them).
+    ids: int64 [N]. positions: int64 [N], below config.max_positions; with block_table, int32 [B, maxpages], they
+    say where each token's key and value go. cu_q: int32 [B+1], row bounds of the sequences. kv_len: int32 [B],
+    tokens of each sequence in the cache once this batch is written (its rows are the last of them).
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
     block_table: torch.Tensor
     cu_q: torch.Tensor
     kv_len: torch.Tensor
@@ -87,13 +85,14 @@ class Decoder:
         calls, in order.
         """
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [N, D/2]
+        slots = ops.kv_slots(batch.positions, batch.block_table, batch.cu_q, kv.shape[3])
         eps = self.config.rms_norm_eps
         x = F.embedding(batch.ids, self.weights.embed)
         normed = ops.rms_norm(x, self.weights.layers[0].attn_norm, eps)
         # A residual is added on the way into the norm behind it: the next block's, after the last block the final one.
         behind = [*(layer.attn_norm for layer in self.weights.layers[1:]), self.weights.norm]
         for layer, kv_layer, norm in zip(self.weights.layers, kv, behind, strict=True):
-            mixed = self._attention(layer, normed, cos, sin, batch, kv_layer)
+            mixed = self._attention(layer, normed, cos, sin, slots, batch, kv_layer)
             x, normed = ops.add_rms_norm(x, mixed, layer.mlp_norm, eps)
             x, normed = ops.add_rms_norm(x, self._mlp(layer, normed), norm, eps)
         return normed
@@ -108,6 +107,7 @@ class Decoder:
         normed: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        slots: torch.Tensor,
         batch: ForwardBatch,
         kv_layer: torch.Tensor,
     ) -> torch.Tensor:
@@ -116,11 +116,10 @@ class Decoder:
         heads = rows.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q.reshape(-1, c.head_dim), layer.q_norm, c.rms_norm_eps).view(q.shape)
-            k = ops.rms_norm(k.reshape(-1, c.head_dim), layer.k_norm, c.rms_norm_eps).view(k.shape)
-        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+            q = ops.rms_norm(q, layer.q_norm, c.rms_norm_eps)
+            k = ops.rms_norm(k, layer.k_norm, c.rms_norm_eps)
         # Written before it is read: a row attends to itself and to earlier rows of the same batch.
-        ops.kv_append(k, v, kv_layer, batch.slots)
+        q = ops.rope_kv_append(q, k, v, cos, sin, kv_layer, slots)
         mixed = ops.paged_attention(
             q, kv_layer, batch.block_table, batch.cu_q, batch.kv_len, c.head_dim**-0.5, self._scratch
         )

@@ -1,33 +1,54 @@
 """One public function per kernel. Each docstring is the contract; the torch reference serves every device
-and is the oracle; `chosen` tells which implementation runs. All are also registered as torch.ops.atts.*"""
+and is the oracle; `chosen` tells which implementation runs. Tensors that do not fit an op's contract raise InputError
+(checks.py). All are also registered as torch.ops.atts.*"""
 
 from __future__ import annotations
 
 from atts_engine.ops.attention import Scratch, paged_attention
+from atts_engine.ops.checks import checked
 from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
-from atts_engine.ops.dispatch import available, capturable, chosen, use
+from atts_engine.ops.dispatch import IMPLEMENTATIONS, Obstacle, available, capturable, chosen, obstacle, use
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
-from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
+from atts_engine.ops.paging import (
+    kv_append,
+    kv_copy_pages,
+    kv_gather,
+    kv_scatter,
+    kv_slots,
+    kv_swap,
+    rope_kv_append,
+)
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "GateResult",
+    "Obstacle",
+    "ScoreGateResult",
     "Scratch",
     "add_rms_norm",
     "available",
     "capturable",
+    "checked",
     "chosen",
     "gate",
     "kv_append",
     "kv_copy_pages",
+    "kv_gather",
+    "kv_scatter",
+    "kv_slots",
     "kv_swap",
     "linear",
+    "obstacle",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv_append",
     "sample",
+    "score_gate",
     "score_logits",
     "score_tokens",
     "silu_mul",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import checks, flash, native
+from atts_engine.ops.dispatch import FLASHINFER, TRITON, chosen, runs_native
 
 ROW_BLOCK = 4
 """Query rows are padded to a multiple of this: a batched CPU product gives a row the same bits for every such M
@@ -44,14 +44,15 @@ class Scratch:
     """Buffers and indices that one caller reuses from call to call. Not for two threads at once.
 
     Fresh memory costs a page fault for every 4 KiB written, which on a CPU is more than the arithmetic. The layers of
-    a forward pass share one set of indices, recognised by the very tensors they were made of, which must not be
-    changed in place between calls.
+    a forward pass share one set of indices for each window, recognised by the very tensors they were made of, which
+    must not be changed in place between calls.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._planned: tuple[Tensor, Tensor, Tensor] | None = None
-        self._plan: list[_Group] = []
+        self._plans: dict[int, list[_Group]] = {}
+        self._flash: flash.Attention | None = None
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """An fp32 tensor of this shape; what it holds is left over from an earlier use, but finite."""
@@ -61,13 +62,23 @@ class Scratch:
             held = self._buffers[name] = torch.zeros(size, device=device)
         return held[:size].view(shape)
 
-    def plan(self, q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor) -> list[_Group]:
-        """The groups of a batch, made once for all layers."""
+    def plan(
+        self, q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, window: int
+    ) -> list[_Group]:
+        """The groups of a batch, made once for all layers of a window."""
         key = self._planned
         if key is None or key[0] is not block_table or key[1] is not cu_q or key[2] is not kv_len:
-            self._plan = _plan(q, kv_layer, block_table, cu_q, kv_len)
+            self._plans = {}
             self._planned = (block_table, cu_q, kv_len)
-        return self._plan
+        if window not in self._plans:
+            self._plans[window] = _plan(q, kv_layer, block_table, cu_q, kv_len, window)
+        return self._plans[window]
+
+    def flashinfer(self, device: torch.device) -> flash.Attention:
+        """FlashInfer's attention with the workspace and the plan of this caller."""
+        if self._flash is None or self._flash.device != device:
+            self._flash = flash.Attention(device)
+        return self._flash
 
 
 def paged_attention(
@@ -78,35 +89,57 @@ def paged_attention(
     kv_len: Tensor,
     scale: float,
     scratch: Scratch | None = None,
+    *,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of q[N, Hq, D] over pages -> [N, Hq, D].
 
     kv_layer[2, P, page, Hkv, D]; block_table[B, maxpages] int32; cu_q[B + 1] int32; kv_len[B] int32 (tokens, the
-    queries' own included). Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens.
-    Hq is a multiple of Hkv; softmax in fp32.
+    queries' own included). Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens: a
+    row at position p sees the keys 0 .. p, with a window > 0 the keys p - window + 1 .. p. Slots that no row of the
+    sequence sees may hold NaN, and pages before every row's window need not be the sequence's own any more. Hq is a
+    multiple of Hkv; softmax in fp32.
 
-    On the CPU in fp32 and bfloat16 a row's bits depend on its own query, keys and values alone: neither on the other
-    rows, nor on the chunks a span came in, nor on padding. In fp32 keys are taken in fixed blocks, the row maximum
-    (exact in any order) first, and the blocks' sums are added in order; a block that is masked for a row adds exact
-    zeros to it.
+    A row's bits depend on its own query, keys and values alone: neither on the other rows, nor on the chunks a span
+    came in, nor on padding. So on the CPU in fp32 and bfloat16, and with the Triton kernel in every dtype. In the fp32
+    reference keys are taken in fixed blocks, the row maximum (exact in any order) first, and the blocks' sums are added
+    in order; a block that is masked for a row adds exact zeros to it. The native kernel has no window: the reference
+    serves that.
 
-    scratch: buffers to work in, None for fresh ones.
-    Raises InputError where shapes do not fit or a sequence has more query rows than tokens.
+    scratch: buffers of the reference to work in, None for fresh ones.
+    Raises InputError where shapes do not fit or a sequence has more query rows than tokens; the Triton kernel, which
+    reads nothing on the host outside `ops.checked()`, gives NaN for rows that see no key and leaves sequences longer
+    than the block table to the caller. It takes fp32, fp16 and bf16, the same in q and kv_layer, heads of up to 256.
     """
-    heads, dim = q.shape[1], q.shape[2]
-    kv_heads = kv_layer.shape[3]
-    if heads % kv_heads or kv_layer.shape[4] != dim:
-        raise InputError(f"paged_attention: q {tuple(q.shape)} does not fit the cache {tuple(kv_layer.shape)}")
-    if runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
+    checks.paged_attention(q, kv_layer, block_table, cu_q, kv_len)
+    if window < 0:
+        raise InputError(f"paged_attention: a window has 1 key or more, or is 0 for none, not {window}")
+    impl = chosen("paged_attention", q.device)
+    if impl == TRITON:
+        return _triton(q, kv_layer, block_table, cu_q, kv_len, scale, window)
+    if not window and runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
         return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
-    out = torch.empty_like(q)
-    for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len):
+    if impl == FLASHINFER:
+        return scratch.flashinfer(q.device)(q, kv_layer, block_table, cu_q, kv_len, scale, window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in scratch.plan(q, kv_layer, block_table, cu_q, kv_len, window):
         _attend(out, q, kv_layer, group, scale, scratch)
     return out
 
 
-def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor) -> list[_Group]:
+def _triton(
+    q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, scale: float, window: int
+) -> Tensor:
+    import atts_triton
+
+    try:
+        return atts_triton.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale, window)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len: Tensor, window: int) -> list[_Group]:
     starts, lengths = cu_q.tolist(), kv_len.tolist()
     if starts[-1] != q.shape[0] or len(starts) != len(lengths) + 1:
         raise InputError(f"paged_attention: cu_q ends at {starts[-1]} for {q.shape[0]} rows, {len(lengths)} sequences")
@@ -115,8 +148,9 @@ def _plan(q: Tensor, kv_layer: Tensor, block_table: Tensor, cu_q: Tensor, kv_len
         raise InputError("paged_attention: a sequence has more query rows than tokens")
     if max(lengths, default=0) > block_table.shape[1] * kv_layer.shape[2]:
         raise InputError("paged_attention: a sequence is longer than its row of the block table")
+    checks.pages_in_pool("paged_attention", block_table, kv_len, kv_layer.shape[2], kv_layer.shape[1])
     return [
-        _group(members, starts, counts, lengths, block_table, kv_layer.shape[2], kv_layer.shape[3])
+        _group(members, starts, counts, lengths, block_table, kv_layer.shape[2], kv_layer.shape[3], window)
         for members in _members(counts, lengths, q.shape[1])
     ]
 
@@ -143,6 +177,7 @@ def _group(
     block_table: Tensor,
     page: int,
     kv_heads: int,
+    window: int,
 ) -> _Group:
     device = block_table.device
     most = max(counts[index] for index in members)
@@ -156,11 +191,15 @@ def _group(
     source = start[:, None] + offset
     position = (length - count)[:, None] + offset
     key = torch.arange(blocks * KEY_BLOCK, device=device)
-    # A key past the end is read from the sequence's first slot: what lies in slots that nobody wrote may be NaN.
-    safe_key = torch.where(key < length[:, None], key, 0)
+    # A key that no row sees is read from the slot of one that some row sees: what nobody wrote may be NaN.
+    first = (length - count + 1 - window).clamp(min=0) if window else torch.zeros_like(length)
+    safe_key = torch.where((key < length[:, None]) & (key >= first[:, None]), key, first[:, None])
     slots = block_table[member].long().gather(1, safe_key // page) * page + safe_key % page
     by_head = slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
-    masked = key.view(1, blocks, 1, KEY_BLOCK) > position[:, None, :most, None]
+    place, own = key.view(1, blocks, 1, KEY_BLOCK), position[:, None, :most, None]
+    masked = place > own
+    if window:
+        masked |= place <= own - window
     keep = live[:, :most].reshape(-1).nonzero().view(-1)
     return _Group(
         batch=len(members),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops.dispatch import TRITON, chosen
+from atts_engine.ops import checks, cuda
+from atts_engine.ops.checks import LEVEL_ONE
+from atts_engine.ops.dispatch import CUDA, TRITON, chosen
 
-LEVEL_ONE = 1 << 32
-"""The integer that stands for a level, or a uniform, of 1."""
 MAX_CAPACITY = 1 << 28
 """Calibration scores per key. Keeps u * (1 + ties) and level * (n + 1) below 2^62, so that int64 decides exactly."""
 
@@ -25,6 +25,12 @@ class GateResult(NamedTuple):
     n: Tensor
     takeover: Tensor
     p: Tensor
+
+
+def check_capacity(ring: Tensor, op: str) -> None:
+    """Raises InputError for rings that hold nothing, or more than the test can decide exactly."""
+    if not 1 <= ring.shape[1] <= MAX_CAPACITY:
+        raise InputError(f"{op}: a ring holds 1 to {MAX_CAPACITY} scores, not {ring.shape[1]}")
 
 
 def gate(
@@ -49,25 +55,17 @@ def gate(
     not inserted and gives greater = -1, ties = 0, takeover False, p NaN: the caller makes it an error of that chain.
 
     Raises InputError for shapes and dtypes that do not fit and, where that needs no wait for a device, for a key that
-    the store does not have.
+    the store does not have; on a GPU such a key gives what a NaN score gives, with n = 0.
     """
-    batch = score.shape[0]
-    if any(t.shape != (batch,) for t in (key, level, u, insert)):
-        raise InputError(f"gate: score, key, level, u and insert must all have {batch} rows")
-    if ring.dim() != 2 or size.shape != ring.shape[:1] or head.shape != ring.shape[:1] or ring.shape[1] < 1:
-        raise InputError(
-            f"gate: ring {tuple(ring.shape)}, size {tuple(size.shape)}, head {tuple(head.shape)} do not fit"
-        )
-    if ring.shape[1] > MAX_CAPACITY:
-        raise InputError(f"gate: a ring holds at most {MAX_CAPACITY} scores, not {ring.shape[1]}")
-    if score.dtype != torch.float32 or ring.dtype != torch.float32:
-        raise InputError(f"gate: scores must be float32, not {score.dtype} and {ring.dtype}")
-    if batch and not score.is_cuda and (int(key.min()) < 0 or int(key.max()) >= ring.shape[0]):
-        raise InputError(f"gate: a key is outside the store's {ring.shape[0]} keys")
-    if chosen("gate", score.device) == TRITON:
+    checks.gate(score, key, ring, size, head, level, u, insert)
+    check_capacity(ring, "gate")
+    impl = chosen("gate", score.device)
+    if impl == TRITON:
         import atts_triton
 
         return GateResult(*atts_triton.gate(score, key, ring, size, head, level, u, insert))
+    if impl == CUDA:
+        return GateResult(*cuda.gate(score, key, ring, size, head, level, u, insert))
     return _reference(score, key, ring, size, head, level, u, insert)
 
 

@@ -14,22 +14,40 @@ from torch import Tensor
 from atts_engine.ops.attention import paged_attention
 from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
 from atts_engine.ops.gating import gate
-from atts_engine.ops.paging import kv_append, kv_copy_pages, kv_swap
+from atts_engine.ops.paging import (
+    kv_append,
+    kv_copy_pages,
+    kv_gather,
+    kv_scatter,
+    kv_slots,
+    kv_swap,
+    rope_kv_append,
+)
 from atts_engine.ops.sampling import sample
 from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.verdicts import score_gate
 
 _GATE_SCHEMA = (
     "gate(Tensor score, Tensor key, Tensor(a!) ring, Tensor(b!) size, Tensor(c!) head, Tensor level, Tensor u, "
     "Tensor insert) -> (Tensor greater, Tensor ties, Tensor n, Tensor takeover, Tensor p)"
 )
+_SCORE_GATE_SCHEMA = (
+    "score_gate(Tensor hidden, Tensor weight, Tensor ids, Tensor cu_seqlens, Tensor key, Tensor(a!) ring, "
+    "Tensor(b!) size, Tensor(c!) head, Tensor level, Tensor u, Tensor insert, float softcap=0.0) -> "
+    "(Tensor score, Tensor sum_logprob, Tensor greater, Tensor ties, Tensor n, Tensor takeover, Tensor p)"
+)
+_SCORE_TOKENS_SCHEMA = "score_tokens(Tensor hidden, Tensor weight, Tensor ids, float softcap=0.0) -> Tensor"
 _SAMPLE_SCHEMA = (
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
     "Tensor position) -> Tensor"
 )
 _ATTENTION_SCHEMA = (
-    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale) -> Tensor"
+    "paged_attention(Tensor q, Tensor kv_layer, Tensor block_table, Tensor cu_q, Tensor kv_len, float scale, *, "
+    "int window=0) -> Tensor"
 )
-
+_ROPE_APPEND_SCHEMA = (
+    "rope_kv_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) kv_layer, Tensor slots) -> Tensor"
+)
 _SWAP_SCHEMA = "kv_swap(Tensor(a!) kv, Tensor(b!) host, Tensor pages, Tensor slots, bool to_host) -> ()"
 
 
@@ -39,6 +57,10 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
 
 def _two_like_first(first: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(first), torch.empty_like(first)
+
+
+def _attention_fake(q: Tensor, *_: object, window: int = 0) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _fp32_per_row(first: Tensor, *_: object) -> Tensor:
@@ -65,6 +87,15 @@ def _gate_fake(score: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tenso
     return greater, ties, n, takeover, p
 
 
+def _gather_fake(kv: Tensor, pages: Tensor) -> Tensor:
+    return kv.new_empty(pages.shape[0], *kv.shape[:2], *kv.shape[3:])
+
+
+def _score_gate_fake(hidden: Tensor, weight: Tensor, ids: Tensor, cu_seqlens: Tensor, *_: object) -> tuple[Tensor, ...]:
+    score = hidden.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
+    return score, torch.empty_like(score, dtype=torch.float64), *_gate_fake(score)
+
+
 def _sample_fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
@@ -81,12 +112,17 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     ("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, _like_first),
     ("kv_append(Tensor k, Tensor v, Tensor(a!) kv_layer, Tensor slots) -> ()", kv_append, _nothing),
     ("kv_copy_pages(Tensor(a!) kv, Tensor src, Tensor dst) -> ()", kv_copy_pages, _nothing),
+    ("kv_slots(Tensor positions, Tensor block_table, Tensor cu_q, int page) -> Tensor", kv_slots, _like_first),
+    (_ROPE_APPEND_SCHEMA, rope_kv_append, _like_first),
+    ("kv_gather(Tensor kv, Tensor pages) -> Tensor", kv_gather, _gather_fake),
+    ("kv_scatter(Tensor staged, Tensor(a!) kv, Tensor pages) -> ()", kv_scatter, _nothing),
     (_SWAP_SCHEMA, kv_swap, _nothing),
-    (_ATTENTION_SCHEMA, paged_attention, _like_first),
-    ("score_tokens(Tensor hidden, Tensor weight, Tensor ids) -> Tensor", score_tokens, _fp32_per_row),
-    ("score_logits(Tensor logits, Tensor ids) -> Tensor", score_logits, _fp32_per_row),
+    (_ATTENTION_SCHEMA, paged_attention, _attention_fake),
+    (_SCORE_TOKENS_SCHEMA, score_tokens, _fp32_per_row),
+    ("score_logits(Tensor logits, Tensor ids, float softcap=0.0) -> Tensor", score_logits, _fp32_per_row),
     ("span_mean(Tensor logprob, Tensor cu_seqlens) -> (Tensor score, Tensor sum_logprob)", span_mean, _span_mean_fake),
     (_GATE_SCHEMA, gate, _gate_fake),
+    (_SCORE_GATE_SCHEMA, score_gate, _score_gate_fake),
     (_SAMPLE_SCHEMA, sample, _sample_fake),
 )
 

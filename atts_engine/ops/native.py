@@ -70,7 +70,7 @@ _ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Ro
 @cache
 def library() -> ctypes.CDLL | None:
     """The library that the installation built, or None where it could not (no CMake or no C++ compiler)."""
-    built = sorted(Path(__file__).parent.glob("_libatts*"))
+    built = sorted(Path(__file__).parent.glob("_libatts.*"))
     return load(built[0]) if built else None
 
 

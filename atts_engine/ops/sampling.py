@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.errors import InputError
-from atts_engine.ops import native
-from atts_engine.ops.dispatch import runs_native
+from atts_engine.ops import checks, native
+from atts_engine.ops.dispatch import TRITON, chosen, runs_native
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -26,17 +25,23 @@ def sample(
 ) -> Tensor:
     """Draw one id per row of logits[B, V] -> ids[B] int64.
 
-    temperature[B] fp32 (0: argmax, the first of ties); top_k[B] int64 (0: off); top_p[B] fp32 (1: off); min_p[B] fp32
+    temperature[B] fp32 (0: argmax, the first of ties; so is one that takes the largest logit out of fp32's range on
+    division); top_k[B] int64 (0: off); top_p[B] fp32 (1: off); min_p[B] fp32
     (0: off); seed[B], position[B] int64. Filters act in the order temperature, top_k (ties of the k-th stay), top_p
     (the smallest set, largest first, lower id first among ties, that reaches top_p of what top_k left), min_p
     (relative to the largest probability, so its place in the order changes nothing but top_p's base).
 
     The noise of a token is a hash of (seed, position, token id), so a row's draw does not depend on its place in the
-    batch nor on the other rows. A row with NaN or without a finite largest logit gives -1.
+    batch nor on the other rows. A row with NaN, a temperature of NaN among it, or without a finite largest logit gives
+    -1. Implementations round masses each in their own way: a token whose mass ahead of it is within 2^-18 of the total
+    from top_p's border, or whose probability is as near to min_p's, may fall on either side.
     """
+    checks.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     rows, vocab = logits.shape
-    if any(t.shape != (rows,) for t in (temperature, top_k, top_p, min_p, seed, position)):
-        raise InputError(f"sample: every parameter must have {rows} rows")
+    if chosen("sample", logits.device) == TRITON:
+        import atts_triton
+
+        return atts_triton.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     if runs_native("sample", logits):
         return native.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     logits = logits.float()
@@ -60,7 +65,9 @@ def _sample_rows(
     position: Tensor,
 ) -> Tensor:
     peak = logits.amax(1)
-    greedy = temperature <= 0
+    # An infinite temperature would make NaN of tokens at -inf.
+    temperature = temperature.clamp(max=torch.finfo(torch.float32).max)
+    greedy = (temperature <= 0) | (peak / temperature).isinf()
     if bool(greedy.all()):
         ids = logits.argmax(1)
     else:
@@ -71,7 +78,7 @@ def _sample_rows(
             scaled[chosen] = _filter(scaled[chosen], top_k[chosen], top_p[chosen], min_p[chosen])
         noise = gumbel_noise(seed, position, logits.shape[1])
         ids = torch.where(greedy[:, None], logits, scaled.add_(noise)).argmax(1)
-    return torch.where(torch.isfinite(peak), ids, -1)
+    return torch.where(torch.isfinite(peak) & ~temperature.isnan(), ids, -1)
 
 
 def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import native
+from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -23,34 +24,44 @@ def vocabulary_tile(vocab: int, hidden: int) -> int:
     return min(vocab, tile)
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(hidden[T, H] @ weight[V, H].T)[t, ids[t]] -> logprob[T] fp32; ids int64 in [0, V).
+def check_softcap(softcap: float, name: str) -> None:
+    """Raises InputError for a soft-cap that is neither 0 (off) nor a positive number."""
+    if not 0 <= softcap < math.inf:
+        raise InputError(f"{name}: softcap must be 0 or a positive number, not {softcap}")
+
+
+def _soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), in place; the logits themselves where softcap is 0."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
+    """log softmax(z)[t, ids[t]] -> logprob[T] fp32 of z = hidden[T, H] @ weight[V, H].T; ids int64 in [0, V).
+
+    softcap: where it is not 0, z is softcap * tanh(z / softcap), the cap of Gemma 2's logits (arXiv 2408.00118, section
+    2). The kernel of csrc/ has none: such logits take the reference on the CPU.
 
     Goes through the vocabulary tile by tile; [T, V] never exists. The target's logit comes from the same product as
     the normaliser. A row that is not finite gives NaN. Raises InputError where shapes do not fit or an id is not a
     token; on a GPU, where the check would wait for the device, such an id gives NaN.
     """
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    if hidden.shape[1] != weight.shape[1] or ids.shape != (rows,):
-        raise InputError(
-            f"score_tokens: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, ids {tuple(ids.shape)}"
-        )
-    if rows and not hidden.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise InputError(f"score_tokens: an id is outside the vocabulary of {vocab}")
+    checks.score_tokens(hidden, weight, ids)
+    check_softcap(softcap, "score_tokens")
+    rows = hidden.shape[0]
     if chosen("score_tokens", hidden.device) == TRITON:
         import atts_triton
 
-        return atts_triton.score_tokens(hidden, weight, ids)
-    if runs_native("score_tokens", hidden) and weight.dtype == hidden.dtype:
+        return atts_triton.score_tokens(hidden, weight, ids, softcap)
+    if not softcap and runs_native("score_tokens", hidden) and weight.dtype == hidden.dtype:
         return native.score_tokens(hidden, weight, ids)
     parts = [
-        _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK])
+        _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK], softcap)
         for at in range(0, rows, _ROW_CHUNK)
     ]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.float32)
 
 
-def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor, softcap: float) -> Tensor:
     rows, vocab = hidden.shape[0], weight.shape[0]
     hidden = pad_rows(hidden.float())  # logits rounded to fp16 or bf16 would lose ranks
     ids = torch.cat((ids, ids.new_zeros(hidden.shape[0] - rows)))
@@ -59,7 +70,7 @@ def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     total = torch.zeros_like(peak)
     target = torch.zeros_like(peak)
     for first in range(0, vocab, tile):
-        logits = torch.nn.functional.linear(hidden, weight[first : first + tile].float())
+        logits = _soft_capped(torch.nn.functional.linear(hidden, weight[first : first + tile].float()), softcap)
         local = ids - first
         inside = (local >= 0) & (local < logits.shape[1])
         picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
@@ -73,13 +84,26 @@ def _score_rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return torch.where(known, target - (peak + total.log()), float("nan"))[:rows]
 
 
-def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits[T, V])[t, ids[t]] -> logprob[T] fp32, for logits that exist already; ids int64 in [0, V)."""
-    if logits.dim() != 2 or ids.shape != (logits.shape[0],):
-        raise InputError(f"score_logits: logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit")
-    if runs_native("score_logits", logits):
+def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
+    """log softmax(z)[t, ids[t]] -> logprob[T] fp32, for logits[T, V] that exist already; ids int64 in [0, V).
+
+    z is logits, or with a softcap softcap * tanh(logits / softcap), as in `score_tokens`. A row that holds NaN or +inf,
+    or nothing but -inf, gives NaN; so does an id outside [0, V) on a GPU. Raises InputError where shapes do not fit.
+    """
+    checks.score_logits(logits, ids)
+    check_softcap(softcap, "score_logits")
+    impl = chosen("score_logits", logits.device)
+    if impl == TRITON:
+        import atts_triton
+
+        return atts_triton.score_logits(logits if logits.stride(1) == 1 else logits.contiguous(), ids, softcap)
+    if impl == CUDA:
+        return cuda.score_logits(logits, ids, softcap)
+    if not softcap and runs_native("score_logits", logits):
         return native.score_logits(logits, ids)
     wide = logits.float()
+    if softcap:
+        wide = _soft_capped(wide.clone(), softcap)
     peak = wide.amax(1, keepdim=True)
     weights = (wide - peak).exp_()
     if len(ids) == 1 and not logits.is_cuda:
@@ -93,16 +117,23 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Score of each span: (score[B] fp32 = -mean, sum_logprob[B] fp64) of logprob[T] fp32 over cu_seqlens[B + 1].
 
     The sum runs in fp64 from the first token to the last, so a caller that adds a span's chunks one after the other
-    arrives at the same bits. Raises InputError for an empty span or bounds that do not cover logprob.
+    arrives at the same bits. cu_seqlens is int32 or int64. Raises InputError for an empty span or bounds that do not
+    cover logprob; on a GPU, where the check would wait for the device, a span that is empty or leaves 0..T gives NaN.
     """
+    checks.span_mean(logprob, cu_seqlens)
+    impl = chosen("span_mean", logprob.device)
+    if impl == TRITON:
+        import atts_triton
+
+        return atts_triton.span_mean(logprob, cu_seqlens)
+    if impl == CUDA:
+        return cuda.span_mean(logprob, cu_seqlens)
+    if not checks.values_read(logprob):  # it is read all the same
+        checks.span_bounds("span_mean", cu_seqlens, logprob.shape[0])
     bounds = cu_seqlens.tolist()
     values = logprob.tolist()
-    if bounds[0] != 0 or bounds[-1] != len(values):
-        raise InputError(f"span_mean: cu_seqlens runs {bounds[0]}..{bounds[-1]} for {len(values)} tokens")
     sums, means = [], []
     for start, end in pairwise(bounds):
-        if end <= start:
-            raise InputError("span_mean: a span without tokens has no score")
         total = 0.0
         for value in values[start:end]:
             total += value

@@ -74,6 +74,12 @@ class _Span:
         self.finish = chunk.finish
         self.wait_s = chunk.wait_s
 
+    def cut(self, n: int) -> None:
+        """End it behind its first n tokens."""
+        del self.tokens[n:], self.logprobs[n:]
+        self.ends = [*(end for end in self.ends if end < n), n]
+        self.finish = None
+
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
@@ -113,9 +119,10 @@ class _Writer:
 
     def back_to(self, mark: _Mark) -> None:
         self.text = self.text[: mark.text]
+        across = mark.across.copy()
         if self.back is self.across:
-            self.back = mark.across
-        self.across = mark.across
+            self.back = across
+        self.across = across
 
     def answered_since(self, length: int) -> bool:
         """Whether the last box was closed behind the first `length` characters of the text."""
@@ -155,8 +162,8 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
         for turn in range(params.turns):
             start = writer.mark(d, t)
             gate.enter(Place(spec.problem.id, spec.chain, turn))
-            span, judged, drafted_at = await _draft_and_judge(writer, turn, draft, d, target, t, gate)
-            record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed())
+            span, judged, drafted_at, early = await _draft_and_judge(writer, turn, start, draft, d, target, t, gate)
+            record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed(), early)
             turns.append(record)
             last, last_from, asked = span, start.text, params.draft_tokens
             held: tuple[int, ...] = ()
@@ -230,17 +237,32 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
 
 
 async def _draft_and_judge(
-    writer: _Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
-) -> tuple[_Span, Judged, float]:
-    """The draft's span, its verdict, and when the last draft token came. The target scores while the draft writes."""
+    writer: _Writer, turn: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
+) -> tuple[_Span, Judged, float, bool]:
+    """The draft's span, its verdict, when the last draft token came, and whether the verdict was early. The target
+    scores while the draft writes.
+
+    An early verdict ends the span behind the token that settled it. What the draft had written beyond when the chain
+    heard of it is taken back, so that chunks and the target's pace decide only how much work is spared.
+    """
     spec, span = writer.spec, _Span()
+    place, most = Place(spec.problem.id, spec.chain, turn), spec.params.draft_tokens
     sampling = spec.params.sampling(_stream(spec, "draft"), logprobs=True)
-    async with aclosing(draft.decode(d, spec.params.draft_tokens, sampling)) as chunks:
+
+    async def settled(*, wait: bool) -> int | None:
+        if not spec.params.early_verdict:
+            return None
+        return gate.settled(place, spec.params.seed, await target.scored(t, wait=wait), most)
+
+    end: int | None = None
+    async with aclosing(draft.decode(d, most, sampling)) as chunks:
         async for chunk in chunks:
             span.add(chunk)
             piece = writer.across.push(chunk.tokens)
             await _score(span, piece, target, t)
             writer.wrote(turn, "draft", piece, len(chunk.tokens))
+            if chunk.finish is None and (end := await settled(wait=False)) is not None:
+                break
     if not span.given:
         # All of it waits behind the boundary, and a verdict needs something to judge.
         await _score(span, writer.across.flush(), target, t)
@@ -250,13 +272,21 @@ async def _draft_and_judge(
                 "raise draft_tokens"
             )
     drafted_at = writer.elapsed()
-    writer.waited(span.wait_s)
-    judged = await gate.ask(target, t, Place(spec.problem.id, spec.chain, turn), spec.params.seed)
+    if span.finish is not None:
+        writer.waited(span.wait_s)
+        end = await settled(wait=True)
+    if end is not None and (span.finish is None or end < len(span.tokens)):
+        await _cut(writer, span, end, start, draft, d, target, t)
+        judged = await gate.ask(target, t, place, spec.params.seed, most)
+        if not judged.takeover:
+            raise ChainError("a settled verdict came out otherwise: did the calibration change while chains ran?")
+        early, said = True, writer.text[start.text :]
+    else:
+        judged = await gate.ask(target, t, place, spec.params.seed)
+        early, said = False, None
     writer.waited(judged.wait_s)
-    spec.emit(
-        VerdictEvent(spec.problem.id, spec.chain, turn, judged.score, judged.p_value, judged.takeover, judged.decision)
-    )
-    return span, judged, drafted_at
+    spec.emit(VerdictEvent(*place, judged.score, judged.p_value, judged.takeover, judged.decision, said))
+    return span, judged, drafted_at, early
 
 
 async def _score(span: _Span, piece: Piece, target: Lane, t: Seq) -> None:
@@ -264,6 +294,18 @@ async def _score(span: _Span, piece: Piece, target: Lane, t: Seq) -> None:
         await target.append(t, piece.ids, score=True)
         span.given += len(piece.ids)
         span.given_bytes += piece.n_bytes
+
+
+async def _cut(writer: _Writer, span: _Span, n: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq) -> None:
+    """End the span behind its first n tokens, in both lanes and in the text."""
+    # The draft may hold tokens that were never handed over.
+    await draft.truncate(d, start.draft + n)
+    await _take_back(target, t, t.length - start.target - n)
+    span.cut(n)
+    writer.back_to(start)
+    piece = writer.across.push(span.tokens)
+    writer.text += piece.text
+    span.given, span.given_bytes = n, piece.n_bytes
 
 
 async def _hand_over(
@@ -333,13 +375,15 @@ def _stream(spec: ChainSpec, author: str) -> int:
     return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)
 
 
-def _turn_record(spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafted_at: float, judged_at: float) -> Turn:
+def _turn_record(
+    spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafted_at: float, judged_at: float, early: bool
+) -> Turn:
     return Turn(
         turn=turn,
         draft=spec.tongues.draft.codec.decode(span.tokens),
         draft_tokens=len(span.tokens),
         score=judged.score,
-        score_per_byte=_per_byte(judged.sum_logprob, span.given_bytes),
+        score_per_byte=None if early else _per_byte(judged.sum_logprob, span.given_bytes),
         ppl=_perplexity(judged.score),
         percentile=judged.percentile,
         p_value=judged.p_value,
@@ -347,6 +391,7 @@ def _turn_record(spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafte
         t_draft=drafted_at,
         t_verdict=judged_at,
         chunks=_chunk_scores(span, judged.logprobs, spec.tongues.codecs is None),
+        early=early,
     )
 
 

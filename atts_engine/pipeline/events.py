@@ -22,7 +22,8 @@ class TokensEvent:
 
 @dataclass(frozen=True, slots=True)
 class VerdictEvent:
-    """A span was scored and judged. `p_value` and `decision` are None where no calibrated gate decided (atts-sync)."""
+    """A span was scored and judged. `p_value` and `decision` are None where no calibrated gate decided (atts-sync).
+    draft: where the verdict was early, the text of the span; what `TokensEvent`s told of it beyond is taken back."""
 
     problem_id: str
     chain: int
@@ -31,6 +32,7 @@ class VerdictEvent:
     p_value: float | None
     takeover: bool
     decision: Decision | None
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

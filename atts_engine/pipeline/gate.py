@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy
+from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy, lowest_score
 from atts_engine.pipeline.records import Decision
 from atts_engine.pipeline.streams import gate_uniform
 from atts_engine.runtime.records import SpanResult
@@ -50,7 +52,14 @@ class Gate(Protocol):
         """The chain begins to draft the turn's span, and will ask."""
         ...
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged: ...
+    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
+        """most: of a span that was cut where `settled` said, the tokens that it could have had."""
+        ...
+
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
+        """The number of tokens, 1 or more, after which a takeover is certain whatever the rest of a span of at most
+        `most` tokens may be; None where the first ones, scored `logprobs`, leave it open."""
+        ...
 
     def leave(self, place: Place) -> None:
         """The chain has ended and will ask no more. `place`: the first turn that it has no verdict of."""
@@ -123,14 +132,15 @@ class ConformalGate:
         self._policy.expect(place.problem_id, place.turn, chains.entered[place.turn])
         self._end_turns(self._policy, place.problem_id)
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged:
+    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
         u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
         key = self.calibrator.key_of(place.turn)
         if self._policy is None and self.calibrator.on_device:
-            decision, result = await self._ask_lane(lane, seq, place, key, u)
+            decision, result = await self._ask_lane(lane, seq, place, key, u, most)
         else:
             result = await lane.verdict(seq, None)
-            decision = self._decide_here(result.score, place, key, u)
+            score = result.score if most is None else lowest_score(result.sum_logprob, result.n_tokens, most)
+            decision = self._decide_here(score, place, key, u)
         lower = decision.n - decision.count
         return Judged(
             decision.score,
@@ -143,9 +153,27 @@ class ConformalGate:
             result.sum_logprob,
         )
 
-    async def _ask_lane(self, lane: Lane, seq: Seq, place: Place, key: int, u: int) -> tuple[Decision, SpanResult]:
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
+        """For a frozen calibrator without a policy, whose answer does not depend on when it is asked. The test is
+        monotone in the score, and so is `lowest_score` in the number of tokens."""
+        u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
+        key = self.calibrator.key_of(place.turn)
+        level = self.calibrator.level(key)
+        sums = list(accumulate(logprobs, initial=0.0))
+
+        def taken(n: int) -> bool:
+            score = lowest_score(sums[n], n, most)
+            return self.calibrator.decide(score, key, u, place.problem_id, level=level).takeover
+
+        if not logprobs or not taken(len(logprobs)):
+            return None
+        return bisect_left(range(len(logprobs)), True, lo=1, key=taken)
+
+    async def _ask_lane(
+        self, lane: Lane, seq: Seq, place: Place, key: int, u: int, most: int | None
+    ) -> tuple[Decision, SpanResult]:
         plain = self.calibrator.request(key, u, Pending(self._asked_by_key[key], len(self._asked)))
-        request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self)
+        request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self, most=most)
         self._asked[place] = key
         self._asked_by_key[key] += 1
         try:
@@ -261,7 +289,7 @@ class RankingGate:
         self._asked: dict[int, tuple[float, asyncio.Future[Judged]]] = {}
         self._credit = 0.0
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged:
+    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
         result = await lane.verdict(seq, None)
         answer: asyncio.Future[Judged] = asyncio.get_running_loop().create_future()
         self._asked[place.chain] = (result.score, answer)
@@ -270,6 +298,10 @@ class RankingGate:
         judged = await answer
         waited = None if result.wait_s is None else result.wait_s + time.perf_counter() - began
         return replace(judged, logprobs=result.logprobs, wait_s=waited, sum_logprob=result.sum_logprob)
+
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
+        """None: a rank is not known before all spans of the turn are whole."""
+        return None
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         return None

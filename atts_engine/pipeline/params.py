@@ -22,7 +22,8 @@ class ATTSParams:
     worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
     model alone). policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
     alpha gives it, within one). takeover: the target continues after the draft span, or replaces it. vote: "majority"
-    or "weighted".
+    or "weighted". early_verdict: a draft span ends behind the token after which nothing could save it from being taken
+    over; with strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
     Raises `InputError` for a value outside its range.
     """
 
@@ -40,6 +41,7 @@ class ATTSParams:
     policy: str = "threshold"
     takeover: str = "continue"
     vote: str = "majority"
+    early_verdict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chains", "turns", "draft_tokens", "target_tokens"):
@@ -52,6 +54,12 @@ class ATTSParams:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.early_verdict and self.strategy != "atts":
+            raise InputError(f"early_verdict belongs to the strategy atts, not to {self.strategy}")
+        if self.early_verdict and self.policy != "threshold":
+            raise InputError(
+                f"early_verdict takes no policy but threshold: {self.policy} moves the level while a span is written"
+            )
         self.sampling(0)
 
     def sampling(self, key: int, *, logprobs: bool = False) -> SamplingParams:

@@ -39,6 +39,8 @@ class Turn:
     score_per_byte: the same sum per byte of the scored text in UTF-8, which can be compared where tokens differ.
     chunks: one for each chunk that the draft handed over, the last being the whole span, whose score it repeats to
     the bit; none where a lane does not tell the log-probability of each token, or the lanes' tokens differ.
+    early: the verdict was settled before the span was whole. The span ends there, score and p_value are the lowest and
+    the highest that it could still have had, and score_per_byte is not known.
     """
 
     turn: int
@@ -56,6 +58,7 @@ class Turn:
     t_target: float = 0.0
     chunks: tuple[ChunkScore, ...] = ()
     score_per_byte: float | None = None
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

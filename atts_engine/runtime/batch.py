@@ -46,7 +46,7 @@ class SamplingRows:
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """N rows of B sequences. ids, positions, slots: [N]; block_table: int32 [B, W], padded with PAD_PAGE; cu_q: int32
+    """N rows of B sequences. ids, positions: [N]; block_table: int32 [B, W], padded with PAD_PAGE; cu_q: int32
     [B + 1]; kv_len: int32 [B] (see `ForwardBatch`).
 
     future_rows, future_from [F]: rows whose token the host does not know, and where the step before has sampled it; ids
@@ -56,7 +56,6 @@ class StepArrays:
 
     ids: Ints
     positions: Ints
-    slots: Ints
     block_table: Ints32
     cu_q: Ints32
     kv_len: Ints32
@@ -83,7 +82,6 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
     work = step.work
     ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
     future_rows: list[int] = []
     future_from: list[int] = []
     score_rows: list[int] = []
@@ -96,7 +94,6 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
             future_from.append(sampled_before[seq.id])
             ids.append(0)
         positions.extend(range(w.start, end))
-        slots.extend(seq.table.slots(w.start, end))
         for first, last in w.score:
             # The row that predicts position p forwards position p - 1.
             score_rows.extend(range(offset + first - 1 - w.start, offset + last - 1 - w.start))
@@ -109,7 +106,6 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
     return StepArrays(
         ids=_ints(ids),
         positions=_ints(positions),
-        slots=_ints(slots),
         block_table=table,
         cu_q=np.array([0, *ends], dtype=np.int32),
         kv_len=np.array([w.start + w.count for w in work], dtype=np.int32),

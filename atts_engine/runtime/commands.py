@@ -36,6 +36,12 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    wait: bool
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
 class Fork:
     ids: tuple[int, ...]
     """Ids of the new sequences, chosen by the caller."""
@@ -48,4 +54,4 @@ class Truncate:
     reply: Reply
 
 
-Command = Append | Decode | Verdict | Fork | Truncate
+Command = Append | Decode | Verdict | Scored | Fork | Truncate

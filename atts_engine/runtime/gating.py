@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from atts_engine import ops
-from atts_engine.conformal import GateRequest, RingStore
+from atts_engine.conformal import GateRequest, RingStore, lowest_score
 from atts_engine.runtime.records import GateOutcome, SpanResult
 
 
@@ -51,6 +51,11 @@ class DeviceGate:
         bounds = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int64, device=self._device)
         score, total = ops.span_mean(logprobs, bounds)
         sums, means = total.tolist(), score.tolist()
+        cut = [(i, s.gate.most) for i, s in enumerate(spans) if s.gate is not None and s.gate.most is not None]
+        for i, most in cut:
+            means[i] = lowest_score(sums[i], lengths[i], most)
+        if cut:
+            score = torch.tensor(means, dtype=torch.float32, device=self._device)
         results = [
             SpanResult(sums[i], lengths[i], means[i], logprobs=tuple(s.logprobs.tolist())) for i, s in enumerate(spans)
         ]

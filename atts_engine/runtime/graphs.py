@@ -48,8 +48,8 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
 class DecodeGraphs:
     """One graph of `decode(batch) -> logits [B, V]` for each batch size, for steps with one row of each sequence.
 
-    A step with fewer rows than its graph is padded with rows of one token in the first slot of PAD_PAGE: they write
-    there, nobody reads it but them, and what they write is finite.
+    A step with fewer rows than its graph is padded with rows of one token in the first slot of PAD_PAGE, which their
+    rows of the table name: they write there, nobody reads it but them, and what they write is finite.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class DecodeGraphs:
         self._model = decode
         self._sizes = batch_sizes(largest)
         self._idle: list[Array] = [
-            *(np.zeros(largest, dtype=np.int64) for _ in range(3)),
+            *(np.zeros(largest, dtype=np.int64) for _ in range(2)),
             np.ones(largest, dtype=np.int32),
         ]
         self._layout = Layout.of(self._idle)
         self._block = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
-        self._ids, self._positions, self._slots, self._kv_len = self._layout.views(self._block)
+        self._ids, self._positions, self._kv_len = self._layout.views(self._block)
         self._table = torch.zeros((largest, max_pages), dtype=torch.int32, device=device)
         self._cu_q = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._fill(self._idle)
@@ -87,7 +87,7 @@ class DecodeGraphs:
         rows = len(arrays.ids)
         size = self.size_for(rows)
         filled = [idle.copy() for idle in self._idle]
-        for buffer, values in zip(filled, (arrays.ids, arrays.positions, arrays.slots, arrays.kv_len), strict=True):
+        for buffer, values in zip(filled, (arrays.ids, arrays.positions, arrays.kv_len), strict=True):
             buffer[:rows] = values
         self._fill(filled)
         width = arrays.block_table.shape[1]
@@ -114,7 +114,6 @@ class DecodeGraphs:
         batch = ForwardBatch(
             ids=self._ids[:size],
             positions=self._positions[:size],
-            slots=self._slots[:size],
             block_table=self._table[:size],
             cu_q=self._cu_q[: size + 1],
             kv_len=self._kv_len[:size],

@@ -17,7 +17,7 @@ from atts_engine.conformal import GateRequest
 from atts_engine.errors import AttsError, ChainError, ContextFull, InputError, LaneError
 from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
-from atts_engine.runtime.commands import Append, Command, Decode, Fork, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Scored, Truncate, Verdict
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
 from atts_engine.runtime.meters import CudaPasses, HostPasses, LaneMeter, ModelCost, Standing
 from atts_engine.runtime.preemption import Costs
@@ -119,7 +119,7 @@ class LaneCore:
         elif seq is None:
             command.reply(None, ChainError(f"{self.name}: sequence {seq_id} is closed"))
         else:
-            if isinstance(command, Decode | Verdict):
+            if isinstance(command, Decode | Verdict) or (isinstance(command, Scored) and command.wait):
                 seq.asked(asked_at)
             seq.pending.append(command)
             self._advance(seq)
@@ -341,6 +341,8 @@ class LaneCore:
                     done = self._fork(seq, command)
                 case Verdict():
                     done = not (seq.to_score or seq.flights) and self._await_verdict(seq)
+                case Scored():
+                    done = not (command.wait and (seq.to_score or seq.flights)) and self._tell_scored(seq, command)
             if not done:
                 return
             # A verdict stays at the head until the gate has answered it; `_decide` takes it off.
@@ -409,6 +411,15 @@ class LaneCore:
             self._ready.append(seq)
         return False
 
+    def _tell_scored(self, seq: Sequence, command: Scored) -> bool:
+        logprobs = seq.scored_logprobs()
+        if np.isfinite(logprobs).all():
+            command.reply(tuple(logprobs.tolist()), None)
+        else:
+            # Answers this command too: it is still the first that waits.
+            self._poisoned(seq, "the span's log-probabilities hold NaN or infinity")
+        return True
+
     def _decide(self, on_decision: DecisionListener) -> bool:
         """Answer every verdict whose span is scored: one batch, one look at the calibration stores."""
         ready, self._ready = [s for s in self._ready if not s.closed], []
@@ -421,7 +432,7 @@ class LaneCore:
                 command.reply(None, InputError(f"{self.name}: a verdict was asked for, but nothing was scored"))
                 self._advance(seq)
                 continue
-            logprobs = np.concatenate([s for _, s in seq.scored])
+            logprobs = seq.scored_logprobs()
             seq.scored.clear()
             if not np.isfinite(logprobs).all():
                 command.reply(None, ChainError(f"{self.name}: the span's log-probabilities hold NaN or infinity"))

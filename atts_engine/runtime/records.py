@@ -74,9 +74,10 @@ class GateOutcome:
 @dataclass(frozen=True, slots=True)
 class SpanResult:
     """What a lane knows of a scored span. sum_logprob: nats, summed over n_tokens in a fixed order;
-    score: -sum_logprob / n_tokens as float32; outcome: None when no gate was asked for; logprobs: nats, float32, the
-    terms of the sum in its order, or none where the lane knows the sum alone. wait_s: seconds since the verdict was
-    asked for in which the sequence was in no running step; None where the lane does not tell."""
+    score: -sum_logprob / n_tokens as float32, or what the gate tested in its place (`GateRequest.most`); outcome: None
+    when no gate was asked for; logprobs: nats, float32, the terms of the sum in its order, or none where the lane knows
+    the sum alone. wait_s: seconds since the verdict was asked for in which the sequence was in no running step; None
+    where the lane does not tell."""
 
     sum_logprob: float
     n_tokens: int

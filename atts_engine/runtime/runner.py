@@ -8,7 +8,7 @@ page that changes hands is written behind whoever read it last.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
 
 _ALIGNMENT = 64
-GRAPH_OPS = ("add_rms_norm", "linear", "rms_norm", "rope", "silu_mul", "kv_append", "paged_attention")
+GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 
@@ -150,13 +150,12 @@ class Runner:
         """
         with self.on_stream():
             if step.swap_out:
-                pages, slots = zip(*step.swap_out, strict=True)
+                pages, slots = _last_writes(step.swap_out)
                 ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), True)
-            if step.copies:
-                source, destination = zip(*step.copies, strict=True)
+            for source, destination in copy_rounds(step.copies):
                 ops.kv_copy_pages(self.kv, self._ints(source), self._ints(destination))
             if step.swap_in:
-                slots, pages = zip(*step.swap_in, strict=True)
+                slots, pages = _last_writes(step.swap_in)
                 ops.kv_swap(self.kv, self._host, self._ints(pages), torch.tensor(slots), False)
 
     @torch.inference_mode()
@@ -203,15 +202,15 @@ class Runner:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(logits [S, V], log-probabilities [T] of scored tokens), None where nobody wants them."""
         a = arrays
-        ids, positions, slots, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
+        ids, positions, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
             [
-                a.ids, a.positions, a.slots, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from,
-                a.score_rows, a.score_ids, a.sample_rows,
+                a.ids, a.positions, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from, a.score_rows,
+                a.score_ids, a.sample_rows,
             ],
             self.device,
         )  # fmt: skip
         fill_futures(ids, late, source, futures)
-        hidden = self.decoder.forward(ForwardBatch(ids, positions, slots, table, cu_q, kv_len), self.kv)
+        hidden = self.decoder.forward(ForwardBatch(ids, positions, table, cu_q, kv_len), self.kv)
         scores = ops.score_tokens(hidden[score_rows], self.decoder.lm_head, score_ids) if len(score_rows) else None
         logits = self.decoder.logits(hidden[sample_rows]) if len(sample_rows) else None
         return logits, scores
@@ -229,6 +228,13 @@ class Runner:
         return sampled, [ops.score_logits(logits, ids)]
 
 
+def _last_writes(moves: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(sources, destinations) of (source, destination) pairs in the order they were decided in. A destination that was
+    given up and taken again within the step appears once, with its last source: an op may write it in any order."""
+    last = {destination: source for source, destination in moves}
+    return tuple(last.values()), tuple(last)
+
+
 def _graphs_wanted(graphs: bool | None, device: torch.device) -> bool:
     if graphs is False:
         return False
@@ -240,6 +246,26 @@ def _graphs_wanted(graphs: bool | None, device: torch.device) -> bool:
     return not missing
 
 
+def copy_rounds(copies: Iterable[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """(sources, destinations) of copies that may be made in any order, one list of them after the other.
+
+    Mostly one: only where a sequence gave up a page that was copied from earlier in the step, and another one's copy
+    goes there, must the first have been made.
+    """
+    rounds: list[tuple[list[int], list[int]]] = []
+    touched: set[int] = set()
+    written: set[int] = set()
+    for source, destination in copies:
+        if not rounds or destination in touched or source in written:
+            rounds.append(([], []))
+            touched, written = set(), set()
+        rounds[-1][0].append(source)
+        rounds[-1][1].append(destination)
+        touched |= {source, destination}
+        written.add(destination)
+    return rounds
+
+
 def _idle_arrays(rows: int) -> StepArrays:
     """A step of `rows` sequences of one token each, which all lie in the first slot of PAD_PAGE: it writes where
     nobody's tokens are, and what it writes is finite."""
@@ -247,7 +273,6 @@ def _idle_arrays(rows: int) -> StepArrays:
     return StepArrays(
         ids=zeros.copy(),
         positions=zeros,
-        slots=zeros,
         block_table=np.zeros((rows, 1), dtype=np.int32),
         cu_q=np.arange(rows + 1, dtype=np.int32),
         kv_len=np.ones(rows, dtype=np.int32),

@@ -37,7 +37,7 @@ class Step:
 
     work: tuple[Work, ...]
     copies: tuple[tuple[int, int], ...]
-    """(source, destination) pages."""
+    """(source, destination) pages, one copy after the other: a page may be written that was copied from before."""
     impossible: tuple[Sequence, ...]
     """Sequences that the whole pool cannot hold."""
     swap_out: tuple[tuple[int, int], ...] = ()

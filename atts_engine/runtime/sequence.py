@@ -112,6 +112,10 @@ class Sequence:
         clipped = ((max(a, low), min(b, high)) for a, b in self.to_score)
         return [(a, b) for a, b in clipped if a < b]
 
+    def scored_logprobs(self) -> FloatArray:
+        """Of the tokens scored since the last verdict, in order."""
+        return np.concatenate([np.zeros(0, np.float32), *(s for _, s in self.scored)])
+
     def asked(self, at: float) -> None:
         """Somebody waits for it from now on."""
         if self.waits_since is None and not self.flights:

@@ -84,11 +84,14 @@ class ScheduledGate:
         self._job = job
         self.scores: list[float] = []
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int) -> Judged:
+    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
         result = await lane.verdict(seq, None)
         self.scores.append(result.score)
         takeover = self._job.takeovers[int(place.problem_id)][place.chain][place.turn]
         return Judged(result.score, takeover, logprobs=result.logprobs, wait_s=result.wait_s)
+
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
+        return None
 
     def begin(self, problem_id: str, chains: Sequence[int]) -> None:
         return None

@@ -100,6 +100,15 @@ __device__ __forceinline__ void decide(const atts_gate_params& g, int64_t row, i
   g.p[row] = finite ? p : __longlong_as_double(0x7ff8000000000000LL);
 }
 
+// What a row gets that cannot be counted: what a score that is NaN gets, of a ring that is empty.
+__device__ __forceinline__ void refuse(const atts_gate_params& g, int64_t row) {
+  g.n[row] = 0;
+  g.greater[row] = -1;
+  g.ties[row] = 0;
+  g.takeover[row] = 0;
+  g.p[row] = __longlong_as_double(0x7ff8000000000000LL);
+}
+
 // Appends in index order; of more arrivals than the ring holds, those that later ones would overwrite are not written.
 __device__ __forceinline__ void insert_rows(const atts_gate_params& g, const GateStore& store, GateRows& rows) {
   int64_t arriving = 0;
@@ -140,8 +149,11 @@ __global__ void __launch_bounds__(kGateThreads, 2) gate_kernel(const __grid_cons
     if (__syncthreads_or(earlier)) return;
   }
   if (blockIdx.x == 0) {
-    for (int64_t row = threadIdx.x; row < g.batch; row += kGateThreads)
-      if (g.key[row] < 0 || g.key[row] >= g.keys) report(g.error, ATTS_ERROR_KEY);
+    for (int64_t row = threadIdx.x; row < g.batch; row += kGateThreads) {
+      if (g.key[row] >= 0 && g.key[row] < g.keys) continue;
+      report(g.error, ATTS_ERROR_KEY);
+      refuse(g, row);
+    }
   }
   if (store.key < 0 || store.key >= g.keys) return;
   store.ring = g.ring + store.key * g.capacity;
@@ -153,7 +165,10 @@ __global__ void __launch_bounds__(kGateThreads, 2) gate_kernel(const __grid_cons
   const int64_t part = ((held + launch.splits - 1) / launch.splits + 3) / 4 * 4;
   const int64_t first_entry = min(split * part, held), last_entry = min(first_entry + part, held);
   for (int64_t first = 0; first < g.batch; first += kGateThreads) {
-    const int count = list_rows(rows, gate_accepts(g, store, first + threadIdx.x));
+    const int64_t own = first + threadIdx.x;
+    const bool accepted = gate_accepts(g, store, own);
+    if (split == 0 && !accepted && own < g.batch && g.key[own] == store.key) refuse(g, own);
+    const int count = list_rows(rows, accepted);
     for (int i = warp; i < count; i += kGateWarps) {
       const int64_t row = first + rows.listed[i];
       unsigned greater, ties;

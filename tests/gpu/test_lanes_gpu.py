@@ -122,7 +122,7 @@ def test_a_captured_graph_reads_its_buffers_anew_each_time() -> None:
     head = torch.randn(80, 32, device=CUDA, generator=generator)
 
     def decode(batch: ForwardBatch) -> torch.Tensor:
-        mixed = embed[batch.ids] + batch.positions[:, None] + batch.kv_len[:, None] * batch.slots[:, None]
+        mixed = embed[batch.ids] + batch.positions[:, None] * batch.kv_len[:, None]
         mixed = mixed + embed[batch.block_table.long()].sum(1) + batch.cu_q[:-1, None]
         return torch.tanh(mixed) @ head.T
 
@@ -137,7 +137,7 @@ def test_a_captured_graph_reads_its_buffers_anew_each_time() -> None:
             ids[step.future_rows] = np.array([0, 11])[: len(step.future_rows)]
             table = np.zeros((rows, 5), dtype=np.int32)
             table[:, :4] = step.block_table
-            arrays = [ids, step.positions, step.slots, table, step.cu_q, step.kv_len]
+            arrays = [ids, step.positions, table, step.cu_q, step.kv_len]
             want = decode(ForwardBatch(*to_device(arrays, CUDA)))
             torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
         stream.synchronize()

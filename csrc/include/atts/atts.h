@@ -95,7 +95,7 @@ typedef enum atts_dtype {
  *
  * On a device one launch does it all. With a workspace the count of a ring is spread over many blocks, the last of
  * which decides and inserts; without one a block counts a whole ring, which takes longer the more it holds. The results
- * are the same. Rows with a bad key, level, u or store are not written and not inserted. */
+ * are the same. A row with a bad key, level, u or store is not inserted and gets what a NaN gets, with n = 0. */
 typedef struct atts_gate_params {
   uint64_t struct_size;   /* sizeof(atts_gate_params) */
   const float* score;     /* [batch] */

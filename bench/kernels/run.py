@@ -1,0 +1,83 @@
+"""Every provider of a case, made ready, compared and timed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atts_engine import ops
+from bench.kernels.cases import Case
+from bench.kernels.devices import Facts, Runner, bytes_allocated, input_sets, race
+from bench.kernels.peers import PEERS, why_absent
+from bench.kernels.table import Row, limit
+
+
+def implementations(case: Case, device: torch.device) -> list[str]:
+    """Ours that differ on this case: native-bf16 is another one for tensors of bfloat16 only, and Triton on a CPU is
+    its interpreter, whose time means nothing."""
+    left_out = {"triton"} if device.type == "cpu" else set()
+    if case.dtype != torch.bfloat16:
+        left_out.add("native-bf16")
+    able = (impl for impl in ops.IMPLEMENTATIONS if ops.obstacle(case.op, impl, device) is None)
+    return [impl for impl in able if impl not in left_out]
+
+
+def measure_case(case: Case, device: torch.device, facts: Facts, rounds: int, absent: dict[str, str]) -> list[Row]:
+    """Rows of all providers that run here. absent: gains, by name, why a peer was left out."""
+    sets, cold = input_sets(case.bytes, facts.cache)
+    inputs = [case.make(device, seed) for seed in range(sets)]
+    runners = [_ours(case, impl, inputs) for impl in implementations(case, device)]
+    signs = {runner.name: 1 for runner in runners}
+    for peer in PEERS.get(case.op, ()):
+        reason = why_absent(peer, device)
+        if reason is None:
+            try:
+                runners.append(Runner(peer.name, [peer.build(*given) for given in inputs]))
+                runners[-1].calls[0]()
+                signs[peer.name] = peer.sign
+            except Exception as error:  # whatever another project's code raises for what it cannot do
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+                runners = [runner for runner in runners if runner.name != peer.name]
+        if reason is not None:
+            absent[peer.name] = reason
+    differences = _differences(case, device, runners, signs)
+    race(device, runners, rounds)
+    least, bound = limit(case, facts)
+    rows = []
+    for runner in runners:
+        with runner.scope():
+            allocated = bytes_allocated(device, runner.calls[0])
+        ours = runner.name in ops.IMPLEMENTATIONS
+        dtype = str(case.dtype).removeprefix("torch.")
+        facts_of = (runner.median(), least, bound, allocated, differences[runner.name], runner.graph, cold)
+        part = any(peer.less for peer in PEERS.get(case.op, ()) if peer.name == runner.name)
+        rows.append(Row(case.op, case.label, dtype, runner.name, ours, part, *facts_of))
+    return rows
+
+
+def _ours(case: Case, impl: str, inputs: list[tuple[Any, ...]]) -> Runner:
+    function = getattr(ops, case.op)
+    return Runner(impl, [partial(function, *given) for given in inputs], partial(ops.use, impl))
+
+
+def _differences(
+    case: Case, device: torch.device, runners: list[Runner], signs: dict[str, int]
+) -> dict[str, float | None]:
+    """Largest difference of each provider's floating result from our reference's, on inputs of their own: some ops
+    write to what they are given."""
+    with ops.use("reference"):
+        wanted = getattr(ops, case.op)(*case.make(device, 0))
+    found: dict[str, float | None] = {}
+    for runner in runners:
+        if not isinstance(wanted, Tensor) or not wanted.is_floating_point() or not signs[runner.name]:
+            found[runner.name] = None
+            continue
+        with runner.scope():
+            got = runner.calls[0]()
+        assert isinstance(got, Tensor)
+        difference = got.detach().reshape(wanted.shape).double() * signs[runner.name] - wanted.double()
+        found[runner.name] = float(difference.abs().max())
+    return found
