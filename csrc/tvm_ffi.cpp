@@ -1,5 +1,5 @@
-// The CUDA entry points for Python through apache-tvm-ffi: tensors come by DLPack, so that one build serves every torch, and
-// the launch goes to the stream that the caller's framework has current on the tensors' device.
+// The CUDA entry points for Python through apache-tvm-ffi: tensors come by DLPack, so that one build serves every
+// torch, and the launch goes to the stream that the caller's framework has current on the tensors' device.
 //
 // Checked here is what a params struct cannot show: dimensions, dtypes, the device, and that arrays are dense where the
 // struct has no stride for them. Everything else is the library's to check; its status comes back as an error.
@@ -119,7 +119,8 @@ class Call {
   }
 
   // Address of rows that go to or come with the cache.
-  void* rows(const char* name, const TensorView& x, std::initializer_list<int64_t> shape, const TensorView& cache) const {
+  void* rows(const char* name, const TensorView& x, std::initializer_list<int64_t> shape,
+             const TensorView& cache) const {
     same_dtype(name, x, cache);
     rows_without_gaps(name, x);
     return strided(name, x, shape);
@@ -181,13 +182,15 @@ int64_t gate_workspace(TensorView score, TensorView ring) {
   g.keys = ring.size(0);
   g.capacity = ring.size(1);
   uint64_t bytes = 0;
-  if (const int status = atts_gate_workspace(&g, &bytes)) TVM_FFI_THROW(ValueError) << "gate: " << atts_strerror(status);
+  if (const int status = atts_gate_workspace(&g, &bytes)) {
+    TVM_FFI_THROW(ValueError) << "gate: " << atts_strerror(status);
+  }
   return static_cast<int64_t>(bytes);
 }
 
-void gate(TensorView score, TensorView key, TensorView ring, TensorView size, TensorView head, TensorView level, TensorView u,
-          TensorView insert, TensorView greater, TensorView ties, TensorView n, TensorView takeover, TensorView p,
-          Optional<TensorView> workspace) {
+void gate(TensorView score, TensorView key, TensorView ring, TensorView size, TensorView head, TensorView level,
+          TensorView u, TensorView insert, TensorView greater, TensorView ties, TensorView n, TensorView takeover,
+          TensorView p, Optional<TensorView> workspace) {
   const Call call("gate", score);
   auto g = zeroed<atts_gate_params>();
   g.score = call.dense<float>("score", score, {kAny}, kFloat32);

@@ -78,6 +78,11 @@ def module(csrc_install: Path, root: Path, tmp_path_factory: pytest.TempPathFact
     return place
 
 
+def _forget() -> None:
+    cuda._module.cache_clear()
+    cuda._function.cache_clear()
+
+
 @pytest.fixture
 def on_host(module: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ops forced to "cuda", which takes CPU tensors here."""
@@ -85,13 +90,13 @@ def on_host(module: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def zeros(op: str, like: Tensor, size: int) -> Tensor | None:
         return torch.zeros(size, dtype=torch.uint8) if size else None
 
-    cuda._function.cache_clear()
+    _forget()
     monkeypatch.setattr(cuda, "built", lambda: module)
     monkeypatch.setattr(cuda._Workspaces, "of", zeros)
     monkeypatch.setitem(dispatch._MACHINE, "cuda", lambda device_type: None)
     with ops.use("cuda"):
         yield
-    cuda._function.cache_clear()
+    _forget()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -38,15 +38,20 @@ def lacking() -> dict[str, str]:
 
 
 @cache
-def _function(name: str) -> Callable[..., Any]:
+def _module() -> Any:
     import tvm_ffi
 
     path = built()
     assert path is not None
+    return tvm_ffi.load_module(str(path))
+
+
+@cache
+def _function(name: str) -> Callable[..., Any]:
     try:
-        return getattr(tvm_ffi.load_module(str(path)), name)
+        return getattr(_module(), name)
     except AttributeError as error:
-        raise InputError(f"{path} was built from other sources; install again") from error
+        raise InputError(f"{built()} was built from other sources; install again") from error
 
 
 def _call(name: str, *args: object) -> Any:

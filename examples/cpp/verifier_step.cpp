@@ -1,8 +1,9 @@
-// One step of a verifier, by the C library alone: three chains bring draft spans; their keys and values are appended to a
-// paged cache, the spans are scored from the target's logits, and the conformal gate says which chains the target takes over.
+// One step of a verifier, by the C library alone: three chains bring draft spans; their keys and values are appended to
+// a paged cache, the spans are scored from the target's logits, and the conformal gate says which chains the target
+// takes over.
 //
-// The model is left out: keys, values and logits are made up. Runs on the first CUDA device where the library was built for
-// CUDA and there is one, else on the CPU; `verifier_step cpu` keeps it there.
+// The model is left out: keys, values and logits are made up. Runs on a CUDA device where there is one and the library
+// was built for it, else on the CPU; `verifier_step cpu` keeps it there.
 #include <atts/atts.h>
 
 #include <cmath>
@@ -27,7 +28,7 @@ constexpr int64_t kKvHeads = 2, kHeadDim = 8, kRow = kKvHeads * kHeadDim;
 constexpr int64_t kCalibration = 100, kCapacity = 128;
 constexpr double kAlpha = 0.4;
 
-// Row bounds of the chains' spans (6, 5 and 4 tokens), tokens of each chain with its span, and the pages that hold them.
+// Row bounds of the chains' spans (6, 5 and 4 tokens), tokens of each chain with its span, and the pages of them.
 const std::vector<int64_t> kBounds = {0, 6, 11, 15};
 const std::vector<int32_t> kBounds32 = {0, 6, 11, 15};
 const std::vector<int32_t> kKvLen = {9, 5, 11};
@@ -51,7 +52,9 @@ void call(Place place, const char* name, int (*on_host)(const Params*), int (*on
 
 std::vector<float> made_up(int64_t count, double pace) {
   std::vector<float> values(static_cast<std::size_t>(count));
-  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(std::sin(pace * static_cast<double>(i)));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<float>(std::sin(pace * static_cast<double>(i)));
+  }
   return values;
 }
 
@@ -103,7 +106,7 @@ void append(Place place, Array<float>& cache) {
   }
 }
 
-// Mean negative log-likelihood of each span, in nats per token, from logits that favour the drafted token less and less.
+// Mean negative log-likelihood of each span, in nats per token, from logits that favour its tokens less and less.
 Array<float> score(Place place) {
   std::vector<int64_t> drafted;
   std::vector<float> favour(static_cast<std::size_t>(kTokens * kVocab), 0.0f);
@@ -180,8 +183,9 @@ void gate(Place place, Array<float>& scores) {
   std::printf("chain  tokens  score   above   of      p  verdict\n");
   for (int64_t chain = 0; chain < kChains; ++chain) {
     std::printf("%5d  %6d  %5.3f  %6d  %3d  %5.3f  %s\n", static_cast<int>(chain),
-                static_cast<int>(kBounds[chain + 1] - kBounds[chain]), score_of[chain], static_cast<int>(greater_of[chain]),
-                static_cast<int>(n_of[chain]), p_of[chain], takeover_of[chain] ? "the target takes over" : "the draft goes on");
+                static_cast<int>(kBounds[chain + 1] - kBounds[chain]), score_of[chain],
+                static_cast<int>(greater_of[chain]), static_cast<int>(n_of[chain]), p_of[chain],
+                takeover_of[chain] ? "the target takes over" : "the draft goes on");
   }
   std::printf("takeover where p <= %.1f; the store holds %d scores now\n", kAlpha, static_cast<int>(size.read()[0]));
 }
