@@ -106,7 +106,10 @@ void append_row(const atts_kv_append_params& p, int64_t row, int64_t slot) {
 
 extern "C" int atts_kv_append_cpu(const atts_kv_append_params* params) {
   if (const atts_status status = atts::check_kv_append(params)) return status;
-  const atts_kv_append_params& p = *params;
+  atts_kv_append_params p = *params;
+  // Heads that lie side by side and are not turned are as good as one: one copy of each row.
+  if (p.cosine == nullptr && p.k_head_stride == p.head_dim && p.v_head_stride == p.head_dim)
+    p.head_dim *= p.kv_heads, p.kv_heads = 1;
   if (p.rows == 0) return ATTS_OK;
   const atts_status slots =
       p.slots ? atts::check_ids(p.slots, p.rows, p.slot_count, -1) : atts::check_append_batch(p);

@@ -68,6 +68,38 @@ __device__ __forceinline__ void turn(Pack<typename Element::type, n>& low, Pack<
   }
 }
 
+// Where one vector of a row, or a pair of them, comes from and goes to.
+template <class T>
+struct AppendUnit {
+  const T* from;
+  T* to;
+  int64_t at;  // in its head
+  bool turns;
+};
+
+template <class T>
+__device__ __forceinline__ AppendUnit<T> unit_of(const AppendLaunch& launch, int64_t row, int64_t slot, int unit,
+                                                 int n) {
+  const atts_kv_append_params& p = launch.p;
+  const int kv_heads = static_cast<int>(p.kv_heads);
+  T* keys = static_cast<T*>(p.kv) + slot * p.kv_heads * p.head_dim;
+  const int head = unit / launch.units_of_head;
+  const int64_t at = static_cast<int64_t>(unit % launch.units_of_head) * n;
+  if (head < kv_heads) {
+    const T* k = static_cast<const T*>(p.k) + row * p.k_stride + head * p.k_head_stride;
+    return {k + at, keys + head * p.head_dim + at, at, true};
+  }
+  if (head < 2 * kv_heads) {
+    const T* v = static_cast<const T*>(p.v) + row * p.v_stride + (head - kv_heads) * p.v_head_stride;
+    T* values = keys + p.slot_count * p.kv_heads * p.head_dim;
+    return {v + at, values + (head - kv_heads) * p.head_dim + at, at, false};
+  }
+  const int64_t query = head - 2 * kv_heads;
+  const T* q = static_cast<const T*>(p.q) + row * p.q_stride + query * p.q_head_stride;
+  T* q_out = static_cast<T*>(p.q_out) + row * p.q_out_stride + query * p.q_out_head_stride;
+  return {q + at, q_out + at, at, true};
+}
+
 // n: elements of a vector, 1 where something is not aligned. Three blocks of a multiprocessor: left to itself ptxas
 // aims at four, and spills.
 template <class Element, int n, bool turned>
@@ -80,45 +112,34 @@ __global__ void __launch_bounds__(kAppendThreads, 3) kv_append_kernel(const __gr
   const int64_t slot = slot_of(p, row);
   if (slot < 0) return;
 
-  T* keys = static_cast<T*>(p.kv) + slot * p.kv_heads * p.head_dim;
-  T* values = keys + p.slot_count * p.kv_heads * p.head_dim;
-  const int kv_heads = static_cast<int>(p.kv_heads);
   const int64_t half = p.head_dim / 2;
-
-#pragma unroll kUnitsOfLane
-  for (int unit = warp % launch.parts * kWarp + threadIdx.x % kWarp; unit < launch.units;
-       unit += launch.parts * kWarp) {
-    int head = unit / launch.units_of_head;
-    const int64_t at = static_cast<int64_t>(unit % launch.units_of_head) * n;
-    const T* from;
-    T* to;
-    bool turns = turned;
-    if (head < kv_heads) {
-      from = static_cast<const T*>(p.k) + row * p.k_stride + head * p.k_head_stride;
-      to = keys + head * p.head_dim;
-    } else if (head < 2 * kv_heads) {
-      head -= kv_heads;
-      from = static_cast<const T*>(p.v) + row * p.v_stride + head * p.v_head_stride;
-      to = values + head * p.head_dim;
-      turns = false;
-    } else {
-      head -= 2 * kv_heads;
-      from = static_cast<const T*>(p.q) + row * p.q_stride + head * p.q_head_stride;
-      to = static_cast<T*>(p.q_out) + row * p.q_out_stride + head * p.q_out_head_stride;
+  const int step = static_cast<int>(launch.parts) * kWarp;
+  for (int first = warp % launch.parts * kWarp + threadIdx.x % kWarp; first < launch.units;
+       first += kUnitsOfLane * step) {
+    AppendUnit<T> unit[kUnitsOfLane];
+    Pack<T, n> low[kUnitsOfLane], high[kUnitsOfLane];
+    // All loads before the first store: the compiler cannot know that q_out, which may be q, is written elsewhere.
+#pragma unroll
+    for (int j = 0; j < kUnitsOfLane; ++j) {
+      if (first + j * step >= launch.units) break;
+      unit[j] = unit_of<T>(launch, row, slot, first + j * step, n);
+      low[j].load(unit[j].from);
+      if constexpr (turned) high[j].load(unit[j].from + half);
     }
-    Pack<T, n> low, high;
-    low.load(from + at);
-    if constexpr (turned) {
-      high.load(from + half + at);
-      if (turns) {
-        float cosine[n], sine[n];
-        load_floats<n>(p.cosine + row * half + at, cosine);
-        load_floats<n>(p.sine + row * half + at, sine);
-        turn<Element, n>(low, high, cosine, sine);
+#pragma unroll
+    for (int j = 0; j < kUnitsOfLane; ++j) {
+      if (first + j * step >= launch.units) break;
+      if constexpr (turned) {
+        if (unit[j].turns) {
+          float cosine[n], sine[n];
+          load_floats<n>(p.cosine + row * half + unit[j].at, cosine);
+          load_floats<n>(p.sine + row * half + unit[j].at, sine);
+          turn<Element, n>(low[j], high[j], cosine, sine);
+        }
+        high[j].store(unit[j].to + half);
       }
-      high.store(to + half + at);
+      low[j].store(unit[j].to);
     }
-    low.store(to + at);
   }
 }
 
