@@ -3,7 +3,8 @@
  * Entry points. `atts_X_cpu(params)` runs on the host and returns when it is done. `atts_X(params, stream)` launches on
  * the current CUDA device, on `stream` (a cudaStream_t; NULL is the default stream), and returns at once. It allocates
  * nothing, waits for nothing and may be captured in a CUDA graph, unless its struct says otherwise. Both take the same
- * struct, the first with pointers that the host can read, the second with pointers of the current device.
+ * struct, the first with pointers that the host can read, the second with pointers of the current device. CUDA loads a
+ * kernel's code at its first call: make one before a capture.
  *
  * Struct and lifetime. Set `struct_size` to sizeof the struct and every field that is not called optional; zero the
  * rest. The struct itself is read before the call returns and may then go. Arrays belong to the caller; on a device
