@@ -4,7 +4,8 @@
 
 PYTHON: an interpreter that has vLLM; without it our side is measured alone, and the output says so. A speed is
 sequences x tokens over the time of a run of `tokens + 1` less that of a run of 1, so the prompt's pass falls out. The
-two take turns, and every round of each is in the file; the table shows medians.
+two take turns, one standing still while the other runs, and every round of each is in the file; the table shows
+medians.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -95,7 +97,7 @@ def products_ms(model: Model, rows: int) -> dict[str, float]:
 
 
 class Peer:
-    """vLLM in a process of its own."""
+    """vLLM in a process of its own, which stands still while the other side is measured: its idle workers poll."""
 
     def __init__(self, python: str, folder: Path, settings: dict[str, Any]) -> None:
         script = Path(__file__).with_name("vllm_peer.py")
@@ -105,9 +107,16 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
             env=os.environ | VLLM_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "2"},
         )
         self.version = self._answer("READY ")["version"]
+
+    def stop(self) -> None:
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     async def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         assert self._process.stdin is not None
@@ -176,8 +185,11 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 version = peer.version
                 await speed(peer, 1, 2, 0)
             for sequences in args.sequences:
+                if peer is not None:
+                    peer.stop()
                 await rounds(OURS, ours, sequences)
                 if peer is not None:
+                    peer.go_on()
                     await rounds(f"vLLM {version} {json.dumps(settings)}", peer, sequences)
             if peer is not None:
                 peer.close()

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -149,8 +150,16 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.version: str = self._answer("READY ")["version"]
+
+    def stop(self) -> None:
+        """Stand still while the other side is measured: idle servers poll."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     async def run(self, job: Job) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -205,8 +214,11 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                         await peer.run(warm)
                     for _ in range(args.rounds):
                         job = make_job(args, round_)
+                        if peer is not None:
+                            peer.stop()
                         note(own, round_, job, await ours(pair, job))
                         if peer is not None:
+                            peer.go_on()
                             note(f"vLLM {version} {json.dumps(settings)}", round_, job, await peer.run(job))
                         round_ += 1
                 finally:
