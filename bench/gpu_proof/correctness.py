@@ -1,0 +1,151 @@
+"""Part 3: every op in every implementation against float64, bits of a score alone and in company, and the engine
+against `transformers`."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atts_engine import ops
+from bench.gpu_proof import oracle_models
+from bench.gpu_proof.context import Context, Found, Line, one_line
+from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned
+from bench.kernels.cases import SIZES, Case, cases
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_FLOPS = 1e12
+"""Of a case that float64 computes again."""
+SAMPLES_ALIKE = 0.99
+"""Share of the drawn ids that must be the reference's: noise is a hash, and only its logarithm's last bits differ."""
+
+
+def measure(ctx: Context, found: Found) -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    found |= {"seed": seed, "ops": [], "invariance": [], "models": {}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch cannot compute deterministically: only its poison is wanted
+        for case, impl in _cells(ctx):
+            ctx.check()
+            found["ops"].append(_judged(case, impl, ctx.device, seed))
+    for impl in ops.IMPLEMENTATIONS:
+        for dtype in _dtypes(impl, ctx.device):
+            ctx.check()
+            found["invariance"] += _invariance(impl, dtype, ctx, seed)
+    oracle_models.measure(ctx, found["models"])
+    wrong = [f"{c['op']} {c['impl']} {c['dtype']}" for c in found["ops"] if not c["right"]]
+    wrong += [f"{c['op']} {c['impl']} {c['dtype']}: a row's bits" for c in found["invariance"] if not c["same"]]
+    wrong += [name for name, model in found["models"].items() if model.get("right") is False]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} cells are wrong, {wrong[0]} first")
+
+
+def _cells(ctx: Context) -> Iterable[tuple[Case, str]]:
+    for size in ("tiny",) if ctx.dry else ("135m", "8b"):
+        for dtype in DTYPES:
+            for case in cases(size, dtype):
+                # Some cases are of fp32 whatever is asked for; once is enough.
+                if case.dtype == dtype and (case.flops <= MOST_FLOPS or case.op not in ORACLES):
+                    able = (i for i in ops.IMPLEMENTATIONS if ops.obstacle(case.op, i, ctx.device) is None)
+                    yield from ((case, i) for i in able if dtype in _dtypes(i, ctx.device))
+
+
+def _dtypes(impl: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """Triton's interpreter multiplies bfloat16 wrongly, and native-bf16 is another implementation for bfloat16 alone."""
+    if impl == "native-bf16":
+        return DTYPES[2:]
+    if device.type == "cpu" and impl == "triton":
+        return DTYPES[:2]
+    # FlashInfer's kernels are of 16 bits.
+    return DTYPES[1:] if impl == "flashinfer" else DTYPES
+
+
+def _judged(case: Case, impl: str, device: torch.device, seed: int) -> dict[str, Any]:
+    """One cell: `excess` as in exact.py, or for what has no error the share of elements that are the reference's."""
+    cell = {"op": case.op, "case": case.label, "dtype": _name(case.dtype), "impl": impl, "error": None}
+    try:
+        got = _outcome(case, impl, device, seed)
+        wanted = _outcome(case, "reference", device, seed)
+        oracle = ORACLES.get(case.op)
+        if oracle is not None:
+            truth = oracle(*case.make(device, seed))
+            value = max(excess(g, w, t) for g, w, t in zip(got, wanted, truth, strict=True))
+            return cell | {"excess": value, "right": value <= 1.0}
+        if case.op == "score_gate":  # scores as span_mean's, verdicts exact unless a p-value lies within the error
+            alike = min(_close(g, w) for g, w in zip(got, wanted, strict=True))
+        else:
+            alike = min(_equal(g, w) for g, w in zip(got, wanted, strict=True))
+        return cell | {"alike": alike, "right": alike >= (SAMPLES_ALIKE if case.op in ("sample", "score_gate") else 1.0)}
+    except Exception as error:  # a kernel that does not compile here must not hide the others
+        return cell | {"error": one_line(error), "right": False}
+
+
+def _outcome(case: Case, impl: str, device: torch.device, seed: int) -> list[Tensor]:
+    """What the op returns, and then what it has written to its arguments."""
+    given = case.make(device, seed)
+    with ops.use(impl), poisoned():
+        result = getattr(ops, case.op)(*given)
+    returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    return [x for x in returned if isinstance(x, Tensor)] + [given[i] for i in WRITTEN.get(case.op, ())]
+
+
+def _equal(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return 0.0
+    same = (a == b) | ((a != a) & (b != b))
+    return float(same.double().mean()) if a.numel() else 1.0
+
+
+def _close(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point():
+        return _equal(a, b)
+    return float(torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True).double().mean())
+
+
+def _invariance(impl: str, dtype: torch.dtype, ctx: Context, seed: int) -> list[dict[str, Any]]:
+    """Whether rows of the scoring ops have the same bits alone, in pieces, and all together."""
+    s = SIZES["tiny" if ctx.dry else "8b"]
+    rows = 9 if ctx.dry else 200
+    told = []
+    for op in ("score_tokens", "score_logits"):
+        if ops.obstacle(op, impl, ctx.device) is not None:
+            continue
+        g = torch.Generator(ctx.device).manual_seed(seed)
+        ids = torch.randint(0, s.vocab, (rows,), generator=g, device=ctx.device)
+        hidden, weight, logits = (
+            (torch.randn(shape, generator=g, device=ctx.device) * scale).to(dtype)
+            for shape, scale in (((rows, s.hidden), 1.0), ((s.vocab, s.hidden), s.hidden**-0.5), ((rows, s.vocab), 2.0))
+        )
+        with ops.use(impl):
+
+            def score(a: int, b: int, op: str = op) -> Tensor:
+                if op == "score_logits":
+                    return ops.score_logits(logits[a:b], ids[a:b])
+                return ops.score_tokens(hidden[a:b], weight, ids[a:b])
+
+            whole = score(0, rows)
+            cuts = [(0, 1), (rows - 1, rows), (rows // 3, rows // 3 + 5), (1, rows)]
+            same = all(torch.equal(score(a, b), whole[a:b]) for a, b in cuts)
+        told.append({"op": op, "impl": impl, "dtype": _name(dtype), "same": same})
+    return told
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def lines(found: Found) -> list[Line]:
+    told = []
+    for impl in dict.fromkeys(c["impl"] for c in found.get("ops", ())):
+        of = [c for c in found["ops"] if c["impl"] == impl]
+        worst = max((c["excess"] for c in of if "excess" in c), default=0.0)
+        ratio = f"largest error {worst:.2f} of what is allowed"
+        told.append((f"ops right, {impl}", f"{sum(c['right'] for c in of)} of {len(of)}", ratio))
+    same = found.get("invariance", ())
+    if same:
+        told.append(("scores alone as in company", f"{sum(c['same'] for c in same)} of {len(same)}", "bit for bit"))
+    return told + oracle_models.lines(found.get("models", {}))
