@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from bench.gpu_proof.context import Context, Found, Line
+from bench.gpu_proof.context import Context, Found, Line, ran
 from bench.provenance import ROOT
 
 NVCC_FOLDERS = ("/usr/local/cuda/bin",)
@@ -19,7 +18,9 @@ NVCC_FOLDERS = ("/usr/local/cuda/bin",)
 
 def measure(ctx: Context, found: Found) -> None:
     began = time.perf_counter()
-    found["doctor"] = json.loads(_ran([sys.executable, "-m", "atts_engine.cli.main", "doctor", "--json", "-"]))
+    found["doctor"] = json.loads(
+        _output([sys.executable, "-m", "atts_engine.cli.main", "doctor", "--json", "-"], ctx.left())
+    )
     found["doctor_s"] = time.perf_counter() - began
     ctx.check()
     cmake, nvcc = shutil.which("cmake"), find_nvcc()
@@ -29,9 +30,10 @@ def measure(ctx: Context, found: Found) -> None:
     began = time.perf_counter()
     folder = ctx.out / "build-csrc"
     # A dry run configures and does not compile: the suite compiles csrc/ elsewhere.
-    _ran([cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *cuda_flags(ctx.device, nvcc)])
+    flags = ["-DCMAKE_BUILD_TYPE=Release", *cuda_flags(ctx.device, nvcc)]
+    _output([cmake, "-S", str(ROOT), "-B", str(folder), *flags], ctx.left())
     if not ctx.dry:
-        _ran([cmake, "--build", str(folder), "--parallel"])
+        _output([cmake, "--build", str(folder), "--parallel"], ctx.left())
     found["csrc"] = "configured" if ctx.dry else "built"
     found["csrc_s"] = time.perf_counter() - began
     found["libraries"] = {path.name: path.stat().st_size for path in sorted(folder.glob("*.so"))}
@@ -50,8 +52,8 @@ def cuda_flags(device: torch.device, nvcc: str | None) -> list[str]:
     return ["-DATTS_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{suffix}"]
 
 
-def _ran(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+def _output(command: list[str], seconds: float) -> str:
+    done = ran(command, seconds)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise RuntimeError(f"{Path(command[0]).name} {' '.join(command[1:4])}: {said[-1] if said else done.returncode}")
@@ -59,7 +61,9 @@ def _ran(command: list[str]) -> str:
 
 
 def lines(found: Found) -> list[Line]:
-    told = [("csrc", str(found["csrc"]), f"{found['csrc_s']:.1f} s" if "csrc_s" in found else "")] if "csrc" in found else []
+    told: list[Line] = []
+    if "csrc" in found:
+        told.append(("csrc", found["csrc"], f"{found['csrc_s']:.1f} s" if "csrc_s" in found else ""))
     if "doctor" in found:
         chosen = [op["chosen"] for op in found["doctor"]["ops"].values()]
         kind = "cuda" if any("cuda" in c for c in chosen) else "cpu"

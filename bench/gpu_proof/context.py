@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from bench.kernels.devices import Facts
+from bench.provenance import ROOT
 
 Found = dict[str, Any]
 Line = tuple[str, str, str]
@@ -81,7 +85,7 @@ def run_parts(
         started = time.perf_counter()
         try:
             part.measure(ctx, found)
-        except (OutOfTime, TimeoutError):
+        except (OutOfTime, TimeoutError, subprocess.TimeoutExpired):
             outcome[name] |= {"status": "out of time", "error": "its share of --minutes was over"}
         except (Exception, SystemExit) as error:  # whatever a part stumbles over, the others are wanted all the same
             outcome[name] |= {"status": "failed", "error": one_line(error)}
@@ -96,6 +100,21 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def ran(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command at the repository's root. Past its time it is ended with all that it has started, so that nothing
+    of it disturbs what is measured next."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=seconds if seconds < 1e6 else None)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bench.gpu_proof.context import Context, Found, Line
-from bench.kernels.devices import Facts, measure as measure_device
+from bench.kernels.devices import Facts
+from bench.kernels.devices import measure as measure_device
 
 QUERY = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",

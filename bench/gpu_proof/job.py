@@ -1,12 +1,15 @@
 """Part 6: a whole job, 8 problems x 16 chains, with recorded turn lengths and takeovers: the target alone,
-synchronous ranking, ATTS."""
+synchronous ranking, ATTS. One run of each, as long as the time allows: each is thousands of steps.
+
+All three write the same number of tokens. Target alone: the target writes all of a chain's tokens in one span.
+Synchronous: the chains of a problem wait for each other before each verdict's consequence (`bench.e2e.barrier`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -95,7 +98,7 @@ def _predicted(job: Job, draft: LaneModel, target: LaneModel) -> dict[str, float
 
 
 def _fitted(job: Job, draft: LaneModel, target: LaneModel, seconds: float) -> tuple[Job, float]:
-    """The job, with spans cut to 1/scale where the three runs would take more than two thirds of the time that is left."""
+    """The job, with spans cut to 1/scale where its three runs would take more than two thirds of the time left."""
     wanted = 1.5 * sum(_predicted(job, draft, target).values())
     scale = max(1.0, wanted / max(seconds, 1e-9))
     most = max(len(chain) for problem in job for chain in problem)

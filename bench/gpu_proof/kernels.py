@@ -20,7 +20,7 @@ def measure(ctx: Context, found: Found) -> None:
     for case in cases("tiny" if ctx.dry else "8b", dtype):
         ctx.check()
         try:
-            rows = measure_case(case, ctx.device, facts, rounds, found["absent"])
+            rows = measure_case(case, ctx.device, facts, rounds, found["absent"], only_kernels=not ctx.dry)
             found["rows"] += [asdict(row) for row in rows]
         except Exception as error:
             found["failed"][f"{case.op} {case.label}"] = one_line(error)

@@ -41,7 +41,9 @@ def measure(ctx: Context, found: Found) -> None:
         for dtype in (torch.float32,) if ctx.device.type == "cpu" else (torch.float32, torch.bfloat16):
             ctx.check()
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
-            found[label] = _tried(lambda s=shape, d=dtype, n=name: _random_weights(s, int(n.split()[-2]), d, ctx.device))
+            found[label] = _tried(
+                lambda s=shape, d=dtype, n=name: _random_weights(s, int(n.split()[-2]), d, ctx.device)
+            )
     for name in ("tiny-draft", "tiny-target", *(() if ctx.dry else ("smollm2-135m",))):
         ctx.check()
         found[name] = _tried(lambda n=name: _stored(n, ctx.device))

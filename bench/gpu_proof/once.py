@@ -1,0 +1,35 @@
+"""Run each case of an op once on the GPU, for a profiler: `ncu ... python -m bench.gpu_proof.once OP [SIZE]`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from atts_engine import ops
+from bench.kernels.cases import cases
+from bench.kernels.devices import synchronise
+
+
+def main(op: str, size: str = "8b") -> int:
+    """Whatever implementation the device chooses. With `ncu --profile-from-start off` only the second call of each case
+    is profiled: what makes the inputs and compiles is not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = [case for case in cases(size, dtype) if case.op == op]
+    for case in wanted:
+        first, second = case.make(device, 0), case.make(device, 1)
+        getattr(ops, op)(*first)
+        synchronise(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.start()
+        getattr(ops, op)(*second)
+        synchronise(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.stop()
+    print(f"{op}: {len(wanted)} cases")
+    return 0 if wanted else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
