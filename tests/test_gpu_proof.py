@@ -20,6 +20,7 @@ from bench.gpu_proof import build, engine, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned
+from bench.gpu_proof.job import ALONE, ATTS, FEWER, SYNC
 from bench.gpu_proof.lanes import decode_rows, least_seconds, verify_rows
 from bench.gpu_proof.models import CONFIGS, NoText, random_model
 from bench.gpu_proof.report import file_name, newest, section
@@ -82,14 +83,16 @@ def test_engine_and_job_say_what_the_issue_asks(dry: tuple[int, dict[str, Any], 
     assert set(pair["verdict_delay_passes"]) == {"streamed", "whole"}
     assert all(parts["engine"]["found"][name]["verify"]["tokens_per_s"] > 0 for name in CONFIGS)
     job = parts["job"]["found"]
-    assert set(job["runs"]) == set(job["predicted_s"]) == {"target alone", "synchronous ranking", "ATTS"}
+    assert set(job["runs"]) == set(job["predicted_s"]) == {ALONE, SYNC, ATTS, FEWER}
+    assert set(job["ratios"]) == set(job["of_ceiling"]) == {ATTS, FEWER}
+    assert job["ceiling"][FEWER] > job["ceiling"][ATTS]
     assert job["paper"] == {"latency": 56.7, "throughput": 4.14}
     assert job["ceiling_recorded"] == pytest.approx(3.6, abs=0.01)
     lanes = job["grid"][0]["lanes"]["target"]
     assert {"T_c", "T_m", "T_s", "r"} <= set(lanes)
     tokens = job["draft_tokens"] + job["target_tokens"]
-    assert job["runs"]["target alone"]["lanes"]["target"]["sampled_tokens"] == tokens
-    assert job["runs"]["ATTS"]["lanes"]["target"]["sampled_tokens"] == job["target_tokens"]
+    assert job["runs"][ALONE]["lanes"]["target"]["sampled_tokens"] == tokens
+    assert job["runs"][ATTS]["lanes"]["target"]["sampled_tokens"] == job["target_tokens"]
 
 
 def test_a_part_that_fails_or_runs_out_of_time_stops_no_other(
@@ -205,6 +208,10 @@ def test_recorded_turns() -> None:
     # The chosen problems stand for the whole job where it matters most: how much the target writes.
     own = turns.ceiling(*turns.tokens_of(recorded.job))
     assert own == pytest.approx(turns.ceiling(recorded.draft_tokens, recorded.target_tokens), rel=0.05)
+    half = turns.fewer_takeovers(recorded.job)
+    assert sum(turns.tokens_of(half)) == sum(turns.tokens_of(recorded.job))
+    taken = [sum(w.target > 0 for p in job for chain in p for w in chain) for job in (recorded.job, half)]
+    assert taken[1] == -(-taken[0] // 2)
     part = turns.cut(recorded.job, problems=2, chains=3, turns=1, scale=10.0)
     assert [[len(chain) for chain in problem] for problem in part] == [[1] * 3] * 2
     assert part[0][0][0] == TurnWork(max(1, round(recorded.job[0][0][0].draft / 10)), part[0][0][0].target)

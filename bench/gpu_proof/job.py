@@ -3,6 +3,7 @@ synchronous ranking, ATTS. One run of each, as long as the time allows: each is 
 
 All three write the same number of tokens. Target alone: the target writes all of a chain's tokens in one span.
 Synchronous: the chains of a problem wait for each other before each verdict's consequence (`bench.e2e.barrier`).
+Half the takeovers: the same chains, of whose takeovers the draft writes every second one itself; a higher ceiling.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ PAPER = {"latency": 56.7, "throughput": 4.14}
 GRID = ((1, 1), (4, 1), (16, 1), (16, 2), (16, 4))
 """(chains, turns) of the runs that tell T_c, T_m, T_s and r."""
 PROMPT_TOKENS = 32
+ALONE, SYNC, ATTS, FEWER = "target alone", "synchronous ranking", "ATTS", "ATTS, half the takeovers"
 
 
 def measure(ctx: Context, found: Found) -> None:
     recorded = turns.load()
-    small = {"problems": 2, "chains": 2, "turns": 2, "scale": 100.0} if ctx.dry else None
-    job = turns.cut(recorded.job, **small) if small else recorded.job
+    job = turns.cut(recorded.job, problems=2, chains=2, turns=2, scale=100.0) if ctx.dry else recorded.job
     found |= {
         "paper": PAPER,
         "takeover_rate": recorded.takeover_rate,
@@ -58,22 +59,26 @@ async def _measure(ctx: Context, job: Job, found: Found) -> None:
             "kv_tokens": room,
             "draft_tokens": work[0],
             "target_tokens": work[1],
-            "ceiling": turns.ceiling(*work),
+            "ceiling": {
+                ATTS: turns.ceiling(*work),
+                FEWER: turns.ceiling(*turns.tokens_of(turns.fewer_takeovers(job))),
+            },
             "lane_models": {"draft": asdict(draft), "target": asdict(target)},
             "predicted_s": _predicted(job, draft, target),
             "runs": {},
             "grid": [],
         }
         async with asyncio.timeout(ctx.left()):
-            for name in ("target alone", "synchronous ranking", "ATTS"):
-                found["runs"][name] = await _run(lanes, job, name, ctx)
-            _ratios(found)
+            for name in (ALONE, SYNC, ATTS, FEWER):
+                run = await _run(lanes, turns.fewer_takeovers(job) if name == FEWER else job, name, ctx)
+                found["runs"][name] = run
+                _ratios(found)
             for chains, most in GRID:
                 ctx.check()
                 part = turns.cut(job, problems=len(job), chains=chains, turns=most)
                 if chains <= len(job[0]) and most <= max(len(c) for p in job for c in p):
                     cell = {"chains": chains, "turns": most}
-                    found["grid"].append(cell | await _run(lanes, part, "ATTS", ctx))
+                    found["grid"].append(cell | await _run(lanes, part, ATTS, ctx))
 
 
 async def _lane_model(lane: InProcessLane, rows: int, dry: bool) -> LaneModel:
@@ -94,11 +99,12 @@ def _predicted(job: Job, draft: LaneModel, target: LaneModel) -> dict[str, float
     alone = simulate(_alone(job), target, LaneModel(0.0), barrier="none", in_flight=len(job), one_device=False)
     sync = simulate(job, draft, target, barrier="problem", score_steps=1, **many)  # type: ignore[arg-type]
     free = simulate(job, draft, target, barrier="none", score_steps=1, **many)  # type: ignore[arg-type]
-    return {"target alone": alone.seconds, "synchronous ranking": sync.seconds, "ATTS": free.seconds}
+    fewer = simulate(turns.fewer_takeovers(job), draft, target, barrier="none", score_steps=1, **many)  # type: ignore[arg-type]
+    return {ALONE: alone.seconds, SYNC: sync.seconds, ATTS: free.seconds, FEWER: fewer.seconds}
 
 
 def _fitted(job: Job, draft: LaneModel, target: LaneModel, seconds: float) -> tuple[Job, float]:
-    """The job, with spans cut to 1/scale where its three runs would take more than two thirds of the time left."""
+    """The job, with spans cut to 1/scale where its runs would take more than two thirds of the time left."""
     wanted = 1.5 * sum(_predicted(job, draft, target).values())
     scale = max(1.0, wanted / max(seconds, 1e-9))
     most = max(len(chain) for problem in job for chain in problem)
@@ -108,11 +114,11 @@ def _fitted(job: Job, draft: LaneModel, target: LaneModel, seconds: float) -> tu
 async def _run(lanes: Sequence[InProcessLane], job: Job, name: str, ctx: Context) -> dict[str, Any]:
     """seconds: of the whole job; latency_s: mean of a chain; lanes: docs/intensity.md's figures of either."""
     before = [asdict(lane.core.stats) | asdict(lane.core.meter.totals) for lane in lanes]
-    if name == "target alone":
+    if name == ALONE:
         seconds, latency = await _target_alone(lanes[1], job)
         barrier = 0.0
     else:
-        run = await run_job(pair_of(lanes), job, len(job), "problem" if name == "synchronous ranking" else "none")
+        run = await run_job(pair_of(lanes), job, len(job), "problem" if name == SYNC else "none")
         seconds, latency = run.seconds, run.chain_s / sum(map(len, job))
         barrier = run.barrier_s / run.chain_s
     rates = Rates(flop_s=ctx.limits().peak, bytes_s=ctx.limits().bandwidth)
@@ -157,14 +163,23 @@ async def _target_alone(target: InProcessLane, job: Job) -> tuple[float, float]:
 
 
 def _ratios(found: Found) -> None:
-    """Of ATTS over the others: latency of a chain, and throughput, which is that of seconds for the same tokens."""
-    atts = found["runs"]["ATTS"]
+    """Of each form of ATTS over those that do the same work: a chain's latency, and throughput, which is that of
+    seconds. `of_ceiling`: throughput over the target alone, as a share of what the target's own tokens allow."""
+    runs = found["runs"]
     found["ratios"] = {
-        name: {"latency": run["latency_s"] / atts["latency_s"], "throughput": run["seconds"] / atts["seconds"]}
-        for name, run in found["runs"].items()
-        if name != "ATTS"
+        form: {
+            base: {
+                "latency": runs[base]["latency_s"] / runs[form]["latency_s"],
+                "throughput": runs[base]["seconds"] / runs[form]["seconds"],
+            }
+            for base in ((ALONE, SYNC) if form == ATTS else (ALONE,))
+        }
+        for form in (ATTS, FEWER)
+        if form in runs
     }
-    found["of_ceiling"] = found["ratios"]["target alone"]["throughput"] / found["ceiling"]
+    found["of_ceiling"] = {
+        form: ratio[ALONE]["throughput"] / found["ceiling"][form] for form, ratio in found["ratios"].items()
+    }
 
 
 def lines(found: Found) -> list[Line]:
@@ -172,11 +187,12 @@ def lines(found: Found) -> list[Line]:
     for name, run in found.get("runs", {}).items():
         beside = f"predicted {found['predicted_s'][name]:.3g} s; chain {run['latency_s']:.3g} s"
         told.append((f"job, {name}", f"{run['seconds']:.3g} s", beside))
-    for name, ratio in found.get("ratios", {}).items():
-        paper = "paper {latency} and {throughput}, on other models".format(**PAPER)
-        beside = f"{paper}; ceiling {found['ceiling']:.2f}" if name == "target alone" else ""
-        measured = f"latency {ratio['latency']:.2f}x, throughput {ratio['throughput']:.2f}x"
-        told.append((f"ATTS over {name}", measured, beside))
+    for form, ratios in found.get("ratios", {}).items():
+        for base, ratio in ratios.items():
+            measured = f"latency {ratio['latency']:.2f}x, throughput {ratio['throughput']:.2f}x"
+            paper = "paper {latency} and {throughput}, on other models".format(**PAPER)
+            ceiling = f"{100 * found['of_ceiling'][form]:.0f}% of the ceiling {found['ceiling'][form]:.2f}, aim 80%"
+            told.append((f"{form}, over {base}", measured, f"{ceiling}; {paper}" if base == ALONE else ""))
     for cell in found.get("grid", ()):
         use = [(name, lane["r"]) for name, lane in cell["lanes"].items() if lane["r"] is not None]
         r = ", ".join(f"{name} {value:.3g}" for name, value in use)

@@ -74,7 +74,7 @@ async def write(lane: InProcessLane, seq: Seq, tokens: int, seed: int) -> list[i
 
 async def opened(lane: InProcessLane, n: int, tokens: int, first: int = 0) -> list[Seq]:
     """n sequences behind prompts of their own, computed."""
-    seqs = [await lane.open(prompt(first + i, tokens)) for i in range(n)]
+    seqs: list[Seq] = [await lane.open(prompt(first + i, tokens)) for i in range(n)]
     await asyncio.gather(*(write(lane, seq, 1, i) for i, seq in enumerate(seqs)))
     return seqs
 

@@ -107,11 +107,9 @@ def _stored(name: str, device: torch.device) -> dict[str, Any]:
     import transformers
 
     path, model = resolve(name), load_model(name, device)
-    place = {"pretrained_model_name_or_path": path}
-    if path.suffix == ".gguf":
-        place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    oracle = load(**place, dtype=torch.float32, local_files_only=True).to(device).eval()
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    oracle = load(path.parent if gguf else path, dtype=torch.float32, local_files_only=True, **gguf).to(device).eval()
     prompt = model.tokenizer.encode("a = 85; b = a-43; c = b*3; d?")
     tokens, score = _through_a_lane(model, prompt, device)
     logits = reference_logits(oracle, [prompt + tokens])[0]

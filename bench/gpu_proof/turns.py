@@ -7,6 +7,7 @@ Tokens are estimated: characters over CHARS_PER_TOKEN, the ratio of `bench.e2e.b
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,16 @@ def cut(job: Job, *, problems: int, chains: int, turns: int, scale: float = 1.0)
         return TurnWork(max(1, round(work.draft / scale)), target)
 
     return [[[short(w) for w in chain[:turns]] for chain in problem[:chains]] for problem in job[:problems]]
+
+
+def fewer_takeovers(job: Job) -> Job:
+    """Half the takeovers: what every second one wrote, the draft writes. Each chain keeps its number of tokens."""
+    kept = itertools.cycle((True, False))
+
+    def turn(work: TurnWork) -> TurnWork:
+        return TurnWork(work.draft + work.target) if work.target and not next(kept) else work
+
+    return [[[turn(work) for work in chain] for chain in problem] for problem in job]
 
 
 def derive(path: Path) -> dict[str, Any]:
