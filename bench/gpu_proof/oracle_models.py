@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from atts_engine.models.decoder import Decoder
 from atts_engine.models.weights import load_decoder
 from atts_engine.runtime import LaneCore
 from atts_engine.runtime.commands import Append, Decode, Verdict
+from bench.e2e.export import export
 from bench.gpu_proof.context import Context, Found, Line, one_line
 from tests.models_oracle import paged_logits, reference_logits
 
@@ -107,9 +110,12 @@ def _stored(name: str, device: torch.device) -> dict[str, Any]:
     import transformers
 
     path, model = resolve(name), load_model(name, device)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    oracle = load(path.parent if gguf else path, dtype=torch.float32, local_files_only=True, **gguf).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        if path.suffix == ".gguf":  # which transformers reads with more packages only; tests/test_models_gguf.py does
+            export(model, Path(folder))
+            path = Path(folder)
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        oracle = load(path, dtype=torch.float32, local_files_only=True).to(device).eval()
     prompt = model.tokenizer.encode("a = 85; b = a-43; c = b*3; d?")
     tokens, score = _through_a_lane(model, prompt, device)
     logits = reference_logits(oracle, [prompt + tokens])[0]
