@@ -19,7 +19,7 @@ from bench.e2e.simulate import TurnWork
 from bench.gpu_proof import build, engine, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
-from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned
+from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
 from bench.gpu_proof.job import ALONE, ATTS, FEWER, SYNC
 from bench.gpu_proof.lanes import decode_rows, least_seconds, verify_rows
 from bench.gpu_proof.models import CONFIGS, NoText, random_model
@@ -161,6 +161,7 @@ def test_an_error_is_measured_against_what_is_allowed() -> None:
     assert excess(half, half, exact) < 1
     assert excess(half + 0.01, half, exact) > 1
     assert excess(half.float(), half, exact) == float("inf")
+    assert relative(half, exact) < 1 < 4 < relative(half + 0.01, exact)
     assert excess(torch.full_like(half, torch.nan), half, exact) == float("inf")
 
 

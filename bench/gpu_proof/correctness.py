@@ -14,15 +14,16 @@ from torch import Tensor
 from atts_engine import ops
 from bench.gpu_proof import oracle_models
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, one_line
-from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned
+from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
 from bench.kernels.cases import SIZES, Case, cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What is served first comes first: time may run out, as every dtype has kernels of its own to compile."""
 MOST_FLOPS = 1e12
 """Of a case that float64 computes again."""
-SAMPLES_ALIKE = 0.99
-"""Share of the drawn ids that must be the reference's: noise is a hash, and only its logarithm's last bits differ."""
+ALIKE = 0.9
+"""Share of drawn ids, and of verdicts of scores that have an error, that must be the reference's: the noise is a hash,
+but its logarithm's last bits may decide between two tokens. Everything else that is moved or decided must be equal."""
 
 
 def measure(ctx: Context, found: Found) -> None:
@@ -56,13 +57,16 @@ def _collect(ctx: Context, seed: int, found: Found) -> None:
 
 
 def _cells(ctx: Context) -> Iterable[tuple[Case, str]]:
+    seen = set()
     for dtype in DTYPES:
         for size in ("tiny",) if ctx.dry else ("135m", "8b"):
             for case in cases(size, dtype):
-                # Some cases are of fp32 whatever is asked for; once is enough.
-                if case.dtype == dtype and (case.flops <= MOST_FLOPS or case.op not in ORACLES):
-                    able = (i for i in ops.IMPLEMENTATIONS if ops.obstacle(case.op, i, ctx.device) is None)
-                    yield from ((case, i) for i in able if dtype in _dtypes(i, ctx.device))
+                name = (case.op, case.label, case.dtype)  # some are of fp32 whatever is asked for; once is enough
+                if name in seen or (case.flops > MOST_FLOPS and case.op in ORACLES):
+                    continue
+                seen.add(name)
+                able = (i for i in ops.IMPLEMENTATIONS if ops.obstacle(case.op, i, ctx.device) is None)
+                yield from ((case, i) for i in able if case.dtype in _dtypes(i, ctx.device))
 
 
 def _dtypes(impl: str, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -85,15 +89,13 @@ def _judged(case: Case, impl: str, device: torch.device, seed: int) -> dict[str,
         if oracle is not None:
             truth = oracle(*case.make(device, seed))
             value = max(excess(g, w, t) for g, w, t in zip(got, wanted, truth, strict=True))
-            return cell | {"excess": value, "right": value <= 1.0}
+            off = max(relative(g, t) for g, t in zip(got, truth, strict=True))
+            return cell | {"excess": value, "relative": off, "right": value <= 1.0 and (impl != "reference" or off < 4)}
         if case.op == "score_gate":  # scores as span_mean's, verdicts exact unless a p-value lies within the error
             alike = min(_close(g, w) for g, w in zip(got, wanted, strict=True))
         else:
             alike = min(_equal(g, w) for g, w in zip(got, wanted, strict=True))
-        return cell | {
-            "alike": alike,
-            "right": alike >= (SAMPLES_ALIKE if case.op in ("sample", "score_gate") else 1.0),
-        }
+        return cell | {"alike": alike, "right": alike >= (ALIKE if case.op in ("sample", "score_gate") else 1.0)}
     except Exception as error:  # a kernel that does not compile here must not hide the others
         return cell | {"error": one_line(error), "right": False}
 
@@ -156,7 +158,10 @@ def lines(found: Found) -> list[Line]:
     for impl in dict.fromkeys(c["impl"] for c in found.get("ops", ())):
         of = [c for c in found["ops"] if c["impl"] == impl]
         worst = max((c["excess"] for c in of if "excess" in c), default=0.0)
+        off = max((c["relative"] for c in of if "relative" in c), default=0.0)
         ratio = f"largest error {worst:.2f} of what is allowed"
+        if impl == "reference":  # the measure of the others cannot be its own
+            ratio = f"norm of the error at most {off:.2f} roundings"
         told.append((f"ops right, {impl}", f"{sum(c['right'] for c in of)} of {len(of)}", ratio))
     same = found.get("invariance", ())
     if same:

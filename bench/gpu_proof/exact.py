@@ -125,6 +125,13 @@ def excess(ours: Tensor, reference: Tensor, oracle: Tensor) -> float:
     return float((error / allowed).max())
 
 
+def relative(ours: Tensor, oracle: Tensor) -> float:
+    """Norm of the error over that of the result, in roundings of the dtype, of 2.5e-6 at least. Below 4 is right for
+    the reference, which `excess` takes for its measure."""
+    rounding = max(torch.finfo(ours.dtype).eps, 2.5e-6)
+    return float((ours.double() - oracle).norm() / (rounding * oracle.norm()).clamp(min=1e-30))
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Every tensor that torch allocates without contents holds NaN, or the largest integer, until it is written."""
