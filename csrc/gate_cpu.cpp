@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "atts/atts.h"
-#include "gate_check.h"
+#include "checks.h"
 
 namespace {
 
@@ -62,8 +62,3 @@ extern "C" int atts_gate_cpu(const atts_gate_params* params) {
   for (int64_t row = 0; row < params->batch; ++row) insert(*params, row);
   return ATTS_OK;
 }
-
-#ifndef ATTS_WITH_CUDA
-extern "C" int atts_has_cuda(void) { return 0; }
-extern "C" int atts_gate(const atts_gate_params*, void*) { return ATTS_ERROR_NO_CUDA; }
-#endif

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository's root folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def csrc_install(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """csrc/ built for the CPU by CMake and installed: a folder with include/ and lib/, moved after the installation."""
+    if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs cmake and a C++ compiler")
+    build, place = tmp_path_factory.mktemp("csrc-build"), tmp_path_factory.mktemp("csrc")
+    for command in (
+        ["cmake", "-S", str(root), "-B", str(build), "-DATTS_CUDA=OFF", "-DATTS_TVM_FFI=OFF"],
+        ["cmake", "--build", str(build), "-j", "2"],
+        ["cmake", "--install", str(build), "--prefix", str(place / "first")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return (place / "first").rename(place / "moved")
 
 
 @pytest.fixture(scope="session")

@@ -136,8 +136,8 @@ def test_ops_chain_in_one_compiled_graph(dtype: torch.dtype) -> None:
 
 def test_an_implementation_that_cannot_be_had_is_an_error() -> None:
     assert ops.chosen("gate", "cpu") == "reference"
-    with pytest.raises(InputError, match="reference, triton, native-bf16, flashinfer, not 'cuda'"):
-        ops.use("cuda")
+    with pytest.raises(InputError, match="reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'"):
+        ops.use("cutlass")
     with pytest.raises(InputError, match="no op is named"):
         ops.chosen("softmax", "cpu")
     with ops.use("reference"):

@@ -7,12 +7,15 @@ spills or wants more shared memory than a block can have there, so that neither 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -73,6 +76,17 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     return _usage(kernel.asm["cubin"], kernel.metadata.shared)
 
 
+@cache
+def _of_module(name: str) -> tuple[Variant, ...]:
+    return tuple(variants([name]))
+
+
+def _compile(job: tuple[str, int, int]) -> Usage:
+    """One job of a worker: module, place among its variants, compute capability. Kernels themselves cannot be sent."""
+    module, index, capability = job
+    return compile_variant(_of_module(module)[index], capability)
+
+
 def _usage(cubin: bytes, shared: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -93,20 +107,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m atts_triton.aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
     parser.add_argument("--only", action="append", choices=MODULES, metavar="MODULE", help=f"of {', '.join(MODULES)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s")
     arguments = parser.parse_args(argv)
+    jobs = [
+        (module, index, capability)
+        for module in arguments.only or MODULES
+        for index, variant in enumerate(_of_module(module))
+        for capability in arguments.arch or sorted(SHARED_LIMIT)
+        if not variant.capabilities or capability in variant.capabilities
+    ]
     out = sys.stdout
     out.write(f"triton {triton.__version__}\n{'kernel':40} {'sm':>4} {'regs':>5} {'shared':>7} {'local':>6}\n")
     misfits = 0
-    for variant in variants(arguments.only or MODULES):
-        for capability in arguments.arch or sorted(SHARED_LIMIT):
-            if variant.capabilities and capability not in variant.capabilities:
-                continue
-            usage = compile_variant(variant, capability)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for (module, index, capability), usage in zip(jobs, pool.map(_compile, jobs)):
             fits = not usage.local and usage.shared <= SHARED_LIMIT[capability]
             misfits += not fits
             out.write(
-                f"{variant.name:40} {capability:>4} {usage.registers:>5} {usage.shared:>7} {usage.local:>6}"
-                f"{'' if fits else '  DOES NOT FIT'}\n"
+                f"{_of_module(module)[index].name:40} {capability:>4} {usage.registers:>5} {usage.shared:>7}"
+                f" {usage.local:>6}{'' if fits else '  DOES NOT FIT'}\n"
             )
             out.flush()
     out.write(f"{misfits} do not fit\n" if misfits else "all fit\n")

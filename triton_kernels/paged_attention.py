@@ -55,7 +55,7 @@ from atts_triton.variants import POINTERS, Variant
 _SEARCH = 128
 _MERGE_HEADS = 4
 _MERGE_UNROLL = 4
-_MERGE_WARPS = 4
+_MERGE_OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
 _LOG2_E = math.log2(math.e)
 
 
@@ -370,8 +370,7 @@ def paged_attention(
             batch,
             window,
             **_merge_constants(sizes.block_d, heads, dim, window > 0),
-            num_warps=_MERGE_WARPS,
-            enable_fp_fusion=False,
+            **_MERGE_OPTIONS,
         )
     return out
 
@@ -453,5 +452,5 @@ def variants() -> Iterator[Variant]:
                 _merge_kernel,
                 merged,
                 _merge_constants(sizes.block_d, 32, dim, windowed),
-                {"num_warps": _MERGE_WARPS, "enable_fp_fusion": False},
+                _MERGE_OPTIONS,
             )

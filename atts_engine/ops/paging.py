@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atts_engine.ops import checks, flash, native
+from atts_engine.ops import checks, cuda, flash, native
 from atts_engine.ops.dense import rope
-from atts_engine.ops.dispatch import FLASHINFER, TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, FLASHINFER, TRITON, chosen, runs_native
 
 _STAGED_BYTES = 64 << 20
 """Device memory that `kv_swap` gathers pages in: it runs when memory is short."""
@@ -50,6 +50,8 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
         return atts_triton.kv_append(k, v, kv_layer, slots)
     if impl == FLASHINFER:
         return flash.kv_append(k, v, kv_layer, slots)
+    if impl == CUDA:
+        return cuda.kv_append(k, v, kv_layer, slots)
     if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
@@ -71,13 +73,15 @@ def rope_kv_append(
 
     Raises InputError as `rope` and `kv_append` do, and for q and k of two dtypes.
     """
-    by_triton = chosen("rope_kv_append", q.device) == TRITON
-    if by_triton or q.dtype is not k.dtype:  # the ops that follow otherwise check all the rest
+    impl = chosen("rope_kv_append", q.device)
+    if impl in (TRITON, CUDA) or q.dtype is not k.dtype:  # the ops that follow otherwise check all the rest
         checks.rope_kv_append(q, k, v, cos, sin, kv_layer, slots)
-    if by_triton:
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.rope_kv_append(q, k, v, cos, sin, kv_layer, slots)
+    if impl == CUDA:
+        return cuda.rope_kv_append(q, k, v, cos, sin, kv_layer, slots)
     rotated = rope(q, cos, sin)
     kv_append(rope(k, cos, sin), v, kv_layer, slots)
     return rotated
@@ -91,10 +95,13 @@ def kv_copy_pages(kv: Tensor, src: Tensor, dst: Tensor) -> None:
     some mixture.
     """
     checks.kv_copy_pages(kv, src, dst)
-    if chosen("kv_copy_pages", kv.device) == TRITON:
+    impl = chosen("kv_copy_pages", kv.device)
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.kv_copy_pages(kv, src, dst)
+    if impl == CUDA:
+        return cuda.kv_copy_pages(kv, src, dst)
     kv.index_copy_(2, dst, kv.index_select(2, src))
     return None
 
@@ -106,10 +113,13 @@ def kv_gather(kv: Tensor, pages: Tensor) -> Tensor:
     must be one of the cache; a GPU does not look.
     """
     checks.kv_gather(kv, pages)
-    if chosen("kv_gather", kv.device) == TRITON:
+    impl = chosen("kv_gather", kv.device)
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.kv_gather(kv, pages)
+    if impl == CUDA:
+        return cuda.kv_gather(kv, pages)
     return kv.movedim(2, 0).index_select(0, pages)
 
 
@@ -120,10 +130,13 @@ def kv_scatter(staged: Tensor, kv: Tensor, pages: Tensor) -> None:
     Raises InputError where shapes or dtypes do not fit.
     """
     checks.kv_scatter(staged, kv, pages)
-    if chosen("kv_scatter", kv.device) == TRITON:
+    impl = chosen("kv_scatter", kv.device)
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.kv_scatter(staged, kv, pages)
+    if impl == CUDA:
+        return cuda.kv_scatter(staged, kv, pages)
     kv.movedim(2, 0).index_copy_(0, pages, staged)
     return None
 
@@ -140,6 +153,8 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
     on the CPU only when the stream has come to them. Up to 64 MiB of the device are used in passing.
     """
     checks.kv_swap(kv, host, pages, slots, to_host)
+    if chosen("kv_swap", kv.device) == CUDA:
+        return cuda.kv_swap(kv, host, pages, slots, to_host)
     order = slots.argsort()
     for part in order.split(max(1, _STAGED_BYTES * host.shape[0] // max(1, host.nbytes))):
         index, runs = pages[part.to(pages.device)], _runs(slots[part].tolist())
@@ -152,6 +167,7 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
             for at, slot, n in runs:
                 staged[at : at + n].copy_(host[slot : slot + n], non_blocking=True)
             kv_scatter(staged, kv, index)
+    return None
 
 
 def _runs(slots: list[int]) -> list[tuple[int, int, int]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, native
+from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -92,10 +92,13 @@ def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
     """
     checks.score_logits(logits, ids)
     check_softcap(softcap, "score_logits")
-    if chosen("score_logits", logits.device) == TRITON:
+    impl = chosen("score_logits", logits.device)
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.score_logits(logits if logits.stride(1) == 1 else logits.contiguous(), ids, softcap)
+    if impl == CUDA:
+        return cuda.score_logits(logits, ids, softcap)
     if not softcap and runs_native("score_logits", logits):
         return native.score_logits(logits, ids)
     wide = logits.float()
@@ -118,10 +121,13 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     cover logprob; on a GPU, where the check would wait for the device, a span that is empty or leaves 0..T gives NaN.
     """
     checks.span_mean(logprob, cu_seqlens)
-    if chosen("span_mean", logprob.device) == TRITON:
+    impl = chosen("span_mean", logprob.device)
+    if impl == TRITON:
         import atts_triton
 
         return atts_triton.span_mean(logprob, cu_seqlens)
+    if impl == CUDA:
+        return cuda.span_mean(logprob, cu_seqlens)
     if not checks.values_read(logprob):  # it is read all the same
         checks.span_bounds("span_mean", cu_seqlens, logprob.shape[0])
     bounds = cu_seqlens.tolist()

@@ -1,11 +1,44 @@
-/* C ABI of atts-engine's native kernels. No header of torch or CUDA is needed to include this one. */
+/* C ABI of atts-engine's native kernels. It needs no header of torch, CUDA or C++, and compiles as C11 and as C++17.
+ *
+ * Entry points. `atts_X_cpu(params)` runs on the host and returns when it is done. `atts_X(params, stream)` launches on
+ * the current CUDA device, on `stream` (a cudaStream_t; NULL is the default stream), and returns at once. It allocates
+ * nothing, waits for nothing and may be captured in a CUDA graph, unless its struct says otherwise. Both take the same
+ * struct, the first with pointers that the host can read, the second with pointers of the current device. CUDA loads a
+ * kernel's code at its first call: make one before a capture.
+ *
+ * Struct and lifetime. Set `struct_size` to sizeof the struct and every field that is not called optional; zero the
+ * rest. The struct itself is read before the call returns and may then go. Arrays belong to the caller; on a device
+ * they must stay as they are until the stream has passed the launch.
+ *
+ * Units. Counts, sizes and strides are elements unless a name ends in `_bytes`; a stride of a dimension of size 1 is
+ * not looked at. [a, b] means a rows of b elements, dense and row by row where no stride is named. Addresses are
+ * computed in 64 bits; a product that 64 bits do not hold is refused with ATTS_ERROR_SHAPE, and so is a launch of more
+ * than 2^31 - 1 blocks (kv_append: warps).
+ *
+ * Alignment. An array is aligned to its element, else ATTS_ERROR_ALIGNMENT. Rows that are also aligned to 16 bytes are
+ * read and written 16 bytes at a time, others element by element, with the same result to the bit.
+ *
+ * What is checked. Both forms check the struct: sizes, strides, dtype, alignment, pointers that are missing. The host
+ * form also checks every value that an array holds (ids, slots, keys, bounds) before it writes anything. The device
+ * form cannot read arrays: there a row with a bad value is left out, as each struct says, and `error`, where it is not
+ * NULL, is set to the status that the host form would have returned. Nothing ever resets `error`; set it to ATTS_OK and
+ * read it at leisure. The device form returns ATTS_ERROR_DEVICE where its largest array is not memory of the current
+ * device. A launch that fails gives ATTS_ERROR_CUDA, and cudaGetLastError was consumed; what the kernel does later is
+ * reported by CUDA as usual.
+ *
+ * Threads. Every function may be called from several threads at once, as long as no two calls write the same array. A
+ * workspace and a store count as written.
+ *
+ * Results. A row's bits depend on that row alone: not on the batch, its place in it, its alignment or the number of
+ * threads. Host and device agree to rounding; where a struct says "exact", to the bit. NaN is never turned into a
+ * number. */
 #ifndef ATTS_ATTS_H_
 #define ATTS_ATTS_H_
 
 #include <stdint.h>
 
 #define ATTS_VERSION_MAJOR 0
-#define ATTS_VERSION_MINOR 1
+#define ATTS_VERSION_MINOR 2
 #define ATTS_VERSION_PATCH 0
 #define ATTS_VERSION (ATTS_VERSION_MAJOR * 10000 + ATTS_VERSION_MINOR * 100 + ATTS_VERSION_PATCH)
 
@@ -27,25 +60,43 @@ extern "C" {
 typedef enum atts_status {
   ATTS_OK = 0,
   ATTS_ERROR_ABI = 1,          /* params.struct_size is not this header's */
-  ATTS_ERROR_NULL_POINTER = 2, /* an array is missing */
-  ATTS_ERROR_SHAPE = 3,        /* a count that is negative or 0 where it must not be, or a capacity above ATTS_GATE_MAX_CAPACITY */
-  ATTS_ERROR_KEY = 4,          /* a key outside 0..keys-1, a token id outside the vocabulary, a slot outside the cache */
-  ATTS_ERROR_VALUE = 5,        /* a level outside 0.., or a u outside 1..ATTS_LEVEL_ONE */
+  ATTS_ERROR_NULL_POINTER = 2, /* an array is missing, or given without the one that it belongs to */
+  ATTS_ERROR_SHAPE = 3,        /* a count that is negative, or 0 where it must not be, or too large to address */
+  ATTS_ERROR_KEY = 4,          /* a key, a token id, a slot or a page outside its store */
+  ATTS_ERROR_VALUE = 5,        /* a level outside 0..ATTS_LEVEL_ONE, or a u outside 1..ATTS_LEVEL_ONE */
   ATTS_ERROR_STORE = 6,        /* a size outside 0..capacity or a head outside 0..capacity-1 */
   ATTS_ERROR_NO_CUDA = 7,      /* the library was built without CUDA */
   ATTS_ERROR_CUDA = 8,         /* the launch failed; cudaGetLastError was consumed */
-  ATTS_ERROR_BATCH = 9,        /* cu_q, kv_len and the block table do not describe one batch over the pages */
-  ATTS_ERROR_ISA = 10          /* this processor, or this build, has no such instruction set */
+  ATTS_ERROR_BATCH = 9,        /* cu_seqlens, or cu_q, kv_len and the block table, do not describe one batch */
+  ATTS_ERROR_ISA = 10,         /* this processor, or this build, has no such instruction set */
+  ATTS_ERROR_DTYPE = 11,       /* dtype is not one of atts_dtype */
+  ATTS_ERROR_STRIDE = 12,      /* a stride so small that rows or heads overlap */
+  ATTS_ERROR_ALIGNMENT = 13,   /* an array is not aligned to its element, or a workspace not to 16 bytes */
+  ATTS_ERROR_DEVICE = 14,      /* an array is not memory of the current device, or host memory is not pinned */
+  ATTS_ERROR_WORKSPACE = 15,   /* workspace_bytes is less than the op asks for */
+  ATTS_ERROR_OVERLAP = 16      /* a page or slot is written twice, or both read and written */
 } atts_status;
 
+/* Element types. 0 is none of them, so that a field that was never set is found. */
+typedef enum atts_dtype {
+  ATTS_FLOAT32 = 1,
+  ATTS_FLOAT16 = 2,
+  ATTS_BFLOAT16 = 3
+} atts_dtype;
+
 /* The conformal gate: count every row of a batch against the ring of its key as it is, decide, then insert in index
- * order. All arrays are dense; host pointers for atts_gate_cpu, device pointers for atts_gate.
+ * order. A store holds the rings of many keys; a batch may name any of them, and bring a ring more scores than it
+ * holds.
  *
  *   greater = #{ring > score}, ties = #{ring == score}, n = filled part of the ring before the call
- *   takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1)
- *   p = (greater + u / 2^32 * (1 + ties)) / (n + 1)
+ *   takeover iff greater * 2^32 + u * (1 + ties) <= level * (n + 1)          in 64-bit integers
+ *   p = (greater + u / 2^32 * (1 + ties)) / (n + 1)                          in fp64, each operation rounded
  *
- * A score that is NaN or infinite is not inserted: greater = -1, ties = 0, takeover = 0, p = NaN. */
+ * A score that is NaN or infinite is not inserted: greater = -1, ties = 0, takeover = 0, p = NaN. Exact.
+ *
+ * On a device one launch does it all. With a workspace the count of a ring is spread over many blocks, the last of
+ * which decides and inserts; without one a block counts a whole ring, which takes longer the more it holds. The results
+ * are the same. A row with a bad key, level, u or store is not inserted and gets what a NaN gets, with n = 0. */
 typedef struct atts_gate_params {
   uint64_t struct_size;   /* sizeof(atts_gate_params) */
   const float* score;     /* [batch] */
@@ -61,14 +112,56 @@ typedef struct atts_gate_params {
   int64_t* n;             /* [batch], written */
   uint8_t* takeover;      /* [batch], written */
   double* p;              /* [batch], written */
-  int64_t batch;
-  int64_t keys;
-  int64_t capacity;
+  void* workspace;        /* optional, device: see atts_gate_workspace */
+  int32_t* error;         /* optional, device: [1], see the top */
+  uint64_t workspace_bytes;
+  int64_t batch;          /* 0 or more */
+  int64_t keys;           /* 1 or more */
+  int64_t capacity;       /* 1 .. ATTS_GATE_MAX_CAPACITY */
 } atts_gate_params;
 
-/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. All arrays are dense, row by row,
- * on the host; a bfloat16 is its 16 bits. A row of `out` has the same bits whatever rows share the call and however many
- * threads there are. Safe to call from several threads at once. */
+/* Score of each span: score[b] = -mean and sum[b] of logprob[cu_seqlens[b] .. cu_seqlens[b+1]-1], summed in fp64 from
+ * the first token to the last, so that a caller that adds a span's chunks one after the other arrives at the same bits.
+ * Exact. On a device a span that is empty or outside 0..tokens gets NaN; that spans cover all tokens is not looked at
+ * there. */
+typedef struct atts_span_mean_params {
+  uint64_t struct_size;       /* sizeof(atts_span_mean_params) */
+  const float* logprob;       /* [tokens], natural logarithms */
+  const int64_t* cu_seqlens;  /* [batch + 1], ascending from 0 to tokens; no span is empty */
+  float* score;               /* [batch], written: nats per token, higher is worse */
+  double* sum;                /* [batch], written: nats */
+  int32_t* error;             /* optional, device: [1], see the top */
+  int64_t tokens, batch;      /* 0 or more */
+} atts_span_mean_params;
+
+/* logprob[i] = log softmax(logits[i])[ids[i]] in one read of the logits, in fp32. NaN where a row holds NaN, +inf or
+ * nothing but -inf. With cu_seqlens the spans' scores follow as in atts_span_mean_params, on a device in a second,
+ * small launch.
+ *
+ * The sum of a row runs over fixed parts in a fixed order. With a workspace and few rows the parts of a row are spread
+ * over blocks; the bits are the same. On a device an id outside the vocabulary gives NaN. */
+typedef struct atts_score_logits_params {
+  uint64_t struct_size;       /* sizeof(atts_score_logits_params) */
+  const void* logits;         /* [rows, vocab] of dtype, rows logits_stride apart */
+  const int64_t* ids;         /* [rows], 0..vocab-1 */
+  float* logprob;             /* [rows], written */
+  const int64_t* cu_seqlens;  /* optional: [batch + 1], ascending from 0 to rows; no span is empty */
+  float* score;               /* [batch], written; NULL where cu_seqlens is */
+  double* sum;                /* [batch], written; NULL where cu_seqlens is */
+  void* workspace;            /* optional, device: see atts_score_logits_workspace */
+  int32_t* error;             /* optional, device: [1], see the top */
+  uint64_t workspace_bytes;
+  int64_t rows;               /* 0 or more */
+  int64_t vocab;              /* 1 or more */
+  int64_t logits_stride;      /* vocab or more */
+  int64_t batch;              /* 0 or more; 0 where cu_seqlens is NULL */
+  int32_t dtype;              /* atts_dtype of logits */
+  int32_t threads;            /* 1 or more, host; not looked at on a device */
+} atts_score_logits_params;
+
+/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. This struct and those without a
+ * dtype are for the host alone, in bfloat16; a bfloat16 is its 16 bits. AVX-512, AVX2 or plain code, as the processor
+ * has it. */
 typedef struct atts_linear_params {
   uint64_t struct_size;    /* sizeof(atts_linear_params) */
   const uint16_t* x;       /* [rows, in_features] */
@@ -81,8 +174,8 @@ typedef struct atts_linear_params {
   int32_t threads;         /* 1 or more */
 } atts_linear_params;
 
-/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]] in bfloat16, logits in fp32 and never rounded. Dense arrays, on the
- * host; a row has the same bits whatever rows share the call. NaN where a row is not finite. */
+/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]] in bfloat16, logits in fp32 and never rounded. NaN where a row
+ * is not finite. */
 typedef struct atts_score_tokens_params {
   uint64_t struct_size;    /* sizeof(atts_score_tokens_params) */
   const uint16_t* hidden;  /* [rows, width] */
@@ -93,18 +186,8 @@ typedef struct atts_score_tokens_params {
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
 
-/* The same of logits[rows, vocab] in bfloat16 that exist already. */
-typedef struct atts_score_logits_params {
-  uint64_t struct_size;    /* sizeof(atts_score_logits_params) */
-  const uint16_t* logits;  /* [rows, vocab], rows logits_stride apart */
-  const int64_t* ids;      /* [rows], in 0..vocab-1 */
-  float* logprob;          /* [rows], written */
-  int64_t rows, vocab, logits_stride;
-  int32_t threads;         /* 1 or more */
-} atts_score_logits_params;
-
-/* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions
- * of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
+/* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last
+ * positions of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
 typedef struct atts_attention_params {
   uint64_t struct_size;        /* sizeof(atts_attention_params) */
   const uint16_t* q;           /* [rows, heads, head_dim] */
@@ -120,7 +203,8 @@ typedef struct atts_attention_params {
   int32_t threads;             /* 1 or more */
 } atts_attention_params;
 
-/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum. */
+/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum.
+ * */
 typedef struct atts_rms_norm_params {
   uint64_t struct_size;    /* sizeof(atts_rms_norm_params) */
   const uint16_t* x;       /* [rows, width], rows x_stride apart */
@@ -154,18 +238,97 @@ typedef struct atts_rope_params {
   int32_t threads;       /* 1 or more */
 } atts_rope_params;
 
-/* k and v of `rows` tokens to their slots of a layer's cache; width is kv_heads * head_dim. */
+/* k and v of `rows` tokens to their slots of one layer's cache; where cosine is given, k, and q where it is given, are
+ * turned on the way: elements i and i + head_dim / 2 of a head together, in fp32, each operation rounded. Exact.
+ *
+ * A slot is page * (tokens of a page) + offset. Either `slots` names them, or they follow from the block table: rows
+ * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens, and token t of it lies in slot t %
+ * page of page block_table[b, t / page]. Two rows must not share a slot: which of them stays is not defined.
+ *
+ * A row of slot -1 is padding and writes nothing, to q_out neither. On a device the same goes for rows behind
+ * cu_q[batch], and for those whose slot or page is outside the cache, which is an error. */
 typedef struct atts_kv_append_params {
-  uint64_t struct_size;  /* sizeof(atts_kv_append_params) */
-  const uint16_t* k;     /* [rows, width], rows k_stride apart */
-  const uint16_t* v;     /* [rows, width], rows v_stride apart */
-  const int64_t* slots;  /* [rows], 0..slot_count-1, each named once */
-  uint16_t* kv;          /* [2, slot_count, width], changed */
-  int64_t rows, width, k_stride, v_stride, slot_count;
+  uint64_t struct_size;        /* sizeof(atts_kv_append_params) */
+  const void* k;               /* [rows, kv_heads, head_dim] of dtype, with strides */
+  const void* v;               /* [rows, kv_heads, head_dim] of dtype, with strides */
+  void* kv;                    /* [2, slot_count, kv_heads, head_dim] of dtype, keys and then values, changed */
+  const void* q;               /* optional: [rows, heads, head_dim] of dtype, with strides; needs cosine */
+  void* q_out;                 /* [rows, heads, head_dim], with strides, written; may be q itself. NULL where q is */
+  const float* cosine;         /* optional: [rows, head_dim / 2] */
+  const float* sine;           /* [rows, head_dim / 2]; NULL where cosine is */
+  const int64_t* slots;        /* [rows], -1..slot_count-1; NULL: they follow from the next three */
+  const int32_t* block_table;  /* [batch, table_width]; NULL where slots are given, as the next two */
+  const int32_t* cu_q;         /* [batch + 1], ascending from 0 to rows (on a device: to rows or less) */
+  const int32_t* kv_len;       /* [batch], the new tokens included */
+  int32_t* error;              /* optional, device: [1], see the top */
+  int64_t rows;                /* 0 or more */
+  int64_t kv_heads, head_dim;  /* 1 or more; head_dim even where cosine is given */
+  int64_t heads;               /* of q: 1 or more, 0 where q is NULL */
+  int64_t k_stride, k_head_stride;
+  int64_t v_stride, v_head_stride;
+  int64_t q_stride, q_head_stride;
+  int64_t q_out_stride, q_out_head_stride;
+  int64_t slot_count;          /* 0 or more: pages of the pool * page */
+  int64_t page;                /* tokens of a page: 1 or more, a divisor of slot_count; not looked at with slots */
+  int64_t batch, table_width;  /* 0 where slots are given */
+  int32_t dtype;               /* atts_dtype of k, v, q, q_out and kv */
 } atts_kv_append_params;
 
-/* One token per row of logits by the Gumbel-max trick; the noise of a token is a hash of (seed, position, id). A row with
- * NaN or without a finite largest logit gives -1. */
+/* Pages src[i] to pages dst[i] in every layer of a cache, all layers and pages in one launch. In one call no page is a
+ * destination twice, nor both a source and a destination: the host form refuses it with ATTS_ERROR_OVERLAP, on a device
+ * the content of such a page is not defined. On a device a pair with a page outside the pool is left out. */
+typedef struct atts_kv_copy_pages_params {
+  uint64_t struct_size;   /* sizeof(atts_kv_copy_pages_params) */
+  void* kv;               /* [layers, 2, pages, page, kv_heads, head_dim] of dtype, changed */
+  const int64_t* src;     /* [count], 0..pages-1 */
+  const int64_t* dst;     /* [count], 0..pages-1 */
+  int32_t* error;         /* optional, device: [1], see the top */
+  int64_t layers, pages;  /* 1 or more */
+  int64_t page;           /* tokens of a page, 1 or more */
+  int64_t kv_heads, head_dim;
+  int64_t count;          /* 0 or more */
+  int32_t dtype;          /* atts_dtype of kv */
+} atts_kv_copy_pages_params;
+
+/* Pages of a cache to a dense array in which a page of all layers lies in one piece, or the way back: for one large
+ * copy to the host, another device or another pool. When pages are written, each must be named once:
+ * ATTS_ERROR_OVERLAP. On a device a page outside the pool is left out. */
+typedef struct atts_kv_gather_params {
+  uint64_t struct_size;     /* sizeof(atts_kv_gather_params) */
+  void* kv;                 /* [layers, 2, pages, page, kv_heads, head_dim] of dtype; changed where scatter is 1 */
+  void* dense;              /* [count, layers, 2, page, kv_heads, head_dim] of dtype; written where scatter is 0 */
+  const int64_t* page_ids;  /* [count], 0..pages-1 */
+  int32_t* error;           /* optional, device: [1], see the top */
+  int64_t layers, pages;    /* 1 or more */
+  int64_t page;             /* tokens of a page, 1 or more */
+  int64_t kv_heads, head_dim;
+  int64_t count;            /* 0 or more */
+  int32_t dtype;            /* atts_dtype of kv and dense */
+  int32_t scatter;          /* 0: kv to dense; 1: dense to kv */
+} atts_kv_gather_params;
+
+/* Pages of a cache to slots of a pool in host memory, or back: page_ids[i] <-> slots[i]. What is written must be named
+ * once only. `host`, `page_ids` and `slots` are host memory for the device form too; both lists are checked there as
+ * well, and may go when the call returns. `host` must be pinned there (ATTS_ERROR_DEVICE), and is the host's again when
+ * the stream has come so far. No kernel runs: the copies are queued in batches where the driver has cuMemcpyBatchAsync
+ * (12.8 on) and `stream` is neither the legacy default stream nor being captured, and page by page otherwise. */
+typedef struct atts_kv_swap_params {
+  uint64_t struct_size;     /* sizeof(atts_kv_swap_params) */
+  void* kv;                 /* [layers, 2, pages, page, kv_heads, head_dim] of dtype; changed where to_host is 0 */
+  void* host;               /* [host_slots, layers, 2, page, kv_heads, head_dim] of dtype; changed where to_host is 1 */
+  const int64_t* page_ids;  /* [count], 0..pages-1 */
+  const int64_t* slots;     /* [count], 0..host_slots-1 */
+  int64_t layers, pages;    /* 1 or more */
+  int64_t page;             /* tokens of a page, 1 or more */
+  int64_t kv_heads, head_dim;
+  int64_t host_slots;       /* 1 or more */
+  int64_t count;            /* 0 or more */
+  int32_t dtype;            /* atts_dtype of kv and host */
+  int32_t to_host;          /* 1: kv to host; 0: host to kv */
+} atts_kv_swap_params;
+
+/* One token per row of logits by the Gumbel-max trick; the noise of a token is a hash of (seed, position, id). A row
+ * with NaN or without a finite largest logit gives -1. */
 typedef struct atts_sample_params {
   uint64_t struct_size;      /* sizeof(atts_sample_params) */
   const uint16_t* logits;    /* [rows, vocab], bfloat16, rows logits_stride apart */
@@ -192,27 +355,40 @@ ATTS_API int atts_has_cuda(void);
 /* Instruction set of the CPU kernels that this processor runs: "avx512bf16", "avx2" or "plain"; never to be freed. */
 ATTS_API const char* atts_cpu_isa(void);
 
-/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the processor
- * has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
+/* Have the CPU kernels of one instruction set run from the next call on, in every thread; NULL: the best that the
+ * processor has. For tests and comparisons: results of two instruction sets agree to rounding and not to the bit. */
 ATTS_API int atts_use_cpu_isa(const char* isa);
 
-/* On the host. Checks every argument before it writes anything. */
+/* On the host; the first seven have a form for the device below. */
 ATTS_API int atts_gate_cpu(const atts_gate_params* params);
-
-/* On the host, at AVX2 speed where the processor has it. Each checks every argument before it writes anything. */
+ATTS_API int atts_span_mean_cpu(const atts_span_mean_params* params);
+ATTS_API int atts_score_logits_cpu(const atts_score_logits_params* params);
+ATTS_API int atts_kv_append_cpu(const atts_kv_append_params* params);
+ATTS_API int atts_kv_copy_pages_cpu(const atts_kv_copy_pages_params* params);
+ATTS_API int atts_kv_gather_cpu(const atts_kv_gather_params* params);
+ATTS_API int atts_kv_swap_cpu(const atts_kv_swap_params* params);
 ATTS_API int atts_linear_cpu(const atts_linear_params* params);
 ATTS_API int atts_score_tokens_cpu(const atts_score_tokens_params* params);
-ATTS_API int atts_score_logits_cpu(const atts_score_logits_params* params);
 ATTS_API int atts_attention_cpu(const atts_attention_params* params);
 ATTS_API int atts_rms_norm_cpu(const atts_rms_norm_params* params);
 ATTS_API int atts_silu_mul_cpu(const atts_silu_mul_params* params);
 ATTS_API int atts_rope_cpu(const atts_rope_params* params);
-ATTS_API int atts_kv_append_cpu(const atts_kv_append_params* params);
 ATTS_API int atts_sample_cpu(const atts_sample_params* params);
 
-/* On the device, in one launch on `stream` (a cudaStream_t; NULL is the default stream), without a wait. The arrays cannot
- * be read here, so keys, levels and sizes are the caller's care: a row whose key does not exist is not written. */
+/* On the current device; ATTS_ERROR_NO_CUDA from a library without CUDA. */
 ATTS_API int atts_gate(const atts_gate_params* params, void* stream);
+ATTS_API int atts_span_mean(const atts_span_mean_params* params, void* stream);
+ATTS_API int atts_score_logits(const atts_score_logits_params* params, void* stream);
+ATTS_API int atts_kv_append(const atts_kv_append_params* params, void* stream);
+ATTS_API int atts_kv_copy_pages(const atts_kv_copy_pages_params* params, void* stream);
+ATTS_API int atts_kv_gather(const atts_kv_gather_params* params, void* stream);
+ATTS_API int atts_kv_swap(const atts_kv_swap_params* params, void* stream);
+
+/* Bytes of device memory that make the op quick with these sizes; arrays need not be set. 0: it gains nothing from one.
+ * One that serves several sizes is as large as the largest answer. The caller aligns it to 16 bytes, sets it to 0 once,
+ * and gives it to one op only and to one call at a time, in stream order; every call leaves it ready for the next. */
+ATTS_API int atts_gate_workspace(const atts_gate_params* params, uint64_t* bytes);
+ATTS_API int atts_score_logits_workspace(const atts_score_logits_params* params, uint64_t* bytes);
 
 #ifdef __cplusplus
 }
