@@ -16,7 +16,7 @@ from atts_engine import ops
 from atts_engine.models import ModelConfig
 from bench import readme
 from bench.e2e.simulate import TurnWork
-from bench.gpu_proof import build, engine, profiles, turns
+from bench.gpu_proof import build, engine, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
@@ -242,6 +242,22 @@ def test_output_of_nsight_compute() -> None:
     assert profiles.kernels_of("==ERROR== no permission") == {}
     told = profiles.lines({"kernels": {"gate": profiles.kernels_of(text), "sample": {"error": "no permission"}}})
     assert told[0][0] == "gate: score" and told[1] == ("profile of sample", "failed", "no permission")
+
+
+def test_a_case_is_run_once_for_a_profiler(capsys: pytest.CaptureFixture[str]) -> None:
+    assert once.main("gate", "tiny") == 0 and once.main("softmax", "tiny") == 2
+    assert capsys.readouterr().out.splitlines() == ["gate: 1 cases", "softmax: 0 cases"]
+
+
+def test_one_model_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_one_model", broken)
+    found: Found = {}
+    with pytest.raises(RuntimeError, match="1.5B: RuntimeError: out of memory; 7B"):
+        engine.measure(Context(CPU, tmp_path, True), found)
+    assert found["pair"]["takeover_tokens_forwarded"] == 1
 
 
 def test_flags_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ against `transformers`."""
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterable
@@ -88,8 +89,8 @@ def _judged(case: Case, impl: str, device: torch.device, seed: int) -> dict[str,
         oracle = ORACLES.get(case.op)
         if oracle is not None:
             truth = oracle(*case.make(device, seed))
-            value = max(excess(g, w, t) for g, w, t in zip(got, wanted, truth, strict=True))
-            off = max(relative(g, t) for g, t in zip(got, truth, strict=True))
+            value = max(_finite(excess(g, w, t)) for g, w, t in zip(got, wanted, truth, strict=True))
+            off = max(_finite(relative(g, t)) for g, t in zip(got, truth, strict=True))
             return cell | {"excess": value, "relative": off, "right": value <= 1.0 and (impl != "reference" or off < 4)}
         if case.op == "score_gate":  # scores as span_mean's, verdicts exact unless a p-value lies within the error
             alike = min(_close(g, w) for g, w in zip(got, wanted, strict=True))
@@ -107,6 +108,11 @@ def _outcome(case: Case, impl: str, device: torch.device, seed: int) -> list[Ten
         result = getattr(ops, case.op)(*given)
     returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
     return [x for x in returned if isinstance(x, Tensor)] + [given[i] for i in WRITTEN.get(case.op, ())]
+
+
+def _finite(x: float) -> float:
+    """JSON has no infinity and no NaN; either is as wrong as can be."""
+    return x if math.isfinite(x) else 1e9
 
 
 def _equal(a: Tensor, b: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from atts_engine import ops
 from atts_engine.backends import InProcessLane, Seq
 from atts_engine.config import SamplingParams
 from atts_engine.models import Model
-from bench.gpu_proof.context import Context, Found, Line, free_memory, share
+from bench.gpu_proof.context import Context, Found, Line, OutOfTime, free_memory, one_line, share
 from bench.gpu_proof.lanes import (
     closed,
     decode_rows,
@@ -54,12 +55,25 @@ def measure(ctx: Context, found: Found) -> None:
         ctx.check()
         model = make(ctx, name)
         cell = found[name] = {"weights_bytes": weights_bytes(model), "decode": {}}
-        asyncio.run(_one_model(ctx, model, work, cell))
+        _run(_one_model(ctx, model, work, cell), cell)
         del model
         free_memory(ctx.device)
     ctx.check()
     found["pair"] = {"draft": "1.5B", "target": "14B"}
-    asyncio.run(_pair(ctx, (make(ctx, "1.5B"), make(ctx, "14B")), work, found["pair"]))
+    _run(_pair(ctx, (make(ctx, "1.5B"), make(ctx, "14B")), work, found["pair"]), found["pair"])
+    failed = [f"{name}: {cell['error']}" for name, cell in found.items() if "error" in cell]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _run(work: Coroutine[Any, Any, None], cell: Found) -> None:
+    """What one model stumbles over is noted, and the next one is measured all the same."""
+    try:
+        asyncio.run(work)
+    except OutOfTime:
+        raise
+    except Exception as error:
+        cell["error"] = one_line(error)
 
 
 def make(ctx: Context, name: str) -> Model:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from atts_engine import ops
 from bench.kernels.cases import cases
 from bench.kernels.devices import synchronise
+from bench.kernels.run import implementations
+
+
+@contextmanager
+def profiled(device: torch.device) -> Iterator[None]:
+    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.profiler.start()
+    yield
+    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.profiler.stop()
 
 
 def main(op: str, size: str = "8b") -> int:
-    """Whatever implementation the device chooses. With `ncu --profile-from-start off` only the second call of each case
-    is profiled: what makes the inputs and compiles is not."""
+    """In every implementation but the reference, where there is another one. With `ncu --profile-from-start off` only
+    the second call of each is profiled: what makes the inputs and compiles is not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     wanted = [case for case in cases(size, dtype) if case.op == op]
     for case in wanted:
-        first, second = case.make(device, 0), case.make(device, 1)
-        getattr(ops, op)(*first)
-        synchronise(device)
-        if device.type == "cuda":
-            torch.cuda.profiler.start()
-        getattr(ops, op)(*second)
-        synchronise(device)
-        if device.type == "cuda":
-            torch.cuda.profiler.stop()
+        able = implementations(case, device)
+        for impl in able[1:] or able:
+            first, second = case.make(device, 0), case.make(device, 1)
+            with ops.use(impl):
+                getattr(ops, op)(*first)
+                with profiled(device):
+                    getattr(ops, op)(*second)
     print(f"{op}: {len(wanted)} cases")
     return 0 if wanted else 2
 
