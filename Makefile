@@ -23,7 +23,7 @@ DEMO_PROBLEMS ?= 48
 DEMO_CHAINS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format check-gpu-code check-cuda-code clean
+.PHONY: help setup demo test lint format check-gpu-code check-cuda-code results clean
 
 help:
 	@echo "make demo            draft, target, ATTS and its synchronous form on held-out problems; report in $(DEMO_OUT)/"
@@ -32,6 +32,7 @@ help:
 	@echo "make lint            ruff, mypy, import-linter"
 	@echo "make format          ruff's formatter and import order"
 	@echo "make check-gpu-code  compile every Triton kernel (Triton 3.6.0 too) and CUDA source for sm_80, sm_90, sm_100 (no GPU)"
+	@echo "make results         the tables of README and docs from the files under bench/results/"
 	@echo "make clean           build outputs and caches (not $(VENV))"
 
 $(PY):
@@ -104,6 +105,9 @@ else
 	@cmake --build build/gpu-example >> $(CUDA_LOG)
 	build/gpu-example/verifier_step
 endif
+
+results: $(DEV_READY)
+	$(PY) -m bench.readme
 
 clean:
 	rm -rf build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

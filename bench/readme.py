@@ -1,19 +1,31 @@
-"""Put the results under bench/results/ into README.md, between its two markers.
+"""Put the results under bench/results/ into README.md and docs/kernels.md, between their markers.
 
 python -m bench.readme [--check]
+
+The figures of a GPU are those of `python -m bench.gpu_proof`, the newest file of each device; without one their blocks
+are empty.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from bench.gpu_proof.report import newest
+from bench.gpu_proof.report import section as gpu_section
 from bench.provenance import ROOT
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "registers.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->\n", "<!-- gpu:end -->"
+GPU_PAGES = {
+    "README.md": (".", ("facts", "correctness", "engine", "job")),
+    "docs/kernels.md": ("..", ("facts", "kernels", "profiles")),
+}
+"""By page: where the root is from there, and the parts of bench.gpu_proof that it shows."""
 NAMES = {"draft": "draft alone", "target": "target alone", "atts": "**ATTS**", "atts-sync": "synchronous ranking"}
 
 
@@ -61,13 +73,28 @@ def updated(readme: str, record: dict[str, Any]) -> str:
     return f"{head}{BEGIN}\n{section(record)}\n{END}{tail}"
 
 
+def gpu_updated(page: str, text: str, results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The text of a page of GPU_PAGES with its block made anew from the results, of which there may be none."""
+    root, parts = GPU_PAGES[page]
+    head, rest = text.split(GPU_BEGIN)
+    _, tail = rest.split(GPU_END)
+    block = gpu_section(results, parts).replace("](LINK/", f"]({root}/")
+    return f"{head}{GPU_BEGIN}{block and chr(10) + block + chr(10)}{GPU_END}{tail}"
+
+
 def main(check: bool) -> int:
-    old = README.read_text(encoding="utf-8")
-    new = updated(old, json.loads(RESULTS.read_text(encoding="utf-8")))
-    if check:
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    results = newest(RESULTS.parent)
+    stale = 0
+    for page in GPU_PAGES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = gpu_updated(page, old, results)
+        if path == README:
+            new = updated(new, json.loads(RESULTS.read_text(encoding="utf-8")))
+        stale += old != new
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -68,4 +68,4 @@ def _batch(
 @torch.inference_mode()
 def reference_logits(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [len, V] of each sequence by transformers, one at a time."""
-    return [model(torch.tensor([list(s)])).logits[0] for s in sequences]
+    return [model(torch.tensor([list(s)], device=next(model.parameters()).device)).logits[0] for s in sequences]

@@ -25,11 +25,23 @@ def implementations(case: Case, device: torch.device) -> list[str]:
     return [impl for impl in able if impl not in left_out]
 
 
-def measure_case(case: Case, device: torch.device, facts: Facts, rounds: int, absent: dict[str, str]) -> list[Row]:
-    """Rows of all providers that run here. absent: gains, by name, why a peer was left out."""
+def measure_case(
+    case: Case,
+    device: torch.device,
+    facts: Facts,
+    rounds: int,
+    absent: dict[str, str],
+    *,
+    only_kernels: bool = False,
+) -> list[Row]:
+    """Rows of all providers that run here. absent: gains, by name, why a peer was left out. only_kernels: without the
+    reference where another implementation runs."""
     sets, cold = input_sets(case.bytes, facts.cache)
     inputs = [case.make(device, seed) for seed in range(sets)]
-    runners = [_ours(case, impl, inputs) for impl in implementations(case, device)]
+    able = implementations(case, device)
+    if only_kernels and len(able) > 1:
+        able.remove("reference")
+    runners = [_ours(case, impl, inputs) for impl in able]
     signs = {runner.name: 1 for runner in runners}
     for peer in PEERS.get(case.op, ()):
         reason = why_absent(peer, device)
