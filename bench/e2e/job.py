@@ -193,11 +193,30 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()
     own = f"atts-engine {args.dtype}"
 
+    draft_tokens, target_tokens = make_job(args, 0).work
+
+    def all_found() -> dict[str, Any]:
+        return {
+            "provenance": provenance("python -m bench.e2e.job"),
+            "settings": {
+                name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "vllm"
+            },
+            "threads": torch.get_num_threads(),
+            "load_before": load,
+            "linear": ops.chosen("linear", "cpu"),
+            "vllm": version,
+            "work": {"draft_tokens": draft_tokens, "target_tokens": target_tokens},
+            "runs": runs,
+            "engines": summary(runs, own, draft_tokens + target_tokens),
+        }
+
     def note(name: str, round_: int, job: Job, found: dict[str, Any]) -> None:
         if (found["draft_tokens"], found["target_tokens"]) != job.work:
             raise SystemExit(f"{name} wrote {found}, and the job is {job.work}")
         runs.append({"engine": name, "round": round_, "load": os.getloadavg()[0]} | found)
         print(f"{name:60} round {round_}: {found['seconds']:8.1f} s, mean score {found['mean_score']:.3f}", flush=True)
+        if args.out:  # after every run: what was measured outlives an interruption
+            args.out.write_text(json.dumps(all_found(), indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
         if args.vllm:
@@ -224,18 +243,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 finally:
                     if peer is not None:
                         peer.close()
-    draft_tokens, target_tokens = make_job(args, 0).work
-    return {
-        "provenance": provenance("python -m bench.e2e.job"),
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "vllm"},
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "linear": ops.chosen("linear", "cpu"),
-        "vllm": version,
-        "work": {"draft_tokens": draft_tokens, "target_tokens": target_tokens},
-        "runs": runs,
-        "engines": summary(runs, own, draft_tokens + target_tokens),
-    }
+    return all_found()
 
 
 def summary(runs: Sequence[dict[str, Any]], own: str, tokens: int) -> dict[str, dict[str, float]]:
@@ -280,8 +288,6 @@ def main() -> None:
     args = parser.parse_args()
     found = asyncio.run(measure(args))
     print(table(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ async def main() -> None:
     folder, settings = sys.argv[1], json.loads(sys.argv[2])
     servers = [Server(name, folder, settings, cores) for name, cores in zip(("draft", "target"), settings["cores"])]
     try:
-        connector = aiohttp.TCPConnector(limit=0)
+        # A connection that waits while the other side is measured would be closed by its server.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
             for server in servers:
