@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from atts_engine import InputError, ops
-from atts_engine.models import ForwardBatch
+from atts_engine.models import ForwardBatch, load_model
 from atts_engine.runtime.batch import SamplingRows, StepArrays
 from atts_engine.runtime.graphs import DecodeGraphs, batch_sizes
 from atts_engine.runtime.ranges import make_ranges, no_ranges
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.runner import Runner
 from atts_engine.runtime.transfer import HostCopy, Layout, to_device
-from tests.fakes import VOCAB, fake_model
+from tests.fakes import fake_model
 from tests.late import fake_capture
 
 CPU = torch.device("cpu")
@@ -140,15 +140,20 @@ def test_on_the_cpu_warming_up_is_nothing_and_graphs_are_refused_by_name() -> No
         Runner(model.decoder, 4, 4, CPU, torch.float32, graphs=True)
 
 
-def test_a_warm_up_step_touches_the_padding_page_alone_and_leaves_it_finite() -> None:
-    from atts_engine.runtime.runner import _idle_arrays
+def test_warm_up_steps_touch_the_first_slot_of_the_padding_page_alone_and_leave_it_finite() -> None:
+    from atts_engine.runtime.runner import _idle_arrays, _warm_shapes
 
-    model = fake_model()
-    runner = Runner(model.decoder, 4, 4, CPU, torch.float32, graphs=None)
-    logits, scores = runner._forward(_idle_arrays(9), None)
-    assert logits is not None and scores is not None
-    assert logits.shape == (9, VOCAB) and scores.shape == (9,)
-    assert not runner.kv[:, :, 1:].any() and torch.isfinite(runner.kv).all()
+    model = load_model("tiny-draft", "cpu", torch.float32)
+    shapes = _warm_shapes(40, 4, 4)
+    assert shapes == [(1, 1, 1), (1, 1, 4), (16, 1, 4), (40, 40, 1), (40, 40, 4)]
+    for rows, sequences, pages in shapes:
+        runner = Runner(model.decoder, 4, 4, CPU, torch.float32)
+        logits, scores = runner._forward(_idle_arrays(rows, sequences, pages), None)
+        assert logits is not None and scores is not None
+        assert logits.shape == (rows, model.config.vocab_size) and scores.shape == (rows,)
+        assert torch.isfinite(logits).all() and torch.isfinite(scores).all()
+        assert runner.kv[:, :, 0, 0].any() and torch.isfinite(runner.kv).all()
+        assert not runner.kv[:, :, 1:].any() and not runner.kv[:, :, 0, 1:].any()
 
 
 def test_ranges_are_nothing_unless_profiling_on_a_gpu() -> None:

@@ -171,8 +171,8 @@ class Runner:
         if self.device.type != "cuda":
             return
         with self.on_stream():
-            for rows in sorted({1, min(MAX_GRAPH_BATCH, max_rows), max_rows}):
-                arrays = _idle_arrays(rows)
+            for shape in _warm_shapes(max_rows, self._max_pages, self.kv.shape[3]):
+                arrays = _idle_arrays(*shape)
                 logits, _ = self._forward(arrays, None)
                 assert logits is not None
                 self._sample(arrays, logits)
@@ -266,16 +266,30 @@ def copy_rounds(copies: Iterable[tuple[int, int]]) -> list[tuple[list[int], list
     return rounds
 
 
-def _idle_arrays(rows: int) -> StepArrays:
-    """A step of `rows` sequences of one token each, which all lie in the first slot of PAD_PAGE: it writes where
-    nobody's tokens are, and what it writes is finite."""
+def _warm_shapes(max_rows: int, max_pages: int, page_size: int) -> list[tuple[int, int, int]]:
+    """(rows, sequences, pages of a sequence's row of the block table) of steps that between them launch every kernel.
+
+    Kernels differ by the number of rows, by rows a sequence, and by whether keys are cut into splits, which follows the
+    width of the table.
+    """
+    few = {1, min(MAX_GRAPH_BATCH, max_rows)}
+    chunk = min(max_rows, max_pages * page_size)
+    return sorted(
+        {*((n, n, pages) for n in few for pages in (1, max_pages)), (max_rows, max_rows, 1), (chunk, 1, max_pages)}
+    )
+
+
+def _idle_arrays(rows: int, sequences: int, pages: int) -> StepArrays:
+    """A step of `rows` tokens in equal shares for each sequence, which all lie in the first slot of PAD_PAGE: it writes
+    where nobody's tokens are, and what it writes is finite."""
     none, zeros, some = (np.zeros(n, dtype=np.int64) for n in (0, rows, min(rows, MAX_GRAPH_BATCH)))
+    bounds = (np.arange(sequences + 1) * rows // sequences).astype(np.int32)
     return StepArrays(
         ids=zeros.copy(),
         positions=zeros,
-        block_table=np.zeros((rows, 1), dtype=np.int32),
-        cu_q=np.arange(rows + 1, dtype=np.int32),
-        kv_len=np.ones(rows, dtype=np.int32),
+        block_table=np.zeros((sequences, pages), dtype=np.int32),
+        cu_q=bounds,
+        kv_len=np.diff(bounds),
         future_rows=none,
         future_from=none,
         score_rows=np.arange(rows),
