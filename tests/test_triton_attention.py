@@ -272,7 +272,7 @@ def test_refuses_what_it_does_not_serve() -> None:
     wide = torch.zeros(20, 4, 272, device=DEVICE), torch.zeros(2, 2, 16, 4, 272, device=DEVICE)
     for mine, cache, table, bounds, match in (
         (q.float(), kv, case.table, cu_q, "one of fp32, fp16, bf16"),
-        (q.double(), kv.double(), case.table, cu_q, "one of fp32, fp16, bf16"),
+        (q.double(), kv.double(), case.table, cu_q, "q does not fit"),
         (q, kv, case.table.long(), cu_q, "int32"),
         (*wide, case.table, cu_q, "at most 256"),
         (q.transpose(1, 2).contiguous().transpose(1, 2), kv, case.table, cu_q, "without gaps"),
