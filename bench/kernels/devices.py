@@ -7,11 +7,12 @@ Providers take turns, and what is reported is the median of the rounds.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -181,13 +182,27 @@ def _cuda_sampler(device: torch.device, runner: Runner) -> Callable[[], float]:
     return sample
 
 
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's own library writes a line there at each start and each end."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def bytes_allocated(device: torch.device, call: Call) -> int:
     """Bytes that one call asks the allocator for, all together."""
     if device.type == "cuda":
         before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
         call()
         return int(torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"] - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events() if profile.profiler is not None else []
     return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
