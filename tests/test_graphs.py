@@ -123,7 +123,7 @@ def test_arrays_cross_in_one_block_and_come_out_as_they_were() -> None:
 
 def test_only_what_reads_nothing_on_the_host_can_be_captured() -> None:
     assert not any(ops.capturable(op, "cpu") for op in ("linear", "paged_attention"))
-    assert ops.capturable("linear", "cuda")
+    assert ops.capturable("linear", "cuda") and not ops.capturable("kv_swap", "cuda")
     with ops.use("reference"):
         assert ops.capturable("score_tokens", "cuda")
         assert not any(ops.capturable(op, "cuda") for op in ("paged_attention", "sample", "gate", "span_mean"))

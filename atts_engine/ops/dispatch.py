@@ -250,6 +250,8 @@ def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor, as it does inside `checked()`."""
     enqueued = chosen(op, device) not in (REFERENCE, FLASHINFER) or op not in _HOST_READERS
+    # kv_swap goes by slots that the host holds, whichever implementation runs: a replay would copy to the same ones.
+    enqueued = enqueued and op != "kv_swap"
     return torch.device(device).type == "cuda" and enqueued and not checks.in_force()
 
 
