@@ -193,7 +193,7 @@ def test_run_calibrate_and_resume_with_the_built_in_pair(
     found = json.loads(capsys.readouterr().out)
     assert found["chains"] == 4 and found["graded"] == 1
     assert {p.name for p in out.iterdir()} == {
-        "settings.json", "decisions.jsonl", "chains.jsonl", "summary.json", "report.html"
+        "settings.json", "decisions.jsonl", "chains.jsonl", "solutions.jsonl", "summary.json", "report.html"
     }  # fmt: skip
     assert json.loads((out / "summary.json").read_text()) == found
 

@@ -92,12 +92,13 @@ async def watched_job(
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
     from atts_engine.conformal import Monitored
-    from atts_engine.evaluation.grading import Grader
+    from atts_engine.evaluation.grading import GradedTask
     from atts_engine.evaluation.job import run_job
     from atts_engine.evaluation.lanes import LaneUse
     from atts_engine.evaluation.summary import voter
 
-    same = Grader().equal
+    task = GradedTask()
+    same = task.equal
     detail = f"{len(problems)} problems x {params.chains} chains, seed {params.seed}"
     heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
     progress = Progress(len(problems), len(problems) * params.chains, voter(params, same), same)
@@ -106,7 +107,14 @@ async def watched_job(
             calibrator = Monitored(calibrator, on_alarm=lambda alarm: view.notice(str(alarm)))
         before = engine.stats()
         result = await run_job(
-            engine, problems, params, view, calibrator=calibrator, folder=folder, concurrency=args.concurrency
+            engine,
+            problems,
+            params,
+            view,
+            calibrator=calibrator,
+            folder=folder,
+            concurrency=args.concurrency,
+            task=task,
         )
     after, rates = engine.stats(), await engine.rates()
     lanes = {name: LaneUse.between(before[name], after[name], rates[name]) for name in after}
@@ -145,7 +153,7 @@ def strategy_row(figures: dict[str, Any]) -> tuple[str, ...]:
     return (
         figures["strategy"],
         accuracy_cell(figures["chain_accuracy"]),
-        accuracy_cell(figures[figures["vote"]]),
+        accuracy_cell(figures["voted"]),
         accuracy_cell(figures["any_of"]),
         percent(figures["takeovers"]["rate"]),
         count(tokens["target"] if tokens else None),

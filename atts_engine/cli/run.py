@@ -93,7 +93,7 @@ def _table(found: dict[str, Any]) -> Table:
         rows.append(("chains that failed", count(found["errors"])))
     for name, key in (
         ("chain accuracy", "chain_accuracy"),
-        ("vote", found["vote"]),
+        ("vote", "voted"),
         ("any of a problem's chains", "any_of"),
     ):
         if (cell := found[key]) is not None:

@@ -21,14 +21,16 @@ from atts_engine.pipeline.voting import tally, winner
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One problem, graded. correct: one per chain, in chain order; the votes: whether the answer voted for is
-    right; any_of: whether any chain is right."""
+    """One problem, graded. correct: one per chain, in chain order; majority, weighted: whether the answer that such a
+    vote of its chains gives is right; any_of: whether any chain is right; voted: whether the answer is right that the
+    strategy gave, or a majority where that is not known."""
 
     problem_id: str
     correct: tuple[bool, ...]
     majority: bool
     weighted: bool
     any_of: bool
+    voted: bool
 
     @property
     def chain_accuracy(self) -> float:
@@ -62,8 +64,13 @@ def by_problem(chains: Iterable[Chain]) -> dict[str, list[Chain]]:
     return dict(groups)
 
 
-def grade(chains: Iterable[Chain], equal: Callable[[str, str], bool] | None = None) -> list[Outcome]:
-    """One outcome per problem that has a gold answer; a chain without an answer is wrong.
+def grade(
+    chains: Iterable[Chain],
+    equal: Callable[[str, str], bool] | None = None,
+    answers: Mapping[str, str | None] | None = None,
+) -> list[Outcome]:
+    """One outcome per problem that has a gold answer; a chain without an answer is wrong. answers: those that a
+    strategy gave, by problem; None: not known.
 
     equal(gold, answer) defaults to a `Grader`'s and also decides which answers are one in a vote.
     """
@@ -76,7 +83,9 @@ def grade(chains: Iterable[Chain], equal: Callable[[str, str], bool] | None = No
         voted = {vote: winner(tally(group, vote, same)) for vote in ("majority", "weighted")}
         correct = tuple(c.final_answer is not None and same(gold, c.final_answer) for c in group)
         right = {vote: answer is not None and same(gold, answer) for vote, answer in voted.items()}
-        outcomes.append(Outcome(problem_id, correct, right["majority"], right["weighted"], any(correct)))
+        given = voted["majority"] if answers is None else answers[problem_id]
+        own = given is not None and same(gold, given)
+        outcomes.append(Outcome(problem_id, correct, right["majority"], right["weighted"], any(correct), own))
     return outcomes
 
 
@@ -157,7 +166,7 @@ def compare(
 ) -> dict[str, Any]:
     """first - second on the same problems: {"difference": {"mean", "low", "high"}, "mcnemar": {...} or None}.
 
-    measure: chain_accuracy, majority, weighted or any_of; McNemar's test is for those that are right or wrong
+    measure: chain_accuracy, majority, weighted, any_of or voted; McNemar's test is for those that are right or wrong
     as a whole. `InputError` unless both hold exactly the same problems.
     """
     ours, theirs = ({o.problem_id: float(getattr(o, measure)) for o in side} for side in (first, second))

@@ -66,7 +66,7 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
 def _cards(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     takeovers, tokens = figures["takeovers"], figures["tokens"]
     found = []
-    for name, key in (("vote", figures["vote"]), ("chain accuracy", "chain_accuracy"), ("any chain right", "any_of")):
+    for name, key in (("vote", "voted"), ("chain accuracy", "chain_accuracy"), ("any chain right", "any_of")):
         if (cell := figures[key]) is not None:
             found.append(
                 (name, f"{100 * cell['mean']:.1f}%", f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}")
@@ -92,7 +92,7 @@ def _strategy_table(figures: Mapping[str, Any]) -> str:
 
     rows = []
     for name, f in figures["strategies"].items():
-        cell = f[f["vote"]]
+        cell = f["voted"]
         spread = "-" if cell is None else f"{100 * cell['low']:.1f} to {100 * cell['high']:.1f}"
         rate = f["takeovers"]["rate"]
         rows.append(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atts_engine.errors import InputError
+from atts_engine.pipeline.settings import Options, Settings, make_settings
 from atts_engine.pipeline.voting import VOTES
 from atts_engine.runtime.records import SamplingParams
 
-STRATEGIES = ("atts", "atts-sync", "draft", "target")
 TAKEOVERS = ("continue", "replace")
 POLICIES = ("threshold", "exact-count")
 
@@ -18,9 +18,8 @@ class ATTSParams:
     """How the chains of a problem are written.
 
     chains: m; turns: at most; draft_tokens, target_tokens: span lengths K_d, K_t in tokens; alpha: nominal
-    takeover rate. strategy: "atts" (each chain alone), "atts-sync" (a barrier per turn, softmax ranking, the
-    worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
-    model alone). policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
+    takeover rate. strategy: a name of `STRATEGIES` (docs/strategies.md); options: its own settings that are not at
+    their defaults. policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
     alpha gives it, within one). takeover: the target continues after the draft span, or replaces it. vote: "majority"
     or "weighted". early_verdict: a draft span ends behind the token after which nothing could save it from being taken
     over; with strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
@@ -38,6 +37,7 @@ class ATTSParams:
     min_p: float = 0.0
     seed: int = 0
     strategy: str = "atts"
+    options: Options = ()
     policy: str = "threshold"
     takeover: str = "continue"
     vote: str = "majority"
@@ -50,7 +50,7 @@ class ATTSParams:
                 raise InputError(f"{name} must be a whole number, 1 or more, not {value!r}")
         if not 0.0 < self.alpha < 1.0:
             raise InputError(f"alpha must be inside (0, 1), not {self.alpha}")
-        choices = (("strategy", STRATEGIES), ("policy", POLICIES), ("takeover", TAKEOVERS), ("vote", VOTES))
+        choices = (("policy", POLICIES), ("takeover", TAKEOVERS), ("vote", VOTES))
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -60,7 +60,13 @@ class ATTSParams:
             raise InputError(
                 f"early_verdict takes no policy but threshold: {self.policy} moves the level while a span is written"
             )
+        make_settings(self.strategy, self.options)
         self.sampling(0)
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the strategy."""
+        return make_settings(self.strategy, self.options)
 
     def sampling(self, key: int, *, logprobs: bool = False) -> SamplingParams:
         """Sampling of one chain's spans on one lane; `key` is the chain's stream there."""
