@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atts_engine.cli import options
+from atts_engine.cli import options, sweep
 from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
 from atts_engine.errors import InputError
@@ -38,12 +38,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
     parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
+    sweep.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare strategies, or describe traces."""
     check_json_target(args.json)
-    return _of_traces(args) if args.traces is not None else _compare(args)
+    if args.traces is not None:
+        return _of_traces(args)
+    return sweep.run(args) if sweep.wanted(args) else _compare(args)
 
 
 def _strategies(text: str) -> tuple[str, ...]:

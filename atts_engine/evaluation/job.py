@@ -54,6 +54,22 @@ class Observer(Protocol):
     def tick(self) -> None: ...
 
 
+class Unwatched:
+    """An observer of jobs that nobody looks at."""
+
+    def started(self, problem: Problem) -> None:
+        return None
+
+    def event(self, event: TokensEvent | VerdictEvent | ChainEvent) -> None:
+        return None
+
+    def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None:
+        return None
+
+    def tick(self) -> None:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
