@@ -68,7 +68,7 @@ def section(record: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Laws over {len(chains)} numbers of chains ({chains[0]} to {chains[-1]}) and {len(turns)} of turns "
-        f"({turns[0]} to {turns[-1]}), every run a point; for each quantity the best law, and the paper's form (a power "
+        f"({turns[0]} to {turns[-1]}), every run a point; for each quantity the best law, and the paper's (a power "
         "of the chains, exponential in the turns):",
         "",
         "| | in chains | in turns | R² of the logarithm | AIC above the best |",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from atts_engine.conformal import Calibrator, ColdStart
     from atts_engine.engine import AsyncEngine
     from atts_engine.evaluation.folder import RunFolder
-    from atts_engine.evaluation.job import JobResult, Observer
+    from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
 
 
@@ -92,7 +92,8 @@ async def watched_job(
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
     from atts_engine.conformal import Monitored
-    from atts_engine.evaluation.grading import Grader
+    from atts_engine.evaluation.grading import GradedTask, Grader
+    from atts_engine.evaluation.metered import run_metered
     from atts_engine.evaluation.summary import voter
 
     same = Grader().equal
@@ -102,37 +103,16 @@ async def watched_job(
     with make_view(heading, progress, human_stream(args.json), args.plain) as view:
         if args.monitor and calibrator is not None:
             calibrator = Monitored(calibrator, on_alarm=lambda alarm: view.notice(str(alarm)))
-        return await measured_job(engine, args, problems, params, calibrator, folder, view)
-
-
-async def measured_job(
-    engine: AsyncEngine,
-    args: argparse.Namespace,
-    problems: Sequence[Problem],
-    params: ATTSParams,
-    calibrator: Calibrator | None,
-    folder: RunFolder | None,
-    observer: Observer,
-) -> JobResult:
-    """Run one job and read the meters of both lanes."""
-    from atts_engine.evaluation.grading import GradedTask
-    from atts_engine.evaluation.job import run_job
-    from atts_engine.evaluation.lanes import LaneUse
-
-    before = engine.stats()
-    result = await run_job(
-        engine,
-        problems,
-        params,
-        observer,
-        calibrator=calibrator,
-        folder=folder,
-        concurrency=args.concurrency,
-        task=GradedTask(),
-    )
-    after, rates = engine.stats(), await engine.rates()
-    lanes = {name: LaneUse.between(before[name], after[name], rates[name]) for name in after}
-    return replace(result, lanes=lanes)
+        return await run_metered(
+            engine,
+            problems,
+            params,
+            view,
+            calibrator=calibrator,
+            folder=folder,
+            concurrency=args.concurrency,
+            task=GradedTask(),
+        )
 
 
 def lane_table(figures: Mapping[str, dict[str, Any]]) -> Table:

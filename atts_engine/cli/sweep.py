@@ -93,16 +93,25 @@ async def _cells(
     cells: list[Cell],
     folder: SweepFolder,
 ) -> list[dict[str, Any]]:
-    from atts_engine.cli.job import measured_job
     from atts_engine.engine import AsyncEngine
+    from atts_engine.evaluation.grading import GradedTask
     from atts_engine.evaluation.job import Unwatched
+    from atts_engine.evaluation.metered import run_metered
     from atts_engine.evaluation.sweep import run_sweep
 
     async with await AsyncEngine.create(options.engine_config(args)) as engine:
 
         async def one(own: ATTSParams) -> JobResult:
             calibrator = choice.make(engine, own) if own.strategy == "atts" else None
-            return await measured_job(engine, args, problems, own, calibrator, None, Unwatched())
+            return await run_metered(
+                engine,
+                problems,
+                own,
+                Unwatched(),
+                calibrator=calibrator,
+                concurrency=args.concurrency,
+                task=GradedTask(),
+            )
 
         out = human_stream(args.json)
 
