@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from atts_engine.pipeline.records import Chain
+from atts_engine.conformal.monitor import log_simple_jumper
+from atts_engine.pipeline.records import Chain, Decision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,6 +168,45 @@ def scores(kept: Sequence[float], taken: Sequence[float]) -> Plot:
     )
 
 
+def rate_so_far(decisions: Sequence[Decision], alpha: float) -> Plot:
+    """The rate of takeovers after each verdict, in the order of the verdicts, and the level that it was tested at."""
+    import numpy as np
+
+    taken = np.array([d.verdict == "takeover" for d in decisions], dtype=np.float64)
+    at = np.arange(1, len(taken) + 1)
+    drawn: list[str] = []
+    with _drawing("Takeovers so far", "verdicts", "%", drawn) as axes:
+        levels = [100 * d.level / 2**32 for d in decisions]
+        axes.plot(at, levels, color=KEPT, linewidth=0.8, alpha=0.55, label="level of the verdict")
+        axes.plot(at, 100 * np.cumsum(taken) / at, color=TAKEN, linewidth=1.8, label="rate so far")
+        axes.axhline(100 * alpha, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_ylim(0, 100)
+        axes.set_xlim(1, max(2, len(taken)))
+        axes.legend(loc="upper right")
+    return Plot(
+        drawn[0], f"The rate comes to alpha ({alpha:g}, dashed). An adaptive calibrator moves its level for that."
+    )
+
+
+def drift(decisions: Sequence[Decision]) -> Plot | None:
+    """Conformal test martingale over the p-values in the order of the verdicts; None without a smoothed p-value."""
+    values = [d.p_value for d in decisions if 0.0 <= d.p_value <= 1.0]
+    if not values:
+        return None
+    found = log_simple_jumper(values) / math.log(10)
+    drawn: list[str] = []
+    with _drawing("Calibration drift", "verdicts", "log10 of the martingale", drawn) as axes:
+        axes.plot(range(1, len(found) + 1), found, color=TARGET, linewidth=1.6)
+        axes.axhline(2.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(1, max(2, len(found)))
+        axes.set_ylim(top=max(2.5, float(found.max()) * 1.08))
+    return Plot(
+        drawn[0],
+        "Bets against the p-values being uniform. Above the dashed line (100) the scores have drifted, or those of one "
+        "problem are too much alike; while scores are exchangeable, one run in a hundred ever comes there.",
+    )
+
+
 def accuracy_against_tokens(strategies: Mapping[str, Mapping[str, Any]]) -> Plot:
     """Accuracy of the vote of each strategy over the tokens that the target generated for it."""
     drawn: list[str] = []
@@ -185,7 +226,9 @@ def accuracy_against_tokens(strategies: Mapping[str, Mapping[str, Any]]) -> Plot
     return Plot(drawn[0], "Up and to the left is better. Bars: 95% bootstrap intervals over problems.")
 
 
-def of_chains(chains: Sequence[Chain], takeovers: Mapping[str, Any], alpha: float) -> list[Plot]:
+def of_chains(
+    chains: Sequence[Chain], takeovers: Mapping[str, Any], alpha: float, decisions: Sequence[Decision] = ()
+) -> list[Plot]:
     """The plots of one strategy; those without data are left out."""
     turns = [turn for chain in chains for turn in chain.turns if turn.score is not None]
     if not turns:
@@ -196,4 +239,6 @@ def of_chains(chains: Sequence[Chain], takeovers: Mapping[str, Any], alpha: floa
         plots.append(p_values(found))
     kept = [t.score for t in turns if t.score is not None and not t.takeover]
     plots.append(scores(kept, [t.score for t in turns if t.score is not None and t.takeover]))
+    if decisions:
+        plots += [p for p in (rate_so_far(decisions, alpha), drift(decisions)) if p is not None]
     return plots

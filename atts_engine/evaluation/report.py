@@ -12,8 +12,10 @@ from atts_engine.evaluation import chains_html, lanes, page, plots
 from atts_engine.evaluation.folder import write_text
 from atts_engine.evaluation.grading import Grader
 from atts_engine.evaluation.job import JobResult
+from atts_engine.pipeline.records import Chain, Problem
 
 PROBLEMS_SHOWN = 3
+WORST_SHOWN = 6
 Section = tuple[str | None, str]
 
 
@@ -30,7 +32,9 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
         f"{figures['alpha']:g}; {figures['problems']} problems with {figures['chains_per_problem']} chains each."
     )
     sections: list[Section] = [(None, page.cards(_cards(figures)))]
-    sections += _plot_sections(lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"]))
+    sections += _plot_sections(
+        lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"], result.decisions)
+    )
     sections += _chain_sections(result)
     sections += _lane_sections({figures["strategy"]: figures})
     sections.append(("Problems", _problem_table(figures)))
@@ -52,7 +56,8 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
     def draw() -> list[plots.Plot]:
         drawn = [plots.accuracy_against_tokens(each)] if first["graded"] else []
         if "atts" in results:
-            drawn += plots.of_chains(results["atts"].chains, each["atts"]["takeovers"], each["atts"]["alpha"])
+            own, found = results["atts"], each["atts"]
+            drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.decisions)
         return drawn
 
     sections += _plot_sections(draw)
@@ -160,24 +165,37 @@ def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
 
 def _chain_sections(result: JobResult) -> list[Section]:
     same = Grader().equal
+
+    def right(problem: Problem, chain: Chain) -> bool | None:
+        if problem.answer is None:
+            return None
+        return chain.final_answer is not None and same(problem.answer, chain.final_answer)
+
     chosen = chains_html.chosen_problems(result.problems, result.chains, PROBLEMS_SHOWN)
     if not chosen:
         return []
-    line = chains_html.timeline(chosen[0][1])
+    lines = [(problem, line) for problem, chains in chosen if (line := chains_html.timeline(chains))]
     sections: list[Section] = []
-    if line:
+    if lines:
         legend = '<p class="legend"><span class="draft">draft writes</span><span>waiting for the verdict</span>'
         legend += '<span class="target">target writes</span></p>'
-        says = f'<p class="note">Chains of problem {escape(chosen[0][0].id)}, seconds since each began.</p>'
-        sections.append((f"Timeline ({result.strategy})", f'<div class="panel">{legend}{line}{says}</div>'))
+        panels = "".join(f'<div class="panel"><b>{escape(problem.id)}</b>{line}</div><br>' for problem, line in lines)
+        says = '<p class="note">One row a chain, seconds since each began.</p>'
+        sections.append((f"Time lines ({result.strategy})", legend + panels + says))
+    worst = chains_html.worst_chains(result.problems, result.chains, right, WORST_SHOWN)
+    if worst:
+        texts = [
+            f"<b>{escape(problem.id)}</b>, gold answer {escape(problem.answer or '')}"
+            f"{chains_html.chain_text(chain, False, opened=False)}"
+            for problem, chain in worst
+        ]
+        says = (
+            '<p class="note">Wrong chains that the target found likeliest: what no test of its own scores can find.</p>'
+        )
+        sections.append((f"Worst chains ({result.strategy})", f'<div class="panel">{"".join(texts)}</div>{says}'))
     blocks = []
     for problem, chains in chosen:
-        texts = []
-        for i, chain in enumerate(chains):
-            right = None
-            if problem.answer is not None:
-                right = chain.final_answer is not None and same(problem.answer, chain.final_answer)
-            texts.append(chains_html.chain_text(chain, right, opened=i == 0))
+        texts = [chains_html.chain_text(chain, right(problem, chain), opened=i == 0) for i, chain in enumerate(chains)]
         gold = "" if problem.answer is None else f" (gold answer {escape(problem.answer)})"
         blocks.append(
             f'<div class="panel"><b>{escape(problem.id)}</b>{gold}<p class="problem">{escape(problem.problem)}</p>'
