@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.grading import Grader, is_graded, is_right
 from atts_engine.evaluation.traces import has_tokens
 from atts_engine.pipeline.records import Chain
 from atts_engine.pipeline.voting import tally, winner
@@ -71,11 +71,11 @@ def grade(chains: Iterable[Chain], equal: Callable[[str, str], bool] | None = No
     outcomes = []
     for problem_id, group in by_problem(chains).items():
         gold = group[0].gold
-        if gold is None:
+        if not is_graded(problem_id, gold):
             continue
         voted = {vote: winner(tally(group, vote, same)) for vote in ("majority", "weighted")}
-        correct = tuple(c.final_answer is not None and same(gold, c.final_answer) for c in group)
-        right = {vote: answer is not None and same(gold, answer) for vote, answer in voted.items()}
+        correct = tuple(bool(is_right(problem_id, gold, c.final_answer, same)) for c in group)
+        right = {vote: bool(is_right(problem_id, gold, answer, same)) for vote, answer in voted.items()}
         outcomes.append(Outcome(problem_id, correct, right["majority"], right["weighted"], any(correct)))
     return outcomes
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from atts_engine.evaluation import chains_html, lanes, page, plots
 from atts_engine.evaluation.folder import write_text
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
 
 PROBLEMS_SHOWN = 3
@@ -174,9 +174,7 @@ def _chain_sections(result: JobResult) -> list[Section]:
     for problem, chains in chosen:
         texts = []
         for i, chain in enumerate(chains):
-            right = None
-            if problem.answer is not None:
-                right = chain.final_answer is not None and same(problem.answer, chain.final_answer)
+            right = is_right(problem.id, problem.answer, chain.final_answer, same)
             texts.append(chains_html.chain_text(chain, right, opened=i == 0))
         gold = "" if problem.answer is None else f" (gold answer {escape(problem.answer)})"
         blocks.append(

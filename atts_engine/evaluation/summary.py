@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from atts_engine.evaluation import measures
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
 from atts_engine.evaluation.lanes import lane_figures, waiting
 from atts_engine.pipeline.params import ATTSParams
@@ -45,12 +45,12 @@ def figures(result: JobResult, params: ATTSParams, same: Same | None = None) -> 
 
 
 def answers(result: JobResult, params: ATTSParams, same: Same) -> dict[str, dict[str, Any]]:
-    """{problem id: {"answer", "gold", "right", "votes"}}; `right` is None without a gold answer."""
+    """{problem id: {"answer", "gold", "right", "votes"}}; `right` is None where nothing grades the problem."""
     found = {}
     for problem in result.problems:
         votes = tally(result.of_problem(problem.id), params.vote, same)
         answer = winner(votes)
-        right = None if problem.answer is None else answer is not None and same(problem.answer, answer)
+        right = is_right(problem.id, problem.answer, answer, same)
         found[problem.id] = {"answer": answer, "gold": problem.answer, "right": right, "votes": votes}
     return found
 
