@@ -59,8 +59,8 @@ def compare_runs(first: FinishedRun, second: FinishedRun, *, seed: int = 0) -> d
 
     settings: one line for each that differs. accuracies: of each of `ACCURACIES`, {"first", "second", "difference":
     intervals, "mcnemar": {"only_first", "only_second", "p_value"}, or None where a problem can be right in part};
-    any_of is of as many chains as both have; {} where nothing is graded. costs: of draft_tokens, target_tokens and latency_s,
-    all per problem, {"first", "second", "difference", "ratio": intervals}, ratio None where second's is 0.
+    any_of is of as many chains as both have; {} where nothing is graded. costs: of draft_tokens, target_tokens and
+    latency_s, all per problem, {"first", "second", "difference", "ratio": intervals}, ratio None where second's is 0.
     `InputError` names the problem that is on one side only, or says that same ids have other problems.
     """
     _check_same_problems(first, second)

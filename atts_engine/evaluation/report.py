@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atts_engine.evaluation import chains_html, lanes, page, plots
+from atts_engine.evaluation import chains_html, lanes, page, pareto, plots
 from atts_engine.evaluation.folder import write_text
 from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
@@ -50,7 +50,7 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
     sections: list[Section] = [(None, _strategy_table(figures))]
 
     def draw() -> list[plots.Plot]:
-        drawn = [plots.accuracy_against_tokens(each)] if first["graded"] else []
+        drawn = [plots.accuracy_against(each, cost) for cost in pareto.COSTS if pareto.placed(each, cost)]
         if "atts" in results:
             drawn += plots.of_chains(results["atts"].chains, each["atts"]["takeovers"], each["atts"]["alpha"])
         return drawn

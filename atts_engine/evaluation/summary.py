@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from atts_engine.evaluation import measures
+from atts_engine.evaluation import measures, pareto
 from atts_engine.evaluation.detection import wrong_steps
 from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
@@ -67,7 +67,8 @@ def voter(params: ATTSParams, same: Same) -> Callable[[Sequence[Chain]], str | N
 def comparison(
     results: Mapping[str, JobResult], params: Mapping[str, ATTSParams], same: Same, baseline: str = "target"
 ) -> dict[str, Any]:
-    """{"strategies": {name: figures}, "against": {name: {...}}}: each strategy alone, and paired with the baseline.
+    """{"strategies": {name: figures}, "against": {name: {...}}, "pareto": `pareto.fronts`}: each strategy alone, paired
+    with the baseline, and those that are worth their cost.
 
     against: `measures.compare` of the vote, and `target_token_share`, the strategy's target-generated tokens over the
     baseline's. Empty where the baseline did not run or no problem has a gold answer.
@@ -84,7 +85,7 @@ def comparison(
                     **paired,
                     "target_token_share": _share(each[name], each[baseline]),
                 }
-    return {"strategies": each, "against": against}
+    return {"strategies": each, "against": against, "pareto": pareto.fronts(each)}
 
 
 def _share(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float | None:
