@@ -39,11 +39,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
     parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
     sweep.add_options(parser)
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("DIR_A", "DIR_B"),
+        help="two finished runs on the same problems, problem by problem; no model is run",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare strategies, or describe traces."""
+    """Compare strategies, describe traces, or compare two finished runs."""
     check_json_target(args.json)
+    if args.compare is not None:
+        from atts_engine.cli.compare import compare
+
+        return compare(args)
     if args.traces is not None:
         return _of_traces(args)
     return sweep.run(args) if sweep.wanted(args) else _compare(args)
@@ -168,18 +178,24 @@ def _of_traces(args: argparse.Namespace) -> int:
 
 
 def _trace_table(found: dict[str, Any]) -> Table:
-    from atts_engine.cli.job import accuracy_cell
+    from atts_engine.cli.job import accuracy_cell, figure_cell
 
+    takeovers = found["takeovers"]
     rows = [
         ("problems", f"{found['problems']:,}"),
         ("chains", f"{found['chains']:,}"),
         ("chain accuracy", accuracy_cell(found["chain_accuracy"])),
         ("majority", accuracy_cell(found["majority"])),
+        ("majority by spelling", accuracy_cell(found["majority_by_spelling"])),
         ("weighted vote", accuracy_cell(found["weighted"])),
-        ("any chain", accuracy_cell(found["any_of"])),
-        ("verdicts", f"{found['takeovers']['decisions']:,}"),
-        ("taken over", percent(found["takeovers"]["rate"])),
     ]
-    if found["tokens"]:
-        rows += [(f"tokens by {author}", f"{n:,}") for author, n in found["tokens"].items()]
-    return Table(f"traces in {found['traces']}", ("", ""), tuple(rows))
+    rows += [(f"any of {k}", accuracy_cell(cell)) for k, cell in (found["any_of_k"] or {}).items() if k != "1"]
+    rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
+    for author, cell in (found["tokens_per_problem"] or {}).items():
+        rows.append((f"tokens by {author}, a problem", figure_cell(cell)))
+    for name, cell in found["latency_s"].items():
+        rows.append((f"time of a problem, {name}", figure_cell(cell, " s")))
+    if (cell := found["auc_chains"]) is not None:
+        rows.append(("score tells wrong chains, AUC", figure_cell(cell)))
+    note = f"in brackets: {100 * found['level']:g}% intervals, problems drawn again"
+    return Table(f"traces in {found['traces']}", ("", ""), tuple(rows), left=2, note=note)

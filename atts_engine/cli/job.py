@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.tables import Table, count, human_stream, percent, seconds
+from atts_engine.cli.tables import Table, count, human_stream, percent, rounded, seconds
 from atts_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -136,8 +136,18 @@ def resume_hint(args: argparse.Namespace, saved: str) -> str:
 
 
 def accuracy_cell(interval: dict[str, float] | None) -> str:
-    """A mean over problems as a percentage; "-" where nothing could be graded."""
-    return "-" if interval is None else percent(interval["mean"])
+    """A rate over problems with its interval, "82.6% (77.4 to 87.4)"; "-" where there is none."""
+    if interval is None:
+        return "-"
+    return f"{percent(interval['mean'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+
+
+def figure_cell(interval: dict[str, float] | None, unit: str = "") -> str:
+    """A figure with its interval in three digits, "1,230 (1,180 to 1,290)"; "-" where there is none."""
+    if interval is None:
+        return "-"
+    mean, low, high = (rounded(interval[name]) for name in ("mean", "low", "high"))
+    return f"{mean}{unit} ({low} to {high})"
 
 
 def strategy_row(figures: dict[str, Any]) -> tuple[str, ...]:

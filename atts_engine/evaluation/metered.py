@@ -19,6 +19,8 @@ from atts_engine.runtime import Rates
 class Metered(Solver, Protocol):
     """An engine that counts what its lanes do."""
 
+    def restart_peaks(self) -> None: ...
+
     def stats(self) -> Mapping[str, Counters]: ...
 
     async def rates(self) -> Mapping[str, Rates]: ...
@@ -36,6 +38,7 @@ async def run_metered(
     task: Task | None = None,
 ) -> JobResult:
     """`run_job` with the lanes of the engine in its result."""
+    engine.restart_peaks()
     before = engine.stats()
     result = await run_job(
         engine,

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atts_engine.evaluation import chains_html, lanes, page, plots
+from atts_engine.evaluation import chains_html, lanes, page, pareto, plots
 from atts_engine.evaluation.folder import write_text
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
 from atts_engine.pipeline.records import Chain, Problem
 
@@ -54,7 +54,7 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
     sections: list[Section] = [(None, _strategy_table(figures))]
 
     def draw() -> list[plots.Plot]:
-        drawn = [plots.accuracy_against_tokens(each)] if first["graded"] else []
+        drawn = [plots.accuracy_against(each, cost) for cost in pareto.COSTS if pareto.placed(each, cost)]
         if "atts" in results:
             own, found = results["atts"], each["atts"]
             drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.decisions)
@@ -167,9 +167,7 @@ def _chain_sections(result: JobResult) -> list[Section]:
     same = Grader().equal
 
     def right(problem: Problem, chain: Chain) -> bool | None:
-        if problem.answer is None:
-            return None
-        return chain.final_answer is not None and same(problem.answer, chain.final_answer)
+        return is_right(problem.id, problem.answer, chain.final_answer, same)
 
     chosen = chains_html.chosen_problems(result.problems, result.chains, PROBLEMS_SHOWN)
     if not chosen:
