@@ -129,6 +129,20 @@ def test_the_interval_of_an_accuracy_covers_as_often_as_it_says() -> None:
     assert share(naive)[1] < 0.9
 
 
+@pytest.mark.parametrize(
+    ("problems", "accuracy", "coverage"), [(30, 0.3, 0.953), (30, 0.8, 0.946), (30, 0.95, 0.782), (100, 0.9, 0.966)]
+)
+def test_the_coverage_of_a_vote_is_what_the_docs_say(problems: int, accuracy: float, coverage: float) -> None:
+    """Exact but for the resamples: the interval depends on the number of right problems alone, which is binomial."""
+    stats = pytest.importorskip("scipy.stats", reason="the oracle scipy is not installed")
+    chances = stats.binom.pmf(np.arange(problems + 1), problems, accuracy)
+    held = 0.0
+    for right, chance in enumerate(chances):
+        found = bootstrap([1.0] * right + [0.0] * (problems - right), resamples=4000)
+        held += chance * (found.low <= accuracy <= found.high)
+    assert held == pytest.approx(coverage, abs=0.001)
+
+
 def test_the_interval_of_a_rate_covers_as_often_as_it_says() -> None:
     """Problems of 2 to 40 decisions, the longer ones with the higher rate: 0.2 and 0.6 by halves."""
 

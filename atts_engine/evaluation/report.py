@@ -77,13 +77,21 @@ def _cards(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 (name, f"{100 * cell['mean']:.1f}%", f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}")
             )
     if takeovers["decisions"]:
+        cell = takeovers["interval"]
         rate = f"{100 * takeovers['rate']:.1f}%"
-        found.append(("taken over", rate, f"of {takeovers['decisions']:,} spans, alpha {figures['alpha']:g}"))
+        spread = f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}"
+        found.append(("taken over", rate, f"of {takeovers['decisions']:,} spans, alpha {figures['alpha']:g}; {spread}"))
+    for what in ("chains", "steps"):
+        if (cell := figures[f"auc_{what}"]) is not None:
+            spread = f"AUC, 95%: {cell['low']:.3f} to {cell['high']:.3f}"
+            found.append((f"score tells wrong {what}", f"{cell['mean']:.3f}", spread))
     if tokens:
         found.append(("draft tokens", f"{tokens['draft']:,}", "generated"))
         found.append(("target tokens", f"{tokens['target']:,}", "generated; it scored the draft's besides"))
     resumed = f"{figures['restored_chains']:,} chains saved earlier" if figures["restored_chains"] else "wall time"
     found.append(("time", f"{figures['wall_s']:.1f} s", resumed))
+    slow = figures["latency_s"]["p95"]
+    found.append(("time of a problem, p95", f"{slow['mean']:.1f} s", f"95%: {slow['low']:.1f} to {slow['high']:.1f}"))
     if figures["tokens_per_s"] is not None:
         found.append(("tokens per second", f"{figures['tokens_per_s']:,.0f}", "both models"))
     if figures["errors"]:
