@@ -20,6 +20,7 @@ from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.grading import has_math_verify
 from atts_engine.evaluation.job import job_settings
 from atts_engine.evaluation.measures import Outcome
+from atts_engine.evaluation.solutions import Ballot, SavedSolution
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, Problem, Turn
 from atts_engine.pipeline.voting import tally, winner
@@ -41,8 +42,14 @@ def saved(
     settings = job_settings("d", "t", "float32", params, {}, problems)
     folder = RunFolder.open(path, settings, resume=False)
     for problem, n in zip(problems, right, strict=True):
-        for number in range(params.chains):
-            folder.add_chain(chain(problem, number, problem.answer if number < n else "-1", tokens, 1.0 + number))
+        chains = [
+            chain(problem, number, problem.answer if number < n else "-1", tokens, 1.0 + number)
+            for number in range(params.chains)
+        ]
+        for one in chains:
+            folder.add_chain(one)
+        votes = tally(chains, "majority")
+        folder.add_solution(SavedSolution(problem.id, tuple(range(params.chains)), Ballot(winner(votes), votes)))
     folder.close()
     return path
 
@@ -57,6 +64,7 @@ def test_two_runs_by_hand(tmp_path: Path) -> None:
     assert cells["chain_accuracy"]["mcnemar"] is None
     # A tie goes to the first chain's answer, so problem 2 is won by one of two.
     assert cells["majority"]["mcnemar"] == {"only_first": 2, "only_second": 0, "p_value": 0.5}
+    assert cells["voted"] == cells["majority"]
     assert cells["majority"] == {
         "first": measures.as_json(measures.bootstrap([1, 1, 1, 0])),
         "second": measures.as_json(measures.bootstrap([1, 0, 0, 0])),
@@ -92,14 +100,14 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     texts = saved(tmp_path / "texts", [0] * 4, [replace(p, problem="?") for p in PROBLEMS])
     golds = saved(tmp_path / "golds", [0] * 4, [*PROBLEMS[:3], replace(PROBLEMS[3], answer="7")])
     cut = saved(tmp_path / "cut", [2, 2, 1, 0])
-    (cut / "chains.jsonl").write_text("".join((cut / "chains.jsonl").read_text().splitlines(keepends=True)[:5]))
+    (cut / "solutions.jsonl").write_text("".join((cut / "solutions.jsonl").read_text().splitlines(keepends=True)[:2]))
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "settings.json").write_text("[]")
     for other, said in (
         (fewer, "whole has p3, .*fewer has it not \\(1 are in one only\\)"),
         (texts, "have the same ids, but differ in texts, or their order"),
         (golds, "have the same ids, but differ in the answer of p3"),
-        (cut, "cut is not finished: it holds 5 of 8 chains; go on with it by --resume"),
+        (cut, "cut is not finished: it holds 2 of 4 answers; go on with it by --resume"),
         (tmp_path / "odd", "is not the settings of a run"),
         (tmp_path / "none", "none holds no run"),
     ):

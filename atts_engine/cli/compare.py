@@ -10,6 +10,7 @@ from atts_engine.cli.tables import Table, human_stream, rounded, show, write_jso
 
 NAMES = {
     "chain_accuracy": "chain accuracy",
+    "voted": "answer",
     "majority": "majority",
     "weighted": "weighted vote",
     "any_of": "any of the chains",

@@ -15,20 +15,22 @@ from atts_engine.evaluation.folder import differences
 from atts_engine.evaluation.grading import Grader
 from atts_engine.evaluation.intervals import bootstrap, bootstrap_ratio, mcnemar, paired_bootstrap
 from atts_engine.evaluation.measures import Outcome
+from atts_engine.evaluation.solutions import read_solutions
 from atts_engine.evaluation.traces import read_chains
 from atts_engine.pipeline.records import Chain
 
-ACCURACIES = ("chain_accuracy", "majority", "weighted", "any_of")
+ACCURACIES = ("chain_accuracy", "voted", "majority", "weighted", "any_of")
 LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """What a run folder holds, all its chains being there."""
+    """What a run folder holds, all its problems being answered. answers: by problem."""
 
     name: str
     settings: Mapping[str, Any]
     chains: tuple[Chain, ...]
+    answers: Mapping[str, str | None]
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> FinishedRun:
@@ -36,7 +38,7 @@ class FinishedRun:
         folder = Path(path)
         try:
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            problems, chains_each = settings["problems"]["count"], settings["params"]["chains"]
+            problems = settings["problems"]["count"]
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder} holds no run (no settings.json): name a folder that `atts run --out` wrote, or the folder "
@@ -44,13 +46,19 @@ class FinishedRun:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / 'settings.json'} is not the settings of a run ({error!r})") from error
-        chains = read_chains(folder / "chains.jsonl", allow_torn_tail=True)
-        if len(chains) != problems * chains_each:
+        solutions = read_solutions(folder / "solutions.jsonl", allow_torn_tail=True)
+        if len(solutions) != problems:
             raise InputError(
-                f"{folder} is not finished: it holds {len(chains)} of {problems * chains_each} chains; go on with it "
-                "by --resume"
+                f"{folder} is not finished: it holds {len(solutions)} of {problems} answers; go on with it by --resume"
             )
-        return cls(str(folder), settings, tuple(chains))
+        counted = {(s.problem_id, number) for s in solutions for number in s.chains}
+        chains = read_chains(folder / "chains.jsonl", allow_torn_tail=True)
+        return cls(
+            str(folder),
+            settings,
+            tuple(c for c in chains if (c.problem_id, c.chain) in counted),
+            {s.problem_id: s.ballot.answer for s in solutions},
+        )
 
 
 def compare_runs(first: FinishedRun, second: FinishedRun, *, seed: int = 0) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def compare_runs(first: FinishedRun, second: FinishedRun, *, seed: int = 0) -> d
     """
     _check_same_problems(first, second)
     same = Grader().equal
-    graded = [measures.grade(run.chains, same) for run in (first, second)]
+    graded = [measures.grade(run.chains, same, run.answers) for run in (first, second)]
     return {
         "first": first.name,
         "second": second.name,

@@ -202,7 +202,10 @@ class _Work:
                 chains = {number: saved[number] for number in answered.chains}
                 self._finish(problem, chains, answered.ballot, restored=True)
             elif self._per_chain and not missing:
-                self._finish(problem, saved, self._vote(saved.values()), restored=True)
+                # Killed between its last chain and its answer.
+                ballot = self._vote(saved.values())
+                self._save(problem, saved, ballot)
+                self._finish(problem, saved, ballot, restored=True)
             else:
                 await self._solve(problem, saved, missing)
 
@@ -230,9 +233,12 @@ class _Work:
             ballot = self._vote(chains.values())
         took = None if self._per_chain and saved else solution.duration_s
         ballot = replace(ballot, extra=solution.extra, duration_s=took)
+        self._save(problem, chains, ballot)
+        self._finish(problem, chains, ballot, restored=False)
+
+    def _save(self, problem: Problem, chains: Iterable[int], ballot: Ballot) -> None:
         if self._folder is not None:
             self._folder.add_solution(SavedSolution(problem.id, tuple(sorted(chains)), ballot))
-        self._finish(problem, chains, ballot, restored=False)
 
     def _vote(self, chains: Iterable[Chain]) -> Ballot:
         votes = tally(chains, self._params.vote, self._task.equal)

@@ -184,7 +184,7 @@ def summary(
             author: mean([sum(getattr(c, f"{author}_tokens") for c in group) for group in groups.values()])
             for author in tokens
         },
-        "latency_s": latency_figures(chains, level=level, seed=seed),
+        "latency_s": latency_figures(latencies(chains), level=level, seed=seed),
         "auc_chains": wrong_chains(chains, same, level=level, seed=seed),
         "level": level,
     }
@@ -196,9 +196,8 @@ def draws(outcomes: Sequence[Outcome]) -> list[int]:
     return [*(2**i for i in range((most - 1).bit_length())), most]
 
 
-def latency_figures(chains: Sequence[Chain], *, level: float = 0.95, seed: int = 0) -> dict[str, Any] | None:
-    """{"mean", "p50", "p95"} of `latencies`, each with its interval; None without chains."""
-    values = latencies(chains)
+def latency_figures(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> dict[str, Any] | None:
+    """{"mean", "p50", "p95"} of the seconds of each problem, each with its interval; None without a problem."""
     if not values:
         return None
     quantiles = {f"p{q}": bootstrap_quantile(values, q / 100, level=level, seed=seed) for q in (50, 95)}
