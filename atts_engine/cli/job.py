@@ -95,9 +95,10 @@ async def watched_job(
     from atts_engine.evaluation.grading import GradedTask
     from atts_engine.evaluation.job import run_job
     from atts_engine.evaluation.lanes import LaneUse
+    from atts_engine.evaluation.register_task import RegisterTask
     from atts_engine.evaluation.summary import voter
 
-    task = GradedTask()
+    task = RegisterTask() if args.task == "registers" else GradedTask()
     same = task.equal
     detail = f"{len(problems)} problems x {params.chains} chains, seed {params.seed}"
     heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
