@@ -196,6 +196,7 @@ class AsyncEngine:
             prompt=prompt_hash(self._prompt),
             draft_tokens=params.draft_tokens,
             temperature=params.temperature,
+            score=params.settings.score,
         )
 
     def stats(self) -> dict[str, dict[str, float]]:
@@ -263,6 +264,11 @@ class AsyncEngine:
             raise InputError(
                 f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
             )
+        if calibrator.meta.score != params.settings.score and params.settings.calibrated:
+            raise InputError(
+                f"the calibrator holds scores of {calibrator.meta.score}, but the strategy {params.strategy} tests "
+                f"{params.settings.score}; make it with meta=engine.calibration_meta(params)"
+            )
         if params.early_verdict:
             self._check_early(calibrator)
         name = (id(calibrator), params.policy)
@@ -295,7 +301,7 @@ class AsyncEngine:
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
         key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,
         params.top_p,
-               params.min_p, params.takeover)  # fmt: skip
+               params.min_p, params.takeover, params.settings.score)  # fmt: skip
         if key not in self._defaults:
             self._defaults[key] = Adaptive(params.alpha, meta=self.calibration_meta(params))
         return self._defaults[key]

@@ -126,7 +126,9 @@ class CoinGate:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    async def ask(self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None, *, appraisal: Any = None
+    ) -> Judged:
         result = await lane.verdict(seq, None)
         return Judged(result.score, self.rng.random() < 0.5, sum_logprob=result.sum_logprob)
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
 
-STRATEGIES = ("draft", "target", "atts", "atts-sync")
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `eval` to the commands."""
@@ -33,7 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_early_verdict(parser)
     options.add_output(parser)
     parser.add_argument(
-        "--strategies", default="draft,target,atts,atts-sync", metavar="A,B,...", help="default: %(default)s"
+        "--strategies",
+        default="draft,target,atts,atts-sync",
+        metavar="A,B,...",
+        help="each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: %(default)s",
     )
     parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _strategies(text: str) -> tuple[str, ...]:
+    """Each as it is written, its options included."""
+    from atts_engine.pipeline.settings import parse_strategy
+
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in STRATEGIES:
-            raise InputError(f"no strategy {name!r}; there are {', '.join(STRATEGIES)}")
+        parse_strategy(name)
     if not names or len(set(names)) != len(names):
         raise InputError(f"--strategies must name each strategy once, not {text!r}")
     return names
@@ -139,7 +142,7 @@ async def _jobs(
     async with await AsyncEngine.create(options.engine_config(args)) as engine:
         for name, folder in folders.items():
             # Each strategy learns from its own scores alone.
-            calibrator = choice.make(engine, params[name]) if name == "atts" else None
+            calibrator = choice.make(engine, params[name]) if params[name].settings.calibrated else None
             results[name] = await watched_job(engine, args, problems, params[name], calibrator, folder)
     return results
 

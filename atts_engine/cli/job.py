@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
+    from atts_engine.pipeline.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class CalibrationChoice:
         return load_calibrator(self.file, replace(meta, alpha=params.alpha), frozen=self.frozen)
 
 
+def task_of(args: argparse.Namespace) -> Task:
+    """What is known of the task that the problems are of."""
+    from atts_engine.evaluation.grading import GradedTask
+    from atts_engine.evaluation.register_task import RegisterTask
+
+    return RegisterTask() if args.task == "registers" else GradedTask()
+
+
 async def watched_job(
     engine: AsyncEngine,
     args: argparse.Namespace,
@@ -92,11 +101,11 @@ async def watched_job(
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
     from atts_engine.conformal import Monitored
-    from atts_engine.evaluation.grading import GradedTask, Grader
     from atts_engine.evaluation.metered import run_metered
     from atts_engine.evaluation.summary import voter
 
-    same = Grader().equal
+    task = task_of(args)
+    same = task.equal
     detail = f"{len(problems)} problems x {params.chains} chains, seed {params.seed}"
     heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
     progress = Progress(len(problems), len(problems) * params.chains, voter(params, same), same)
@@ -111,7 +120,7 @@ async def watched_job(
             calibrator=calibrator,
             folder=folder,
             concurrency=args.concurrency,
-            task=GradedTask(),
+            task=task,
         )
 
 

@@ -149,7 +149,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
         "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
     )
     if strategy:
-        group.add_argument("--strategy", choices=("atts", "atts-sync", "draft", "target"), help="default: atts")
+        group.add_argument(
+            "--strategy",
+            metavar="NAME[:OPTION=VALUE...]",
+            help="how chains are written and voted on, such as atts (default), target or rsd:threshold=0.8; "
+            "docs/strategies.md has them all",
+        )
         group.add_argument(
             "--mode", choices=("async", "sync"), help="async is --strategy atts, sync is --strategy atts-sync"
         )
@@ -236,9 +241,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 
 def strategy_of(args: argparse.Namespace) -> str:
-    """The strategy that --strategy and --mode name together."""
+    """The strategy that --strategy and --mode name together, with its options: what `parse_strategy` reads."""
     of_mode = {"async": "atts", "sync": "atts-sync"}.get(args.mode or "")
-    if args.strategy and of_mode and args.strategy != of_mode:
+    if args.strategy and of_mode and args.strategy.partition(":")[0] != of_mode:
         raise InputError(f"--mode {args.mode} is --strategy {of_mode}, but --strategy {args.strategy} was given too")
     return args.strategy or of_mode or "atts"
 
@@ -273,9 +278,11 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False) -> ATTSParams:
-    """The algorithm's parameters, validated."""
+    """The algorithm's parameters, validated. strategy: with its options, as `strategy_of` gives it."""
     from atts_engine.config import ATTSParams
+    from atts_engine.pipeline.settings import parse_strategy
 
+    name, chosen = parse_strategy(strategy)
     return ATTSParams(
         chains=args.chains,
         turns=args.turns,
@@ -287,7 +294,8 @@ def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False)
         top_p=args.top_p,
         min_p=args.min_p,
         seed=args.seed,
-        strategy=strategy,
+        strategy=name,
+        options=chosen,
         policy=args.policy,
         takeover=args.takeover,
         vote=args.vote,

@@ -78,7 +78,7 @@ async def _job(
     from atts_engine.engine import AsyncEngine
 
     async with await AsyncEngine.create(options.engine_config(args)) as engine:
-        calibrator = choice.make(engine, params) if params.strategy == "atts" else None
+        calibrator = choice.make(engine, params) if params.settings.calibrated else None
         return await watched_job(engine, args, problems, params, calibrator, folder)
 
 

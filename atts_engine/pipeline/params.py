@@ -60,7 +60,9 @@ class ATTSParams:
             raise InputError(
                 f"early_verdict takes no policy but threshold: {self.policy} moves the level while a span is written"
             )
-        make_settings(self.strategy, self.options)
+        settings = make_settings(self.strategy, self.options)
+        if self.early_verdict and settings.score != "mean-nll":
+            raise InputError(f"early_verdict is for mean-nll over spans of tokens, not for {settings.score}")
         self.sampling(0)
 
     @property
@@ -68,9 +70,11 @@ class ATTSParams:
         """Those of the strategy."""
         return make_settings(self.strategy, self.options)
 
-    def sampling(self, key: int, *, logprobs: bool = False) -> SamplingParams:
+    def sampling(self, key: int, *, logprobs: bool = False, stop: tuple[str, ...] = ()) -> SamplingParams:
         """Sampling of one chain's spans on one lane; `key` is the chain's stream there."""
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, seed=key, logprobs=logprobs)
+        return SamplingParams(
+            self.temperature, self.top_k, self.top_p, self.min_p, seed=key, stop=stop, logprobs=logprobs
+        )
 
     @property
     def token_limit(self) -> int:

@@ -43,7 +43,9 @@ class TokenStream(Protocol):
 
 
 class Codec(Protocol):
-    """Text of token ids, specials left out."""
+    """Text of token ids, specials left out, and ids of a whole text, `InputError` where it cannot be spelled."""
+
+    def encode(self, text: str) -> Sequence[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 

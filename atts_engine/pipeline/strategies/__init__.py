@@ -11,8 +11,13 @@ from typing import Any
 from atts_engine.pipeline.events import Solution
 from atts_engine.pipeline.settings import (
     Asynchronous,
+    CoinToss,
     DraftAlone,
+    LatestTurns,
+    LongestSpans,
+    RewardGuided,
     Settings,
+    SpecReason,
     Synchronous,
     TargetAlone,
 )
@@ -24,6 +29,7 @@ __all__ = ["Pair", "Work", "solve"]
 
 _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = {
     Asynchronous: judge_alone,
+    **dict.fromkeys((CoinToss, LatestTurns, LongestSpans, RewardGuided, SpecReason), judge_alone),
     Synchronous: judge_by_rank,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
