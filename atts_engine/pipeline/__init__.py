@@ -1,7 +1,6 @@
 """The algorithm: chains, the gate, votes. Knows lanes only by protocol."""
 
 from atts_engine.pipeline.answers import find_answer
-from atts_engine.pipeline.chain import Prompts
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
 from atts_engine.pipeline.params import TAKEOVERS, ATTSParams
@@ -12,6 +11,7 @@ from atts_engine.pipeline.strategies import Pair
 from atts_engine.pipeline.task import PlainTask, Task
 from atts_engine.pipeline.translation import Tongues, Words
 from atts_engine.pipeline.voting import VOTES, tally, winner
+from atts_engine.pipeline.writer import Prompts
 
 __all__ = [
     "STRATEGIES",

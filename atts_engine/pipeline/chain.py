@@ -5,148 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 
 from atts_engine.backends import Lane, Seq
 from atts_engine.errors import ChainError, ContextFull
-from atts_engine.pipeline.answers import find_answer, last_boxed
-from atts_engine.pipeline.events import Event, TokensEvent, VerdictEvent
+from atts_engine.pipeline.events import VerdictEvent
 from atts_engine.pipeline.gate import Gate, Judged, Place
-from atts_engine.pipeline.params import ATTSParams
-from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
-from atts_engine.pipeline.streams import stream_key
-from atts_engine.pipeline.translation import Piece, Tongues, Translation, Words
-from atts_engine.runtime.records import TokenChunk
-
-
-class Prompts(NamedTuple):
-    """The prompt of one problem as each lane's model wants it."""
-
-    draft: tuple[int, ...]
-    target: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChainSpec:
-    """What one chain is to do. `deadline`: time of the event loop after which a cancellation means "end where you
-    are"."""
-
-    problem: Problem
-    chain: int
-    params: ATTSParams
-    tongues: Tongues
-    prompts: Prompts
-    emit: Callable[[Event], None]
-    deadline: float | None = None
-
-    @property
-    def expired(self) -> bool:
-        # A timer may fire early by the resolution of the clock.
-        return self.deadline is not None and asyncio.get_running_loop().time() >= self.deadline - 1e-3
-
-
-@dataclass(slots=True)
-class _Span:
-    """logprobs: of the tokens, where the lane tells them; ends: length of the span at the end of each chunk; wait_s:
-    as in `TokenChunk`. given, given_bytes: tokens that the other lane was given to score, and the length of their text
-    in UTF-8."""
-
-    tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    logprobs: list[float] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    wait_s: float | None = None
-    given: int = 0
-    given_bytes: int = 0
-
-    def add(self, chunk: TokenChunk) -> None:
-        self.tokens.extend(chunk.tokens)
-        self.logprobs.extend(chunk.logprobs)
-        if chunk.tokens:
-            self.ends.append(len(self.tokens))
-        self.finish = chunk.finish
-        self.wait_s = chunk.wait_s
-
-    def cut(self, n: int) -> None:
-        """End it behind its first n tokens."""
-        del self.tokens[n:], self.logprobs[n:]
-        self.ends = [*(end for end in self.ends if end < n), n]
-        self.finish = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """A place to come back to: lengths of the text and of both sequences, and what waited to be given over."""
-
-    text: int
-    draft: int
-    target: int
-    across: Translation
-
-
-class _Writer:
-    """The text of one chain so far, and the clock it is timed with. across: draft to target; back: target to draft."""
-
-    def __init__(self, spec: ChainSpec) -> None:
-        self.spec = spec
-        self.text = ""
-        self.across, self.back = spec.tongues.translations(*spec.prompts)
-        self.began = time.perf_counter()
-        self.wait_s: float | None = 0.0
-
-    def waited(self, seconds: float | None) -> None:
-        """None: the lane does not tell, so the sum is not known either."""
-        self.wait_s = None if self.wait_s is None or seconds is None else self.wait_s + seconds
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def wrote(self, turn: int, author: str, piece: Piece, n_tokens: int) -> None:
-        spec = self.spec
-        self.text += piece.text
-        if n_tokens or piece.text:
-            spec.emit(TokensEvent(spec.problem.id, spec.chain, turn, author, piece.text, n_tokens))
-
-    def mark(self, d: Seq, t: Seq) -> _Mark:
-        return _Mark(len(self.text), d.length, t.length, self.across.copy())
-
-    def back_to(self, mark: _Mark) -> None:
-        self.text = self.text[: mark.text]
-        across = mark.across.copy()
-        if self.back is self.across:
-            self.back = across
-        self.across = across
-
-    def answered_since(self, length: int) -> bool:
-        """Whether the last box was closed behind the first `length` characters of the text."""
-        box = last_boxed(self.text)
-        return box is not None and box.end > length
-
-    def result(self, turns: list[Turn], finish: str, error: str | None = None) -> Chain:
-        spec = self.spec
-        answer = find_answer(self.text)
-        if finish == "stop" and answer is not None:
-            finish = "answer"
-        return Chain(
-            problem_id=spec.problem.id,
-            problem_index=spec.problem.index,
-            chain=spec.chain,
-            gold=spec.problem.answer,
-            final_answer=answer,
-            duration_s=self.elapsed(),
-            turns=tuple(turns),
-            strategy=spec.params.strategy,
-            finish=finish,
-            error=error,
-            wait_s=self.wait_s,
-        )
+from atts_engine.pipeline.records import Chain, ChunkScore, Turn
+from atts_engine.pipeline.translation import Piece
+from atts_engine.pipeline.writer import ChainSpec, Mark, Span, Writer, stream_of
 
 
 async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate) -> Chain:
@@ -155,7 +27,7 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     `d` and `t` hold the prompt on either lane. A chain that cannot go on ends with `error` set and harms no other.
     """
     params = spec.params
-    writer = _Writer(spec)
+    writer = Writer(spec)
     turns: list[Turn] = []
     finish, error = "turns", None
     try:
@@ -203,51 +75,18 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     return writer.result(turns, finish, error)
 
 
-async def unwritten(spec: ChainSpec) -> Chain:
-    """A chain whose deadline came before its lanes were ready for it."""
-    return _Writer(spec).result([], "deadline")
-
-
-async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
-    """One model alone writes the whole chain: the draft-only and target-only strategies."""
-    writer = _Writer(spec)
-    words, said = _own_words(writer, author)
-    span = _Span()
-    finish, error = "length", None
-    sampling = spec.params.sampling(_stream(spec, author))
-    try:
-        async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
-            async for chunk in chunks:
-                span.add(chunk)
-                writer.wrote(0, author, said.push(chunk.tokens), len(chunk.tokens))
-        writer.waited(span.wait_s)
-        finish = span.finish or finish
-    except ChainError as failure:
-        finish, error = "error", str(failure)
-    except asyncio.CancelledError:
-        if not spec.expired:
-            raise
-        finish = "deadline"
-    text, n = words.codec.decode(span.tokens), len(span.tokens)
-    if author == "draft":
-        turn = Turn(0, text, n, t_draft=writer.elapsed())
-    else:
-        turn = Turn(0, "", 0, target=text, target_tokens=n, t_target=writer.elapsed())
-    return writer.result([turn], finish, error)
-
-
 async def _draft_and_judge(
-    writer: _Writer, turn: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
-) -> tuple[_Span, Judged, float, bool]:
+    writer: Writer, turn: int, start: Mark, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
+) -> tuple[Span, Judged, float, bool]:
     """The draft's span, its verdict, when the last draft token came, and whether the verdict was early. The target
     scores while the draft writes.
 
     An early verdict ends the span behind the token that settled it. What the draft had written beyond when the chain
     heard of it is taken back, so that chunks and the target's pace decide only how much work is spared.
     """
-    spec, span = writer.spec, _Span()
+    spec, span = writer.spec, Span()
     place, most = Place(spec.problem.id, spec.chain, turn), spec.params.draft_tokens
-    sampling = spec.params.sampling(_stream(spec, "draft"), logprobs=True)
+    sampling = spec.params.sampling(stream_of(spec, "draft"), logprobs=True)
 
     async def settled(*, wait: bool) -> int | None:
         if not spec.params.early_verdict:
@@ -289,14 +128,14 @@ async def _draft_and_judge(
     return span, judged, drafted_at, early
 
 
-async def _score(span: _Span, piece: Piece, target: Lane, t: Seq) -> None:
+async def _score(span: Span, piece: Piece, target: Lane, t: Seq) -> None:
     if piece.ids:
         await target.append(t, piece.ids, score=True)
         span.given += len(piece.ids)
         span.given_bytes += piece.n_bytes
 
 
-async def _cut(writer: _Writer, span: _Span, n: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq) -> None:
+async def _cut(writer: Writer, span: Span, n: int, start: Mark, draft: Lane, d: Seq, target: Lane, t: Seq) -> None:
     """End the span behind its first n tokens, in both lanes and in the text."""
     # The draft may hold tokens that were never handed over.
     await draft.truncate(d, start.draft + n)
@@ -309,7 +148,7 @@ async def _cut(writer: _Writer, span: _Span, n: int, start: _Mark, draft: Lane, 
 
 
 async def _hand_over(
-    writer: _Writer, turn: int, span: _Span, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq
+    writer: Writer, turn: int, span: Span, start: Mark, draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> None:
     """Leave both lanes where the target is to go on from.
 
@@ -331,13 +170,13 @@ async def _hand_over(
 
 
 async def _target_span(
-    writer: _Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq
-) -> tuple[_Span, tuple[int, ...]]:
+    writer: Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq
+) -> tuple[Span, tuple[int, ...]]:
     """The target's span. The draft follows chunk by chunk; the last chunk is handed back, since only a chain that
     goes on needs it there."""
-    spec, span = writer.spec, _Span()
+    spec, span = writer.spec, Span()
     held: tuple[int, ...] = ()
-    sampling = spec.params.sampling(_stream(spec, "target"))
+    sampling = spec.params.sampling(stream_of(spec, "target"))
     async with aclosing(target.decode(t, spec.params.target_tokens, sampling)) as chunks:
         async for chunk in chunks:
             if held:
@@ -351,7 +190,7 @@ async def _target_span(
 
 
 async def _hand_back(
-    writer: _Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
+    writer: Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> None:
     """Leave both lanes where the draft is to go on from."""
     rest = writer.back.end()
@@ -366,17 +205,8 @@ async def _take_back(lane: Lane, seq: Seq, tokens: int) -> None:
         await lane.truncate(seq, seq.length - tokens)
 
 
-def _own_words(writer: _Writer, author: str) -> tuple[Words, Translation]:
-    tongues = writer.spec.tongues
-    return (tongues.draft, writer.across) if author == "draft" else (tongues.target, writer.back)
-
-
-def _stream(spec: ChainSpec, author: str) -> int:
-    return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)
-
-
 def _turn_record(
-    spec: ChainSpec, turn: int, span: _Span, judged: Judged, drafted_at: float, judged_at: float, early: bool
+    spec: ChainSpec, turn: int, span: Span, judged: Judged, drafted_at: float, judged_at: float, early: bool
 ) -> Turn:
     return Turn(
         turn=turn,
@@ -395,7 +225,7 @@ def _turn_record(
     )
 
 
-def _chunk_scores(span: _Span, logprobs: Sequence[float], same: bool) -> tuple[ChunkScore, ...]:
+def _chunk_scores(span: Span, logprobs: Sequence[float], same: bool) -> tuple[ChunkScore, ...]:
     """Running means at the end of each chunk; none unless both lanes told the log-probability of the same tokens."""
     if not len(span.tokens) == len(span.logprobs) == len(logprobs) or not same:
         return ()

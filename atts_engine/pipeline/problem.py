@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from atts_engine.pipeline.chain import Prompts
 from atts_engine.pipeline.events import Event, Solution, SolutionEvent
 from atts_engine.pipeline.gate import Gate
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Problem
 from atts_engine.pipeline.strategies import Pair, Work, solve
 from atts_engine.pipeline.task import PlainTask, Task
+from atts_engine.pipeline.writer import Prompts
 
 
 async def run_problem(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
-from atts_engine.pipeline.chain import run_chain, unwritten
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.events import Solution
 from atts_engine.pipeline.gate import Gate, RankingGate
 from atts_engine.pipeline.settings import Asynchronous, Synchronous
+from atts_engine.pipeline.single import unwritten
 from atts_engine.pipeline.strategies.work import Work
 
 

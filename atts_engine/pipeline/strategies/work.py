@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.pipeline.chain import ChainSpec, Prompts
 from atts_engine.pipeline.events import ChainEvent, Event, Solution
 from atts_engine.pipeline.gate import Gate
 from atts_engine.pipeline.params import ATTSParams
@@ -18,6 +17,7 @@ from atts_engine.pipeline.records import Chain, Problem
 from atts_engine.pipeline.task import Task
 from atts_engine.pipeline.translation import Tongues
 from atts_engine.pipeline.voting import tally, winner
+from atts_engine.pipeline.writer import ChainSpec, Prompts
 
 
 @dataclass(frozen=True, slots=True)

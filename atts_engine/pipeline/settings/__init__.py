@@ -7,22 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from atts_engine.errors import InputError
-
-Options = tuple[tuple[str, int | float | str | bool], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Settings of one strategy. Values are checked when they are made; `InputError` names the one that cannot be.
-
-    per_chain: every chain is written for itself, so that an interrupted problem can be finished chain by chain, and the
-    problem's answer is the vote of `ATTSParams.vote`. Otherwise chains depend on one another: an interrupted problem is
-    begun anew, and the strategy says what the answer is.
-    calibrated: verdicts come from the request's calibrator at `ATTSParams.alpha`.
-    """
-
-    per_chain: ClassVar[bool] = True
-    calibrated: ClassVar[bool] = False
+from atts_engine.pipeline.settings.base import Options, Settings
+from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConsistency,
+    BestOfN,
+    EarlyStoppingConsistency,
+    SelfConsistency,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +53,10 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "atts-sync": Synchronous,
     "draft": DraftAlone,
     "target": TargetAlone,
+    "self-consistency": SelfConsistency,
+    "best-of-n": BestOfN,
+    "adaptive-consistency": AdaptiveConsistency,
+    "esc": EarlyStoppingConsistency,
 }
 
 STRATEGIES = tuple(SETTINGS)
