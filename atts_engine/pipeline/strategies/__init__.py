@@ -21,7 +21,15 @@ from atts_engine.pipeline.settings import (
     Synchronous,
     TargetAlone,
 )
+from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConsistency,
+    BestOfN,
+    EarlyStoppingConsistency,
+    SelfConsistency,
+)
 from atts_engine.pipeline.strategies.alone import write_alone
+from atts_engine.pipeline.strategies.best_of_n import best_of_n
+from atts_engine.pipeline.strategies.consistency import until_majority, until_unanimous, vote_of_all
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
 from atts_engine.pipeline.strategies.work import Pair, Work
 
@@ -33,6 +41,10 @@ _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = 
     Synchronous: judge_by_rank,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
+    SelfConsistency: vote_of_all,
+    BestOfN: best_of_n,
+    AdaptiveConsistency: until_majority,
+    EarlyStoppingConsistency: until_unanimous,
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from atts_engine.pipeline.chain import run_chain, unwritten
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.events import Solution
 from atts_engine.pipeline.gate import Gate, RankingGate, ThresholdGate
 from atts_engine.pipeline.scorers import Scorer, make_scorer
 from atts_engine.pipeline.settings import Gated, Synchronous
+from atts_engine.pipeline.single import unwritten
 from atts_engine.pipeline.strategies.work import Work
 
 
