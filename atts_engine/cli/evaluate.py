@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atts_engine.cli import options, sweep
+from atts_engine.cli import options, suite, sweep
 from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
 from atts_engine.errors import InputError
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
+
+
+DEFAULT = "draft,target,atts,atts-sync"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,14 +35,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_output(parser)
     parser.add_argument(
         "--strategies",
-        default="draft,target,atts,atts-sync",
         metavar="A,B,...",
-        help="each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: %(default)s",
+        help=f"each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: {DEFAULT}, or all with --suite",
     )
     parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
     parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
     sweep.add_options(parser)
+    suite.add_options(parser)
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -57,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         return compare(args)
     if args.traces is not None:
         return _of_traces(args)
-    return sweep.run(args) if sweep.wanted(args) else _compare(args)
+    if sweep.wanted(args):
+        return sweep.run(args)
+    return suite.run(args) if args.suite else _compare(args)
 
 
 def _strategies(text: str) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def _compare(args: argparse.Namespace) -> int:
     from atts_engine.evaluation.summary import comparison
 
     options.fill_defaults(args)
-    names = _strategies(args.strategies)
+    names = _strategies(DEFAULT if args.strategies is None else args.strategies)
     if args.early_verdict and "atts" not in names:
         raise InputError("--early-verdict belongs to the strategy atts, which --strategies leaves out")
     params = {name: options.params(args, name, args.early_verdict and name == "atts") for name in names}

@@ -24,6 +24,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     }
 }
 GYM = "reasoning-gym:"
+DEFAULT_COUNT = 48
+"""Problems of a task."""
 DEFAULTS: dict[str, Any] = {"draft_tokens": 500, "target_tokens": 500, "turns": 15}
 
 
@@ -123,7 +125,9 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
         "--seed-tasks", type=int, default=None, metavar="N", help="seed of a task's problems (default: --seed)"
     )
     group.add_argument("--steps", default=None, metavar="LO-HI", help="steps of a task's problems (default: 4-6)")
-    group.add_argument("--problems-count", type=int, default=None, metavar="N", help="problems of a task (default: 48)")
+    group.add_argument(
+        "--problems-count", type=int, default=None, metavar="N", help=f"problems of a task (default: {DEFAULT_COUNT})"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> None:
@@ -347,7 +351,7 @@ def _task_name(text: str) -> str:
 def _task(args: argparse.Namespace) -> Dataset:
     from atts_engine.evaluation import datasets
 
-    count = 48 if args.problems_count is None else args.problems_count
+    count = DEFAULT_COUNT if args.problems_count is None else args.problems_count
     if count < 1:
         raise InputError(f"--problems-count must be 1 or more, not {count}")
     seed = args.seed if args.seed_tasks is None else args.seed_tasks

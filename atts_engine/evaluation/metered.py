@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from atts_engine.conformal import Calibrator
+from atts_engine.conformal import Calibrator, Meta
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.job import JobResult, Observer, Solver, run_job
 from atts_engine.evaluation.lanes import Counters, LaneUse
@@ -22,6 +22,8 @@ class Metered(Solver, Protocol):
     def restart_peaks(self) -> None: ...
 
     def stats(self) -> Mapping[str, Counters]: ...
+
+    def calibration_meta(self, params: ATTSParams) -> Meta: ...
 
     async def rates(self) -> Mapping[str, Rates]: ...
 

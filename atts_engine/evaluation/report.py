@@ -32,13 +32,13 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
         f"{figures['alpha']:g}; {figures['problems']} problems with {figures['chains_per_problem']} chains each."
     )
     sections: list[Section] = [(None, page.cards(_cards(figures)))]
-    sections += _plot_sections(
+    sections += plot_sections(
         lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"], result.decisions)
     )
-    sections += _chain_sections(result)
+    sections += chain_sections(result)
     sections += _lane_sections({figures["strategy"]: figures})
     sections.append(("Problems", _problem_table(figures)))
-    sections.append(("Settings", _settings(figures["settings"])))
+    sections.append(("Settings", settings_panel(figures["settings"])))
     return page.page(f"ATTS run: {models['draft']} and {models['target']}", lead, sections)
 
 
@@ -60,11 +60,11 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
             drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.decisions)
         return drawn
 
-    sections += _plot_sections(draw)
+    sections += plot_sections(draw)
     shown = results.get("atts") or next(iter(results.values()))
-    sections += _chain_sections(shown)
+    sections += chain_sections(shown)
     sections += _lane_sections(each)
-    sections.append(("Settings", _settings(figures["settings"])))
+    sections.append(("Settings", settings_panel(figures["settings"])))
     return page.page(f"ATTS compared: {', '.join(each)}", lead, sections)
 
 
@@ -152,14 +152,15 @@ def _against(name: str, cell: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _plot_sections(draw: Callable[[], list[plots.Plot]]) -> list[Section]:
+def plot_sections(draw: Callable[[], list[plots.Plot]], title: str = "Plots") -> list[Section]:
+    """The plots under one heading; where there is no matplotlib, a line that says so."""
     if not plots.can_plot():
-        return [("Plots", '<p class="note">Plots need matplotlib: pip install &#x27;atts-engine[eval]&#x27;</p>')]
+        return [(title, '<p class="note">Plots need matplotlib: pip install &#x27;atts-engine[eval]&#x27;</p>')]
     drawn = draw()
     if not drawn:
         return []
     figures = "".join(f"<figure>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in drawn)
-    return [("Plots", f'<div class="plots">{figures}</div>')]
+    return [(title, f'<div class="plots">{figures}</div>')]
 
 
 def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
@@ -171,7 +172,8 @@ def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     return [("Lanes", page.table(lanes.COLUMNS, rows, [lanes.NOTE, *notes]))] if rows else []
 
 
-def _chain_sections(result: JobResult) -> list[Section]:
+def chain_sections(result: JobResult) -> list[Section]:
+    """Time lines of a few problems, the worst chains, and texts worth reading."""
     same = Grader().equal
 
     def right(problem: Problem, chain: Chain) -> bool | None:
@@ -223,7 +225,7 @@ def _problem_table(figures: Mapping[str, Any]) -> str:
     return page.table(("problem", "answer", "gold", "", "taken over", "votes"), rows, [])
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def settings_panel(settings: Mapping[str, Any]) -> str:
     return (
         f'<details class="panel"><summary>JSON</summary><pre>{escape(json.dumps(settings, indent=2))}</pre></details>'
     )

@@ -8,8 +8,8 @@ tokens that ATTS takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from atts_engine.conformal import Calibrator
 from atts_engine.errors import InputError
 from atts_engine.evaluation.folder import RunFolder, check_resumed, write_json
 from atts_engine.evaluation.frozen import match_level, settle
-from atts_engine.evaluation.job import JobResult, Observer, job_settings
+from atts_engine.evaluation.job import JobResult, Unwatched, job_settings
 from atts_engine.evaluation.metered import Metered, run_metered
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Problem
@@ -49,7 +49,6 @@ class Row:
     label: str
     params: ATTSParams
     result: JobResult
-    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +87,15 @@ class Suite:
     """Runs a suite into a folder, one run folder for each row, pass and pilot; a killed suite goes on with them."""
 
     def __init__(
-        self, setting: Setting, folder: Path, engine: Metered, task: Task, observer: Observer, *, resume: bool
+        self, setting: Setting, folder: Path, engine: Metered, task: Task, say: Callable[[str], None], *, resume: bool
     ) -> None:
-        """`InputError`: the folder cannot be written; it holds a suite and `resume` is off, or one with other
-        settings."""
+        """say: is told of each job as it begins. `InputError`: the folder cannot be written; it holds a suite and
+        `resume` is off, or one with other settings."""
         self._setting = setting
         self._folder = folder
         self._engine = engine
         self._task = task
-        self._observer = observer
+        self._say = say
         settings = suite_settings(setting)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +105,8 @@ class Suite:
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
         self._calibrations: dict[ATTSParams, tuple[Calibrator, JobResult]] = {}
+        # What stands in several blocks is run once.
+        self._results: dict[ATTSParams, JobResult] = {}
 
     async def run(self) -> list[Row]:
         rows = []
@@ -118,10 +119,13 @@ class Suite:
         params = self._setting.of(text)
         if block.equal == "tokens" and text != REFERENCE:
             params = await self._at_tokens(params, text)
-        calibrator = (await self._calibrated(params, text))[0] if params.settings.calibrated else None
-        name = f"{block.name}/{_file_name(text)}"
-        result = await self._job(name, self._setting.problems, params, calibrator)
-        return Row(block.name, text, params, result)
+        if params not in self._results:
+            calibrator, terms = None, f"{params.chains}"
+            if params.settings.calibrated:
+                calibrator, terms = (await self._calibrated(params, text))[0], f"{params.alpha:g}"
+            name = f"rows/{_file_name(text)}-{terms}"
+            self._results[params] = await self._job(name, self._setting.problems, params, calibrator)
+        return Row(block.name, text, params, self._results[params])
 
     async def _at_tokens(self, params: ATTSParams, text: str) -> ATTSParams:
         """The parameters at which the pilot problems take as many target tokens as by the reference."""
@@ -146,7 +150,8 @@ class Suite:
                 return await self._job(name, self._setting.pilot, own, calibrator)
 
             name = f"pilot/{_file_name(text)}-{params.alpha:g}"
-            self._calibrations[params] = await settle(run, params, self._setting.passes, name)
+            meta = self._engine.calibration_meta(params)
+            self._calibrations[params] = await settle(run, meta, params, self._setting.passes, name)
         return self._calibrations[params]
 
     async def _job(
@@ -156,12 +161,15 @@ class Suite:
         calibration = {} if calibrator is None else {"calibrator": calibrator.name, "frozen": True}
         settings = job_settings(draft, target, dtype, params, calibration, problems)
         folder = RunFolder.open(self._folder / name, settings, resume=True)
+        began = len(folder.restored.solutions)
+        if began < len(problems):
+            self._say(f"{name}: {len(problems)} problems" + (f", {began} of them done" if began else ""))
         try:
             return await run_metered(
                 self._engine,
                 problems,
                 params,
-                self._observer,
+                Unwatched(),
                 calibrator=calibrator,
                 folder=folder,
                 concurrency=self._setting.concurrency,

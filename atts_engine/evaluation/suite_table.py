@@ -72,7 +72,7 @@ def table_rows(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
             _percent(row["any_of"]),
             "-" if row["takeovers"]["rate"] is None else f"{100 * row['takeovers']['rate']:.1f}%",
             *(f"{row['tokens_per_problem'][author]['mean']:,.0f}" for author in ("draft", "target")),
-            f"{row['latency_s']['mean']:.2f} s",
+            f"{row['latency_s']['mean']['mean']:.2f} s",
             _difference(row["difference"]),
         )
         for row in block["rows"]
