@@ -2,10 +2,10 @@
 
     python -m bench.simulate_check            # writes bench/results/simulate_cpu.json
 
-The built-in pair solves held-out problems of 6 steps, 2 problems in flight, at each number of chains, with one thread of
-torch, which leaves other work of the machine the least to disturb. Lanes are fitted
-to what the meters of the runs at 4 and 16 chains counted (`evaluation.simulation.fit`). Two predictions of the wall time
-of the others, which differ in what is known of their work:
+The built-in pair solves held-out problems of 6 steps, 2 problems in flight, at each number of chains, with one thread
+of torch, which leaves other work of the machine least to disturb. Lanes are fitted to what the meters of the runs at
+4 and 16 chains counted (`evaluation.simulation.fit`). Two predictions of the wall time of the others, which differ in
+what is known of their work:
 
 own lengths    the turns that the predicted run itself recorded: is its time right, given its work?
 drawn lengths  chains drawn from the runs at 4 and 16, the mean of several seeds: nothing of the predicted run is known.

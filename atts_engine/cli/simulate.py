@@ -306,7 +306,7 @@ def _cells(cell: dict[str, Any]) -> tuple[str, ...]:
 
     held = [lane["peak_kv_bytes_per_gpu"] for lane in lanes.values() if lane["peak_kv_bytes_per_gpu"] is not None]
     ratios = [of(lane, "r") for lane in ("draft", "target")]
-    at_barriers = percent(time["barrier"]) + (" !" if cell["synchronisation_dominates"] else "")
+    at_barriers = percent(time["barrier"]) + (" !" if cell["synchronisation_dominates"]["chains"] else "")
     gpus = "-"
     if place is not None:
         gpus = f"{place['draft_gpus']}{'=' if place['shared'] else '+'}{place['target_gpus']}"
@@ -327,13 +327,12 @@ def _cells(cell: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _note(found: dict[str, Any]) -> str:
-    axis, dominated = found["axis"], found["synchronisation_dominates_from"]
-    parts = [
-        "simulated, not measured; ! where chains spend more time at barriers than in steps that compute their rows",
-        f"synchronisation dominates from {dominated} {axis} on"
-        if dominated
-        else "synchronisation dominates nowhere here",
-    ]
+    axis = found["axis"]
+    parts = ["simulated, not measured; ! chains spend more time at barriers than in steps that compute their rows"]
+    for strategy, places in found["synchronisation_dominates_at"].items():
+        where = [f"{what} at {', '.join(map(str, at))} {axis}" for what, at in places.items() if at]
+        if strategy in ("atts", "atts-sync"):
+            parts.append(f"synchronisation dominates in {strategy}: {'; '.join(where) or 'nowhere here'}")
     if found["tokens_estimated"]:
         parts.append("tokens are estimated from characters")
     for point in found["points"]:

@@ -43,11 +43,20 @@ def figures(
             "all": sum(tokens.values()) / outcome.seconds,
         },
         "chain_time": shares,
-        "synchronisation_dominates": shares["barrier"] > shares["computing"],
+        "synchronisation_dominates": _dominated(shares, lanes),
         "lanes": lanes,
         "gpu_hours": hours,
         "cost": None if hours is None or price_per_hour is None else hours * price_per_hour,
     }
+
+
+def _dominated(shares: Mapping[str, float], lanes: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | None]:
+    """chains: they spend more time at barriers than in steps that compute their rows. Of a lane: T_s > T_c + T_m; None
+    where the latter are not known."""
+    found: dict[str, bool | None] = {"chains": shares["barrier"] > shares["computing"]}
+    for name, lane in lanes.items():
+        found[name] = None if lane["T_c"] is None else lane["T_s"] > lane["T_c"] + lane["T_m"]
+    return found
 
 
 def _shares(o: Outcome) -> dict[str, float]:
@@ -88,12 +97,13 @@ def _lane(use: LaneUse, model: LaneModel, seconds: float) -> dict[str, Any]:
     }
 
 
-def dominated_from(points: Sequence[Mapping[str, Any]], axis: str) -> int | None:
-    """The smallest value of the sweep's axis at which the chains of `atts-sync` spend more of their time at barriers
-    than in steps that compute their rows; None where there is none."""
-    found = [
-        point[axis]
-        for point in points
-        if point["strategies"].get("atts-sync", {}).get("synchronisation_dominates", False)
-    ]
-    return min(found, default=None)
+def dominated_at(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, dict[str, list[int]]]:
+    """{strategy: {"chains", "draft" or "target": values of the sweep's axis where synchronisation dominates}}."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for point in points:
+        for strategy, cell in point["strategies"].items():
+            for what, dominated in cell.get("synchronisation_dominates", {}).items():
+                at = found.setdefault(strategy, {}).setdefault(what, [])
+                if dominated:
+                    at.append(point[axis])
+    return found

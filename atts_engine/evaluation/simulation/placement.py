@@ -59,6 +59,8 @@ class Half:
             tp = fits[0]
         if tp > NODE:
             raise InputError(f"a model is split over {NODE} GPUs at most, not {tp}: further GPUs hold further copies")
+        # Refuses a number of GPUs that does not divide the heads.
+        RooflineCost(model, device, efficiency, tp)
         return cls(name, model, tp, device, efficiency, usable, table)
 
     @property
@@ -75,8 +77,12 @@ class Half:
 
     def _lane(self, copies: int, max_batch_tokens: int, kv_bytes: float) -> LaneModel:
         room = int(kv_bytes / self.roofline.kv_bytes_per_token)
-        if copies < 1 or room < 1:
-            raise InputError(f"{self.name} needs {self.tp} GPUs or more, and more memory than its weights take")
+        if copies < 1:
+            raise InputError(f"{self.name} needs {self.tp} GPUs or more")
+        if room < 1:
+            raise InputError(
+                f"the weights of {self.name} leave no memory for KV on {self.tp} GPUs of {self.device.name}"
+            )
         return LaneModel(self.cost, copies, max_batch_tokens, room, self.tp, self.roofline.kv_bytes_per_token)
 
 
@@ -146,8 +152,10 @@ def place_split(
     if draft_gpus is not None or target_gpus is not None:
         d = draft_gpus if draft_gpus is not None else gpus - (target_gpus or 0)
         t = target_gpus if target_gpus is not None else gpus - d
-        if d + t > gpus or min(d, t) < 1:
-            raise InputError(f"{d} GPUs for the draft and {t} for the target are not {gpus}")
+        if d + t > gpus or d < draft.tp or t < target.tp:
+            raise InputError(
+                f"{d} GPUs for {draft.name} and {t} for {target.name}: of {gpus}, they need {draft.tp} and {target.tp}"
+            )
         splits = [d // draft.tp]
         total = d + t
     else:

@@ -28,7 +28,8 @@ def draw_sweep(found: Mapping[str, Any], path: Path) -> None:
     """found: of `sweep.run_sweep`. A strategy's points that did not fit are left out."""
     from matplotlib.figure import Figure
 
-    axis, dominated = found["axis"], found["synchronisation_dominates_from"]
+    axis = found["axis"]
+    dominated = found["synchronisation_dominates_at"].get("atts-sync", {}).get("chains")
     names = list(dict.fromkeys(name for point in found["points"] for name in point["strategies"]))
     figure = Figure(figsize=(12.0, 3.8), layout="constrained")
     time, speed, shares = figure.subplots(1, 3)
@@ -46,9 +47,10 @@ def draw_sweep(found: Mapping[str, Any], path: Path) -> None:
                 values = [100 * cell["chain_time"][key] for cell in cells]
                 shares.plot(at, values, line, color=COLOURS[name], marker="o", markersize=4, label=f"{name}, {key}")
     shares.set(title="Share of the chains' time", ylabel="%", ylim=(0, 100))
-    if dominated is not None:
-        shares.axvline(dominated, color="#888888", linestyle=":")
-        shares.annotate(f"synchronisation\ndominates from {dominated}", (dominated, 4), fontsize=8, ha="left")
+    for at in dominated or ():
+        shares.axvline(at, color="#888888", linestyle=":")
+    if dominated:
+        shares.annotate("dotted: synchronisation dominates", (0.03, 0.03), xycoords="axes fraction", fontsize=8)
     for axes in (time, speed, shares):
         if len(found["points"]) > 1:
             axes.set_xscale("log", base=2)

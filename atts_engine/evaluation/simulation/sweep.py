@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.simulation.figures import dominated_from, figures
+from atts_engine.evaluation.simulation.figures import dominated_at, figures
 from atts_engine.evaluation.simulation.lanes import LaneModel
 from atts_engine.evaluation.simulation.placement import Half, Placement, place_alone, place_shared, place_split
 from atts_engine.evaluation.simulation.simulator import Machine, Rules, simulate
@@ -121,7 +121,7 @@ def _run(scenario: Scenario, strategy: str, gpus: int | None, job: Job) -> dict[
 def run_sweep(
     scenario: Scenario, gpus: Sequence[int | None], chains: Sequence[int | None], turns: Sequence[int | None]
 ) -> dict[str, Any]:
-    """{"axis", "points", "synchronisation_dominates_from"}, over the one of the three that has several values.
+    """{"axis", "points", "synchronisation_dominates_at"}, over the one of the three that has several values.
 
     `InputError` where more than one has, and where no strategy fits at any point.
     """
@@ -133,4 +133,4 @@ def run_sweep(
     if all("does_not_fit" in cell for cell in cells):
         raise InputError(cells[0]["does_not_fit"])
     axis = several[0] if several else "gpus" if gpus[0] is not None else "chains"
-    return {"axis": axis, "points": points, "synchronisation_dominates_from": dominated_from(points, axis)}
+    return {"axis": axis, "points": points, "synchronisation_dominates_at": dominated_at(points, axis)}
