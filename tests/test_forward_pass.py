@@ -251,8 +251,8 @@ def as_params(fields: dict[str, object]) -> native.DecoderParams:  # type: ignor
 def test_codes_of_the_c_function() -> None:
     huge = 1 << 62
     assert c_call() == "OK"
-    for field in ("layers", "vocab", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions", "pages", "page",
-                  "threads"):  # fmt: skip
+    sizes = ("layers", "vocab", "hidden", "inner", "heads", "kv_heads", "head_dim", "max_positions", "pages", "page")
+    for field in (*sizes, "threads"):
         assert (field, c_call(**{field: 0})) == (field, "ERROR_SHAPE")
     for field in ("rows", "batch", "table_width"):
         assert (field, c_call(**{field: -1})) == (field, "ERROR_SHAPE")
