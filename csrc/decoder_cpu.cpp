@@ -12,7 +12,6 @@ namespace atts {
 namespace {
 
 constexpr int64_t kAlignment = 16;
-constexpr int64_t kPlacedRows = 16;  // below, waking a thread costs more than to turn and append them
 
 // Arrays of the workspace, [rows, their width] each, one behind the other.
 struct Workspace {
@@ -134,9 +133,8 @@ void forward(const atts_decoder_params& p, const Workspace& w) {
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     const atts_decoder_layer& l = p.layer[layer];
     product_of(normed, p.hidden, l.qkv, l.qkv_bias, w.wide, qkv_width);
-    parallel((p.rows + kPlacedRows - 1) / kPlacedRows, p.threads, [&](int64_t part) {
-      for (int64_t row = part * kPlacedRows; row < std::min((part + 1) * kPlacedRows, p.rows); ++row)
-        place(p, layer, w, row);
+    parallel_rows(p.rows, qkv_width, p.threads, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) place(p, layer, w, row);
     });
     attention(attention_of(p, layer, w.narrow, w.wide));
     product_of(w.wide, q_width, l.out, nullptr, w.delta, p.hidden);

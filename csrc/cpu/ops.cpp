@@ -10,23 +10,14 @@
 namespace atts {
 namespace {
 
-constexpr int64_t kColumns = 128;        // weight rows handed to a thread at a time, at most
-constexpr int64_t kShares = 4;           // of them for each thread, at least
-constexpr int64_t kRows = 256;           // input rows whose results lie in a thread's scratch
-constexpr int64_t kSerialValues = 32768;  // below, waking a thread costs more than the work
+constexpr int64_t kColumns = 128;  // weight rows handed to a thread at a time, at most
+constexpr int64_t kShares = 4;     // of them for each thread, at least
+constexpr int64_t kRows = 256;     // input rows whose results lie in a thread's scratch
 
 // Weight rows of a thread's share: large, for what one block leaves the next to read on; many, so that no thread waits long.
 int64_t columns_of(int64_t all, int64_t threads) {
   const int64_t even = (all / (kShares * threads) + 31) / 32 * 32;
   return std::clamp<int64_t>(even, 32, kColumns);
-}
-
-// Rows first .. last-1 to each thread, in one piece where the work is small.
-template <class Params, class Kernel>
-void by_rows(const Params& p, int64_t rows, int64_t width, Kernel kernel) {
-  const int64_t part = rows * width < kSerialValues ? rows : (rows + p.threads - 1) / p.threads;
-  parallel((rows + part - 1) / part, p.threads,
-           [&](int64_t i) { kernel(p, i * part, std::min((i + 1) * part, rows)); });
 }
 
 }  // namespace
@@ -55,11 +46,18 @@ void linear(const atts_linear_params& p) {
   });
 }
 
-void rms_norm(const atts_rms_norm_params& p) { by_rows(p, p.rows, p.width, kernels().rms_norm); }
+void rms_norm(const atts_rms_norm_params& p) {
+  parallel_rows(p.rows, p.width, p.threads, [&](int64_t first, int64_t last) { kernels().rms_norm(p, first, last); });
+}
 
-void silu_mul(const atts_silu_mul_params& p) { by_rows(p, p.rows, p.width, kernels().silu_mul); }
+void silu_mul(const atts_silu_mul_params& p) {
+  parallel_rows(p.rows, p.width, p.threads, [&](int64_t first, int64_t last) { kernels().silu_mul(p, first, last); });
+}
 
-void rope(const atts_rope_params& p) { by_rows(p, p.rows, p.heads * p.head_dim, kernels().rope); }
+void rope(const atts_rope_params& p) {
+  parallel_rows(p.rows, p.heads * p.head_dim, p.threads,
+                [&](int64_t first, int64_t last) { kernels().rope(p, first, last); });
+}
 
 atts_status check_attention_batch(const atts_attention_params& p) {
   if (p.cu_q[0] != 0 || p.cu_q[p.batch] != p.rows) return ATTS_ERROR_BATCH;
