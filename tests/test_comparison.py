@@ -242,6 +242,10 @@ def test_recorded_chains_have_their_known_figures(
     assert found["takeovers"]["interval"]["mean"] == pytest.approx(2507 / 6065)
     for cell in (found["chain_accuracy"], found["majority"], found["any_of"], found["takeovers"]["interval"]):
         assert cell["low"] < cell["mean"] < cell["high"]
+    assert found["auc_chains"] == {
+        "mean": pytest.approx(0.600, abs=5e-4), "low": pytest.approx(0.520, abs=5e-4),
+        "high": pytest.approx(0.672, abs=5e-4), "items": 1600, "wrong": 279,
+    }  # fmt: skip
     assert found["tokens"] is found["tokens_per_problem"] is None
     printed = capsys.readouterr().out
     for row in ("chain accuracy", "majority by spelling", "any of 16", "taken over", "time of a problem, p95"):

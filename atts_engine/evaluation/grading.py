@@ -81,7 +81,7 @@ def is_right(problem_id: str, gold: str | None, answer: str | None, same: Callab
     if answer is None:
         return False
     if gym.is_task(problem_id):
-        return gym.right(problem_id, gold, answer)
+        return gym.right(problem_id, answer)
     return gold is not None and same(gold, answer)
 
 
