@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,7 @@ from atts_engine.errors import InputError
 from atts_engine.pipeline.records import Problem
 
 PREFIX = "reasoning-gym"
-_ID = re.compile(rf"{PREFIX}/([a-z0-9_]+)/(\d+)/(\d+)/(\d+)/([0-9a-f]{{8}})")
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\{([^{}]*)\}")
+_ID = re.compile(rf"{PREFIX}/([a-z0-9_]+)/(-?\d+)/(\d+)/(\d+)/([0-9a-f]{{8}})")
 
 
 def problems(name: str, seed: int, size: int) -> tuple[Problem, ...]:
@@ -45,10 +45,10 @@ def is_task(problem_id: str) -> bool:
     return _ID.fullmatch(problem_id) is not None
 
 
-def right(problem_id: str, answer: str) -> bool:
-    """Whether the task gives the answer its full score, 1, as it stands or without \\text{} around words.
+def right(problem_id: str, spellings: Iterable[str]) -> bool:
+    """Whether the task gives one of the answer's spellings its full score, 1.
 
-    An answer that makes the task's grader raise is wrong. `InputError` where the problem of
+    A spelling that makes the task's grader raise is wrong. `InputError` where the problem of
     this id is another one here.
     """
     match = _ID.fullmatch(problem_id)
@@ -61,7 +61,7 @@ def right(problem_id: str, answer: str) -> bool:
             f"{problem_id} is another problem here: grade it with the version of reasoning-gym, and the "
             "PYTHONHASHSEED, that made it"
         )
-    return any(_score(task, entry, text) >= 1.0 for text in {answer, _WRAPPED.sub(r"\1", answer)})
+    return any(_score(task, entry, text) >= 1.0 for text in spellings)
 
 
 def _digest(question: str) -> str:
