@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
 
+COSTS = {"target tokens": "target_tokens", "time": "latency_s"}
 STRATEGIES = ("draft", "target", "atts", "atts-sync")
 
 
@@ -146,6 +147,9 @@ def _table(found: dict[str, Any], chains: int) -> Table:
 
     each = found["strategies"]
     notes = [against_line(name, cell) for name, cell in found["against"].items()]
+    fronts = (f"by {cost}: {', '.join(found['pareto'][key])}" for cost, key in COSTS.items() if found["pareto"][key])
+    if line := "; ".join(fronts):
+        notes.append(f"on the Pareto front {line}")
     if any(figures["restored_chains"] for figures in each.values()):
         notes.append(RESUMED_NOTE)
     first = next(iter(each.values()))
