@@ -191,7 +191,8 @@ def _trace_table(found: dict[str, Any]) -> Table:
         ("weighted vote", accuracy_cell(found["weighted"])),
     ]
     rows += [(f"any of {k}", accuracy_cell(cell)) for k, cell in (found["any_of_k"] or {}).items() if k != "1"]
-    rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
+    if takeovers["decisions"]:
+        rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
     for author, cell in (found["tokens_per_problem"] or {}).items():
         rows.append((f"tokens by {author}, a problem", figure_cell(cell)))
     for name, cell in found["latency_s"].items():
