@@ -248,8 +248,18 @@ def test_recorded_chains_have_their_known_figures(
     assert found["any_of_k"]["1"]["mean"] == pytest.approx(1321 / 1600)
     assert found["takeovers"]["rate"] == pytest.approx(2507 / 6065)
     assert found["takeovers"]["interval"]["mean"] == pytest.approx(2507 / 6065)
-    for cell in (found["chain_accuracy"], found["majority"], found["any_of"], found["takeovers"]["interval"]):
-        assert cell["low"] < cell["mean"] < cell["high"]
+    for cell, low, high in (
+        (found["chain_accuracy"], 0.774, 0.874),
+        (found["majority_by_spelling"], 0.86, 0.97),
+        (found["majority"], 0.88, 0.97),
+        (found["any_of"], 0.93, 1.0),
+        (found["takeovers"]["interval"], 0.362, 0.464),
+    ):
+        assert (cell["low"], cell["high"]) == pytest.approx((low, high), abs=6e-4)
+    assert found["auc_chains"] == {
+        "mean": pytest.approx(0.600, abs=5e-4), "low": pytest.approx(0.520, abs=5e-4),
+        "high": pytest.approx(0.672, abs=5e-4), "items": 1600, "wrong": 279,
+    }  # fmt: skip
     assert found["tokens"] is found["tokens_per_problem"] is None
     printed = capsys.readouterr().out
     for row in ("chain accuracy", "majority by spelling", "any of 16", "taken over", "time of a problem, p95"):

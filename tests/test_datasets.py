@@ -141,6 +141,7 @@ def test_columns_can_be_named() -> None:
         ({"problem": " ", "answer": "1"}, {}, "row 0: column 'problem' must be a text"),
         ({"problem": "q", "answer": None}, {}, "row 0: no answer in column 'answer'"),
         ({"problem": "q", "answer": []}, {}, "row 0: no answer in column 'answer'"),
+        ({"problem": "q", "answer": float("nan")}, {}, "row 0: no answer in column 'answer'"),
         ({"problem": "q", "answer": True}, {}, "row 0: no answer in column 'answer'"),
         ({"problem": "q", "solution": "no box"}, {}, "row 0: no answer in column 'solution'"),
     ],
@@ -196,13 +197,17 @@ def test_a_task_of_reasoning_gym_grades_its_own_answers() -> None:
     found = chosen("--task", "reasoning-gym:chain_sum", "--problems-count", "4", "--seed-tasks", "7")
     assert found == datasets.from_gym("chain_sum", 7, 4)
     assert found != datasets.from_gym("chain_sum", 8, 4)
-    assert found.problems[2].id == "reasoning-gym/chain_sum/7/4/2"
+    assert all(gym.is_task(p.id) for p in datasets.from_gym("chain_sum", -1, 2).problems)
+    assert found.problems[2].id.startswith("reasoning-gym/chain_sum/7/4/2/")
     for p in found.problems:
         assert p.answer is not None
         assert found.right(p, p.answer) and found.right(p, rf"\text{{{p.answer}}}")
         assert not found.right(p, str(int(p.answer) + 1)) and not found.right(p, None)
-    with pytest.raises(InputError, match="another version of reasoning-gym"):
-        gym.right(found.problems[0].id, "nothing", "1")
+    other = f"{found.problems[0].id.rpartition('/')[0]}/00000000"
+    with pytest.raises(InputError, match="is another problem here: grade it with the version of reasoning-gym"):
+        gym.right(other, ["1"])
+    with pytest.raises(InputError, match="is not the id of a reasoning-gym problem"):
+        gym.right("math500-000", ["1"])
 
 
 def test_a_task_with_many_right_answers_needs_no_gold_one() -> None:

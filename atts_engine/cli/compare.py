@@ -51,6 +51,6 @@ def _table(found: dict[str, Any]) -> Table:
         "got right and the other wrong; p: exact McNemar test",
     ]
     if found["settings"]:
-        notes.append(f"settings that differ (B is the later): {'; '.join(found['settings'])}")
+        notes.append(f"settings that differ (was: A, is: B): {'; '.join(found['settings'])}")
     columns = ("", "A", "B", "A - B", "only A", "only B", "p")
     return Table(f"{found['problems']} problems, paired", columns, tuple(rows), note="\n".join(notes))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
 
-
+COSTS = {"target tokens": "target_tokens", "time": "latency_s"}
 DEFAULT = "draft,target,atts,atts-sync"
 
 
@@ -157,6 +157,9 @@ def _table(found: dict[str, Any], chains: int) -> Table:
 
     each = found["strategies"]
     notes = [against_line(name, cell) for name, cell in found["against"].items()]
+    fronts = (f"by {cost}: {', '.join(found['pareto'][key])}" for cost, key in COSTS.items() if found["pareto"][key])
+    if line := "; ".join(fronts):
+        notes.append(f"on the Pareto front {line}")
     if any(figures["restored_chains"] for figures in each.values()):
         notes.append(RESUMED_NOTE)
     first = next(iter(each.values()))
@@ -198,7 +201,8 @@ def _trace_table(found: dict[str, Any]) -> Table:
         ("weighted vote", accuracy_cell(found["weighted"])),
     ]
     rows += [(f"any of {k}", accuracy_cell(cell)) for k, cell in (found["any_of_k"] or {}).items() if k != "1"]
-    rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
+    if takeovers["decisions"]:
+        rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
     for author, cell in (found["tokens_per_problem"] or {}).items():
         rows.append((f"tokens by {author}, a problem", figure_cell(cell)))
     for name, cell in found["latency_s"].items():

@@ -75,14 +75,15 @@ def is_graded(problem_id: str, gold: str | None) -> bool:
 def is_right(problem_id: str, gold: str | None, answer: str | None, same: Callable[[str, str], bool]) -> bool | None:
     """Whether the answer solves the problem; None without a rule (`is_graded`). No answer is a wrong one.
 
-    A reasoning-gym task grades its own answers; every other is right if `same(gold, answer)`.
+    A reasoning-gym task grades its own answers, as they stand and without \\text{} around words; every other is right
+    if `same(gold, answer)`.
     """
     if not is_graded(problem_id, gold):
         return None
     if answer is None:
         return False
     if gym.is_task(problem_id):
-        return gym.right(problem_id, gold, answer)
+        return gym.right(problem_id, {answer, _TEXT.sub(r"\1", answer)})
     return gold is not None and same(gold, answer)
 
 

@@ -1,13 +1,17 @@
 """Tasks of reasoning-gym (arXiv 2505.24760) by name and seed, graded by each task's own `score_answer`.
 
-A problem's id holds all that makes it, ``reasoning-gym/NAME/SEED/SIZE/INDEX``, so a trace file alone
-suffices to grade its chains. SIZE belongs to it: one task (`acre`) draws other problems where more are asked for.
+A problem's id holds all that makes it, ``reasoning-gym/NAME/SEED/SIZE/INDEX/DIGEST``, so a trace file alone suffices to
+grade its chains. SIZE belongs to it: one task (`acre`) draws other problems where more are asked for. DIGEST is one of
+the question: versions draw different ones, and those of three tasks depend on the process's PYTHONHASHSEED too
+(docs/evaluation.md).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -15,8 +19,7 @@ from atts_engine.errors import InputError
 from atts_engine.pipeline.records import Problem
 
 PREFIX = "reasoning-gym"
-_ID = re.compile(rf"{PREFIX}/([a-z0-9_]+)/(\d+)/(\d+)/(\d+)")
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\{([^{}]*)\}")
+_ID = re.compile(rf"{PREFIX}/([a-z0-9_]+)/(-?\d+)/(\d+)/(\d+)/([0-9a-f]{{8}})")
 
 
 def problems(name: str, seed: int, size: int) -> tuple[Problem, ...]:
@@ -27,12 +30,13 @@ def problems(name: str, seed: int, size: int) -> tuple[Problem, ...]:
     """
     if size < 1:
         raise InputError(f"a reasoning-gym task needs 1 problem or more, not {size}")
-    task = _task(name, seed, size)
     found = []
     for index in range(size):
-        entry = task[index]
+        entry = _entry(name, seed, size, index)
         answer = None if entry["answer"] is None else str(entry["answer"])
-        found.append(Problem(f"{PREFIX}/{name}/{seed}/{size}/{index}", str(entry["question"]), answer, index))
+        question = str(entry["question"])
+        problem_id = f"{PREFIX}/{name}/{seed}/{size}/{index}/{_digest(question)}"
+        found.append(Problem(problem_id, question, answer, index))
     return tuple(found)
 
 
@@ -41,24 +45,27 @@ def is_task(problem_id: str) -> bool:
     return _ID.fullmatch(problem_id) is not None
 
 
-def right(problem_id: str, gold: str | None, answer: str) -> bool:
-    """Whether the task gives the answer its full score, 1, as it stands or without \\text{} around words.
+def right(problem_id: str, spellings: Iterable[str]) -> bool:
+    """Whether the task gives one of the answer's spellings its full score, 1.
 
-    An answer that makes the task's grader raise is wrong. `InputError` where `gold` is not what
-    the installed reasoning-gym makes for this id: another version draws another problem.
+    A spelling that makes the task's grader raise is wrong. `InputError` where the problem of
+    this id is another one here.
     """
     match = _ID.fullmatch(problem_id)
     if match is None:
         raise InputError(f"{problem_id!r} is not the id of a {PREFIX} problem")
     name, seed, size, index = match[1], int(match[2]), int(match[3]), int(match[4])
-    task = _task(name, seed, size)
-    entry = task[index]
-    made = None if entry["answer"] is None else str(entry["answer"])
-    if made != gold:
+    task, entry = _task(name, seed, size), _entry(name, seed, size, index)
+    if _digest(str(entry["question"])) != match[5]:
         raise InputError(
-            f"{problem_id} was made by another version of reasoning-gym: its answer was {gold!r} and is {made!r} here"
+            f"{problem_id} is another problem here: grade it with the version of reasoning-gym, and the "
+            "PYTHONHASHSEED, that made it"
         )
-    return any(_score(task, entry, text) >= 1.0 for text in {answer, _WRAPPED.sub(r"\1", answer)})
+    return any(_score(task, entry, text) >= 1.0 for text in spellings)
+
+
+def _digest(question: str) -> str:
+    return hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
 
 
 def _score(task: Any, entry: dict[str, Any], answer: str) -> float:
@@ -67,6 +74,12 @@ def _score(task: Any, entry: dict[str, Any], answer: str) -> float:
     except Exception:
         # Not every grader guards itself against what a model may write, each in its own way.
         return 0.0
+
+
+@cache
+def _entry(name: str, seed: int, size: int, index: int) -> dict[str, Any]:
+    # Some tasks search for seconds before they have a problem.
+    return dict(_task(name, seed, size)[index])
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ def problems(
         rows = datasets.load_dataset(wanted.name, wanted.config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         # The package raises its own kinds of these for no network, no such set, no such configuration, no such split.
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"the data set {reference} cannot be loaded: {first}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"the data set {reference} cannot be loaded: {reason[:300]}") from error
     return of_rows(rows, rows.column_names, wanted.name, question=question, answer=answer, limit=limit)
 
 
@@ -99,7 +100,7 @@ def gold_answer(value: Any, *, worked: bool = False) -> str | None:
         parts = [part for part in (gold_answer(item) for item in value) if part is not None]
         return ", ".join(parts) if len(parts) == len(value) > 0 else None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return str(value) if math.isfinite(value) else None
     if not isinstance(value, str):
         return None
     _, mark, last = value.rpartition("####")
