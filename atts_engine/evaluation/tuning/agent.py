@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +17,9 @@ from atts_engine.evaluation.tuning.trial import Trial
 
 MAX_INSIGHTS = 6
 MAX_CHARACTERS = 400
+"""Of one insight or reason."""
+MAX_ANSWER = 100_000
+"""Characters at an answer's end that are looked through for JSON."""
 T = TypeVar("T")
 
 
@@ -86,7 +88,7 @@ class Agent:
 
 def json_object(text: str) -> dict[str, Any]:
     """The last JSON object of a text that may hold thoughts and code fences around it. `InputError` without one."""
-    text = re.sub(r".*</think>", "", text, flags=re.DOTALL)
+    text = text[-MAX_ANSWER:].rpartition("</think>")[2]
     decoder = json.JSONDecoder()
     found: dict[str, Any] | None = None
     at = text.find("{")

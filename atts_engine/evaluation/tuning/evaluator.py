@@ -73,8 +73,8 @@ class EngineEvaluator:
         self._open: tuple[str, AsyncEngine] | None = None
 
     def planned(self, configuration: Configuration, history: Sequence[Trial]) -> dict[str, float] | None:
-        """Costs from the median over trials of a chain's length, and from the mean prompt; seconds at the best rate that
-        any trial reached.
+        """Costs from the median over trials of a chain's length, and from the mean prompt; seconds at the best rate
+        that any trial reached.
 
         Trials that ran out of turns make the median smaller than a whole solution. That is the side to err on: what is
         planned too cheap is measured and found out, what is planned too dear is never run.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation.folder import differences, write_json
@@ -55,6 +56,14 @@ class StudyFolder:
     def close(self) -> None:
         """Close the file; all that was added is in it already."""
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any], resume: bool) -> None:

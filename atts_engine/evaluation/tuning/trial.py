@@ -36,9 +36,9 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """number: from 1, the trial's line in trials.jsonl. state: "measured"; "pruned" (ended early, hopeless); "infeasible"
-    (its planned cost is over the budget, so it was not run); "refused" (the proposer named nothing that could be run;
-    no configuration then).
+    """number: from 1, the trial's line in trials.jsonl. state: "measured"; "pruned" (ended early, hopeless);
+    "infeasible" (its planned cost is over the budget, so it was not run); "refused" (the proposer named nothing that
+    could be run; no configuration then).
 
     planned_cost: in the budget's kind, None where nothing was known to plan with. repeats: number of the trial with the
     same configuration whose measurement this is. insights: what the proposer believed when it proposed; reason: why it
