@@ -3,8 +3,8 @@
     python -m bench.tune_registers       # writes bench/results/tune_cpu.json
 
 Every proposer has the same problems, budget and number of proposals, with several seeds of its own; the best
-configuration of each study is then run on held-out problems. `untuned` is the task's default setting with as many chains
-as the budget allows.
+configuration of each study is then run on held-out problems. `untuned` is the default setting of the task with as
+many chains as the budget allows.
 """
 
 from __future__ import annotations
