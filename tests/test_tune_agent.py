@@ -96,7 +96,7 @@ def test_a_resumed_agent_is_told_what_it_would_have_been_told(tmp_path: Path) ->
         (first(chains=99), "chains must be a whole number from 1 to 16, not 99"),
         (first(alpha="high"), "alpha must be a number from 0.1 to 0.9, not 'high'"),
         (first(pair="d:gpt"), "pair must be one of d:t, d:big, not 'd:gpt'"),
-        (first(depth=2), "depth is no setting"),
+        (first(depth=2), "'depth' is no setting"),
         ('{"insights": ["x"], "configuration": 3}', '"configuration" must be an object'),
         ('{"insights": "x", "configuration": {}}', '"insights" must be a list of sentences'),
     ],
@@ -129,11 +129,12 @@ def test_insights_that_cannot_be_read_leave_those_before_them(tmp_path: Path) ->
     assert "- old" in model.said(2)
 
 
-def test_insights_are_bounded() -> None:
-    lines = ["x" * 1000] * 50
+def test_insights_are_bounded_and_plain() -> None:
+    lines = ["\x1b[31mred", *["x" * 1000] * 50]
     with serving(json.dumps({"insights": lines, "configuration": GOOD})) as model:
         proposal = agent(model).propose([])
     assert len(proposal.insights) == 6 and max(map(len, proposal.insights)) == 400
+    assert proposal.insights[0] == "[31mred"
 
 
 def test_json_is_found_among_thoughts_and_fences() -> None:

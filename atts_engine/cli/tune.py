@@ -249,10 +249,11 @@ def _pairs(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 
 def _pair(text: str) -> tuple[str, str]:
     # The colons of a scheme and of a port belong to a model's name.
-    parts = re.split(r":(?!//|\d+/)", text)
-    if len(parts) != 2 or not all(parts):
+    model = r"(\w+://[^/]*/[^:]*|[^:]+)"
+    found = re.fullmatch(f"{model}:{model}", text)
+    if found is None:
         raise InputError(f"--pair must be DRAFT:TARGET, not {text!r}")
-    return parts[0], parts[1]
+    return found[1], found[2]
 
 
 def _budget(args: argparse.Namespace) -> Budget:

@@ -197,7 +197,8 @@ class Point:
 
 
 def accuracy_against_cost(points: Sequence[Point], limit: float, best: Point | None, unit: str) -> Plot:
-    """Configurations that a study measured, those that nothing dominates joined by a line, and the budget."""
+    """Configurations that a study measured, at least one; those that nothing dominates joined by a line; and the
+    budget, unless it is so far off that the points would be squeezed together."""
     drawn: list[str] = []
     with _drawing("Accuracy against cost", f"{unit} a problem", "%", drawn) as axes:
         for point in points:
@@ -210,8 +211,9 @@ def accuracy_against_cost(points: Sequence[Point], limit: float, best: Point | N
             )
         front = sorted((p.cost, 100 * p.accuracy) for p in points if p.front)
         axes.plot([x for x, _ in front], [y for _, y in front], color=KEPT, linewidth=1.2, drawstyle="steps-post")
-        axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(limit, 1.01, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
+        if limit <= 2 * max(point.cost for point in points):
+            axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.text(limit, 1.01, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
         axes.set_ylim(-3, 103)
     return Plot(
         drawn[0],

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation.tuning import prompts
-from atts_engine.evaluation.tuning.chat import ChatEndpoint, ChatMessage
+from atts_engine.evaluation.tuning.chat import ChatEndpoint, ChatMessage, one_line
 from atts_engine.evaluation.tuning.cost import Budget, Sizes, Unit
 from atts_engine.evaluation.tuning.proposer import Proposal
 from atts_engine.evaluation.tuning.space import Configuration, Space
@@ -18,6 +18,7 @@ from atts_engine.evaluation.tuning.trial import Trial
 MAX_INSIGHTS = 6
 MAX_CHARACTERS = 400
 """Of one insight or reason."""
+MAX_COMPLAINT = 1000
 MAX_ANSWER = 100_000
 """Characters at an answer's end that are looked through for JSON."""
 T = TypeVar("T")
@@ -68,10 +69,14 @@ class Agent:
             try:
                 return read(json_object(said))
             except InputError as error:
-                complaints.append(str(error))
+                complaint = one_line(str(error), MAX_COMPLAINT)
+                complaints.append(complaint)
                 messages += [
                     {"role": "assistant", "content": said},
-                    {"role": "user", "content": f"This cannot be used: {error}. Answer again, with the JSON alone."},
+                    {
+                        "role": "user",
+                        "content": f"This cannot be used: {complaint}. Answer again, with the JSON alone.",
+                    },
                 ]
         return None
 
@@ -83,7 +88,7 @@ class Agent:
         if not isinstance(values, dict):
             raise InputError('"configuration" must be an object with every setting')
         reason = found.get("reason")
-        return self.space.configuration(values), reason[:MAX_CHARACTERS] if isinstance(reason, str) else None
+        return self.space.configuration(values), one_line(reason, MAX_CHARACTERS) if isinstance(reason, str) else None
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -109,4 +114,4 @@ def _insights(found: Mapping[str, Any]) -> tuple[str, ...]:
     lines = found.get("insights")
     if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
         raise InputError('"insights" must be a list of sentences')
-    return tuple(" ".join(line.split())[:MAX_CHARACTERS] for line in lines[:MAX_INSIGHTS])
+    return tuple(one_line(line, MAX_CHARACTERS) for line in lines[:MAX_INSIGHTS])

@@ -110,4 +110,9 @@ def _content(raw: bytes) -> str:
 
 
 def _excerpt(raw: bytes) -> str:
-    return " ".join(raw.decode("utf-8", "replace").split())[:200]
+    return one_line(raw.decode("utf-8", "replace"), 200)
+
+
+def one_line(text: str, characters: int) -> str:
+    """At most so many characters of a foreign text, on one line and without the codes that move a terminal."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:characters]

@@ -158,7 +158,7 @@ class EngineEvaluator:
         wall_s: float,
     ) -> Measurement:
         right = self._right(chains, configuration.params(self._base))
-        interval = measures.bootstrap([float(r) for r in right])
+        interval = measures.wilson(sum(right), len(right))
         prompts = [engine.prompt_lengths(problem) for problem in problems]
         count, n = len(chains), len(problems)
         work = Workload(

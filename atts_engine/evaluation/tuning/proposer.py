@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from atts_engine.errors import InputError
 from atts_engine.evaluation.tuning.space import NAMES, Configuration, Space
 from atts_engine.evaluation.tuning.trial import Trial
+
+MAX_GRID = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,15 @@ class RandomSearch:
 class GridSearch:
     """All combinations of a few levels of every range and all values of every choice, in random order.
 
-    levels: of a range. Ends when every combination was proposed.
+    levels: of a range. Ends when every combination was proposed. `InputError` for more of them than anybody can run.
     """
 
     def __init__(self, space: Space, seed: int, levels: int = 3) -> None:
         self._space = space
-        self._points = list(itertools.product(*(space.dimensions[name].levels(levels) for name in NAMES)))
+        axes = [space.dimensions[name].levels(levels) for name in NAMES]
+        if (size := math.prod(map(len, axes))) > MAX_GRID:
+            raise InputError(f"a grid of {size:,} configurations is too large: take fewer levels or narrower ranges")
+        self._points = list(itertools.product(*axes))
         random.Random(f"tune/{seed}").shuffle(self._points)
 
     def propose(self, history: Sequence[Trial]) -> Proposal | None:

@@ -144,7 +144,7 @@ class Space:
     def configuration(self, values: Mapping[str, Any]) -> Configuration:
         """The configuration that `values` spell out; `InputError` names every value that is missing, unknown or out of
         its range."""
-        unknown = [f"{name} is no setting" for name in values if name not in self.dimensions]
+        unknown = [f"{name!r} is no setting" for name in values if name not in self.dimensions]
         missing = [f"{name} is missing" for name in NAMES if name not in values]
         wrong = [
             f"{name} {complaint}"

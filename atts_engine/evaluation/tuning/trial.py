@@ -17,7 +17,7 @@ STATES = ("measured", "pruned", "infeasible", "refused")
 class Measurement:
     """What a configuration achieved on the tuning problems.
 
-    accuracy, low, high: share of problems whose vote is right, with its interval over problems; takeover_rate: None
+    accuracy, low, high: share of problems whose vote is right, with its 95% Wilson interval; takeover_rate: None
     without a verdict; text_tokens: mean length of a chain's text; work, costs: for one problem (see `cost`); wall_s:
     seconds of all problems together. Of a pruned trial all of it is of the problems that were run.
     """
