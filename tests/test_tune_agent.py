@@ -204,7 +204,10 @@ def test_the_key_is_sent_and_never_shown() -> None:
     assert "sec" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h/v1", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://h/v1", "http://", "file:///etc/passwd", "http://h:x/v1", "http://[h/v1", "http://é/v1"],
+)
 def test_an_url_that_is_none(url: str) -> None:
     with pytest.raises(InputError, match="the agent's URL must be"):
         ChatEndpoint(url, "m")

@@ -51,8 +51,7 @@ class ChatEndpoint:
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_http(self.url):
             raise InputError(f"the agent's URL must be http://HOST[:PORT]/v1 or https://..., not {self.url!r}")
         if self.key is not None and (not self.key.isascii() or not self.key.isprintable()):
             raise InputError("the agent's key must be printable ASCII on one line")
@@ -97,6 +96,15 @@ class ChatEndpoint:
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise _Passing(str(getattr(error, "reason", None) or error or type(error).__name__)) from error
         return _content(raw)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sound = url.isascii() and url.isprintable() and " " not in url and parts.port != 0
+    except ValueError:
+        return False
+    return sound and parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _content(raw: bytes) -> str:
