@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
 
-STRATEGIES = ("draft", "target", "atts", "atts-sync")
+STRATEGIES = ("draft", "target", "speculative", "atts", "atts-sync")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

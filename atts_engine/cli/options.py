@@ -118,6 +118,13 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
     group.add_argument("--turns", type=int, metavar="N", help="turns a chain has at most (default: 15)")
     group.add_argument("--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500)")
     group.add_argument("--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500)")
+    group.add_argument(
+        "--proposal-tokens",
+        type=int,
+        default=5,
+        metavar="K",
+        help="tokens that the draft proposes at a time with the strategy speculative (default: %(default)s)",
+    )
     group.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
     group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -134,7 +141,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
         "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
     )
     if strategy:
-        group.add_argument("--strategy", choices=("atts", "atts-sync", "draft", "target"), help="default: atts")
+        group.add_argument(
+            "--strategy", choices=("atts", "atts-sync", "draft", "target", "speculative"), help="default: atts"
+        )
         group.add_argument(
             "--mode", choices=("async", "sync"), help="async is --strategy atts, sync is --strategy atts-sync"
         )
@@ -277,6 +286,7 @@ def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False)
         takeover=args.takeover,
         vote=args.vote,
         early_verdict=early_verdict,
+        proposal_tokens=args.proposal_tokens,
     )
 
 

@@ -23,7 +23,7 @@ from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, ChunkScore, Problem, Turn
 from atts_engine.pipeline.streams import stream_key
 from atts_engine.pipeline.translation import Piece, Tongues, Translation, Words
-from atts_engine.runtime.records import TokenChunk
+from atts_engine.runtime.records import SamplingParams, TokenChunk
 
 
 class Prompts(NamedTuple):
@@ -91,7 +91,7 @@ class _Mark:
     across: Translation
 
 
-class _Writer:
+class Writer:
     """The text of one chain so far, and the clock it is timed with. across: draft to target; back: target to draft."""
 
     def __init__(self, spec: ChainSpec) -> None:
@@ -107,6 +107,10 @@ class _Writer:
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
+
+    def sampling(self, author: str) -> SamplingParams:
+        """How the chain's tokens of one author are drawn."""
+        return self.spec.params.sampling(_stream(self.spec, author))
 
     def wrote(self, turn: int, author: str, piece: Piece, n_tokens: int) -> None:
         spec = self.spec
@@ -155,7 +159,7 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     `d` and `t` hold the prompt on either lane. A chain that cannot go on ends with `error` set and harms no other.
     """
     params = spec.params
-    writer = _Writer(spec)
+    writer = Writer(spec)
     turns: list[Turn] = []
     finish, error = "turns", None
     try:
@@ -205,16 +209,16 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
 
 async def unwritten(spec: ChainSpec) -> Chain:
     """A chain whose deadline came before its lanes were ready for it."""
-    return _Writer(spec).result([], "deadline")
+    return Writer(spec).result([], "deadline")
 
 
 async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
     """One model alone writes the whole chain: the draft-only and target-only strategies."""
-    writer = _Writer(spec)
+    writer = Writer(spec)
     words, said = _own_words(writer, author)
     span = _Span()
     finish, error = "length", None
-    sampling = spec.params.sampling(_stream(spec, author))
+    sampling = writer.sampling(author)
     try:
         async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
             async for chunk in chunks:
@@ -237,7 +241,7 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chai
 
 
 async def _draft_and_judge(
-    writer: _Writer, turn: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
+    writer: Writer, turn: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq, gate: Gate
 ) -> tuple[_Span, Judged, float, bool]:
     """The draft's span, its verdict, when the last draft token came, and whether the verdict was early. The target
     scores while the draft writes.
@@ -296,7 +300,7 @@ async def _score(span: _Span, piece: Piece, target: Lane, t: Seq) -> None:
         span.given_bytes += piece.n_bytes
 
 
-async def _cut(writer: _Writer, span: _Span, n: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq) -> None:
+async def _cut(writer: Writer, span: _Span, n: int, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq) -> None:
     """End the span behind its first n tokens, in both lanes and in the text."""
     # The draft may hold tokens that were never handed over.
     await draft.truncate(d, start.draft + n)
@@ -309,7 +313,7 @@ async def _cut(writer: _Writer, span: _Span, n: int, start: _Mark, draft: Lane, 
 
 
 async def _hand_over(
-    writer: _Writer, turn: int, span: _Span, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq
+    writer: Writer, turn: int, span: _Span, start: _Mark, draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> None:
     """Leave both lanes where the target is to go on from.
 
@@ -331,13 +335,13 @@ async def _hand_over(
 
 
 async def _target_span(
-    writer: _Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq
+    writer: Writer, turn: int, draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> tuple[_Span, tuple[int, ...]]:
     """The target's span. The draft follows chunk by chunk; the last chunk is handed back, since only a chain that
     goes on needs it there."""
     spec, span = writer.spec, _Span()
     held: tuple[int, ...] = ()
-    sampling = spec.params.sampling(_stream(spec, "target"))
+    sampling = writer.sampling("target")
     async with aclosing(target.decode(t, spec.params.target_tokens, sampling)) as chunks:
         async for chunk in chunks:
             if held:
@@ -351,7 +355,7 @@ async def _target_span(
 
 
 async def _hand_back(
-    writer: _Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
+    writer: Writer, turn: int, held: tuple[int, ...], draft: Lane, d: Seq, target: Lane, t: Seq
 ) -> None:
     """Leave both lanes where the draft is to go on from."""
     rest = writer.back.end()
@@ -366,7 +370,7 @@ async def _take_back(lane: Lane, seq: Seq, tokens: int) -> None:
         await lane.truncate(seq, seq.length - tokens)
 
 
-def _own_words(writer: _Writer, author: str) -> tuple[Words, Translation]:
+def _own_words(writer: Writer, author: str) -> tuple[Words, Translation]:
     tongues = writer.spec.tongues
     return (tongues.draft, writer.across) if author == "draft" else (tongues.target, writer.back)
 

@@ -8,7 +8,7 @@ from atts_engine.errors import InputError
 from atts_engine.pipeline.voting import VOTES
 from atts_engine.runtime.records import SamplingParams
 
-STRATEGIES = ("atts", "atts-sync", "draft", "target")
+STRATEGIES = ("atts", "atts-sync", "draft", "target", "speculative")
 TAKEOVERS = ("continue", "replace")
 POLICIES = ("threshold", "exact-count")
 
@@ -20,10 +20,11 @@ class ATTSParams:
     chains: m; turns: at most; draft_tokens, target_tokens: span lengths K_d, K_t in tokens; alpha: nominal
     takeover rate. strategy: "atts" (each chain alone), "atts-sync" (a barrier per turn, softmax ranking, the
     worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
-    model alone). policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
-    alpha gives it, within one). takeover: the target continues after the draft span, or replaces it. vote: "majority"
-    or "weighted". early_verdict: a draft span ends behind the token after which nothing could save it from being taken
-    over; with strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
+    model alone), "speculative" (the chains of "target"; the draft proposes proposal_tokens at a time). policy:
+    "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as alpha gives it, within
+    one). takeover: the target continues after the draft span, or replaces it. vote: "majority" or "weighted".
+    early_verdict: a draft span ends behind the token after which nothing could save it from being taken over; with
+    strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
     Raises `InputError` for a value outside its range.
     """
 
@@ -42,9 +43,10 @@ class ATTSParams:
     takeover: str = "continue"
     vote: str = "majority"
     early_verdict: bool = False
+    proposal_tokens: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("chains", "turns", "draft_tokens", "target_tokens"):
+        for name in ("chains", "turns", "draft_tokens", "target_tokens", "proposal_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number, 1 or more, not {value!r}")

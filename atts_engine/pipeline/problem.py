@@ -15,6 +15,7 @@ from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEve
 from atts_engine.pipeline.gate import Gate, RankingGate
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, Problem
+from atts_engine.pipeline.speculative import run_speculative, verifier_of
 from atts_engine.pipeline.translation import Tongues
 from atts_engine.pipeline.voting import tally, winner
 
@@ -64,6 +65,13 @@ async def run_problem(
                 lane, prompt = (pair.draft, prompts.draft) if one else (pair.target, prompts.target)
                 seqs = await forks(stack, lane, prompt)
                 runs = [run_single(spec(c), lane, s, params.strategy) for c, s in zip(numbers, seqs, strict=True)]
+            elif params.strategy == "speculative":
+                verifier = verifier_of(pair.target, pair.tongues)
+                drafts, targets = [await forks(stack, lane, prompts.target) for lane in (pair.draft, verifier)]
+                runs = [
+                    run_speculative(spec(c), pair.draft, d, verifier, t)
+                    for c, d, t in zip(numbers, drafts, targets, strict=True)
+                ]
             else:
                 gate: Gate = RankingGate(numbers, params.alpha) if params.strategy == "atts-sync" else conformal
                 gate.begin(problem.id, numbers)
