@@ -20,12 +20,13 @@ from atts_engine.models import Model
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Propose, Scored, Truncate, Verdict
 from atts_engine.runtime.decoding import DecodeState
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.memory import kv_bytes_per_token
 from atts_engine.runtime.meters import CudaPasses, HostPasses, LaneMeter, ModelCost, Standing
 from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
 from atts_engine.runtime.runner import Draw, Pending, Runner
-from atts_engine.runtime.scheduler import Scheduler, Step
+from atts_engine.runtime.scheduler import Scheduler
 from atts_engine.runtime.sequence import Sequence
 from atts_engine.runtime.stats import LaneStats
 
@@ -220,7 +221,7 @@ class LaneCore:
             )
         now = self.meter.scheduled(launching=bool(step.work))
         if step.work:
-            with self._ranges(f"{self.name}.{_kinds(step)}"):
+            with self._ranges(f"{self.name}.{step.kinds}"):
                 self._flight.append(self._runner.launch(step, self._flight[-1] if self._flight else None))
             self.meter.launched(step)
             for work in step.work:
@@ -497,15 +498,3 @@ class LaneCore:
             seq.decode = None
         while seq.pending:
             seq.pending.popleft().reply(None, error)
-
-
-def _kinds(step: Step) -> str:
-    """What a step does, for a profiler: some of "append", "score" and "decode"."""
-    parts = {"decode" if w.sample is not None else "score" if w.score else "append" for w in step.work}
-    return "+".join(sorted(parts))
-
-
-def kv_bytes_per_token(model: Model) -> int:
-    """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
-    c = model.config
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize

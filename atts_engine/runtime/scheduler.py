@@ -50,6 +50,12 @@ class Step:
     dropped: int = 0
     """Sequences preempted in this step: their KV moved to the host pool, or dropped."""
 
+    @property
+    def kinds(self) -> str:
+        """What the step does, for a profiler: some of "append", "score" and "decode"."""
+        parts = {"decode" if w.sample is not None else "score" if w.score else "append" for w in self.work}
+        return "+".join(sorted(parts))
+
 
 @dataclass(slots=True)
 class _Plan:
@@ -82,9 +88,8 @@ class Scheduler:
 
     Rows: a lower `priority` number goes first, without exception. Within one, sequences that are one row from their
     goal, proposed tokens not counted (decoding), come before longer work (prompts, spans to score), so that no long
-    prompt stalls a running chain;
-    longer work has an eighth of the rows, saved up while it has had less. Within either, the group that was served
-    least goes first (`ServiceCounters`), in it the sequence that was served longest ago.
+    prompt stalls a running chain; longer work has an eighth of the rows, saved up while it has had less. Within either,
+    the group that was served least goes first (`ServiceCounters`), in it the sequence that was served longest ago.
 
     Pages: a running sequence may take those of lower priority, of idle sequences, of younger ones of its own group and
     of groups that would still hold more than its own. One that holds none, because it is new or was preempted, comes in
