@@ -18,6 +18,7 @@ from atts_engine.pipeline.settings import (
     RewardGuided,
     Settings,
     SpecReason,
+    Speculative,
     Synchronous,
     TargetAlone,
 )
@@ -30,6 +31,7 @@ from atts_engine.pipeline.settings.sampling import (
 from atts_engine.pipeline.strategies.alone import write_alone
 from atts_engine.pipeline.strategies.best_of_n import best_of_n
 from atts_engine.pipeline.strategies.consistency import until_majority, until_unanimous, vote_of_all
+from atts_engine.pipeline.strategies.speculative import propose_and_verify
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
 from atts_engine.pipeline.strategies.work import Pair, Work
 
@@ -39,6 +41,7 @@ _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = 
     Asynchronous: judge_alone,
     **dict.fromkeys((CoinToss, LatestTurns, LongestSpans, RewardGuided, SpecReason), judge_alone),
     Synchronous: judge_by_rank,
+    Speculative: propose_and_verify,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
     SelfConsistency: vote_of_all,
