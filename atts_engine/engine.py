@@ -28,6 +28,7 @@ from atts_engine.pipeline import (
     Problem,
     Prompts,
     Solution,
+    Task,
     Tongues,
     Words,
     run_problem,
@@ -114,6 +115,7 @@ class AsyncEngine:
         chains: Sequence[int] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        task: Task | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of a problem's chains as they happen; `SolutionEvent` is the last.
 
@@ -122,7 +124,8 @@ class AsyncEngine:
         chains: numbers of the chains to write (all of `range(params.chains)` when None): how a run is resumed.
         priority: requests with a lower number are served first and preempted last, without exception; among equals,
         problems get equal shares. deadline_s: seconds from now after which chains that still run end where they are
-        (`finish` "deadline"), and what there is takes the vote.
+        (`finish` "deadline"), and what there is takes the vote. task: says when two answers are one, and judges steps
+        where a strategy asks for that; None: answers are compared as texts.
         Raises `InputError` for a prompt that does not fit, `QueueFull` when there are too many chains already,
         `LaneError` when a lane has failed.
         """
@@ -137,7 +140,7 @@ class AsyncEngine:
         async def work() -> None:
             try:
                 await run_problem(
-                    self._pair, prompts, problem, params, gate, events.put_nowait, chains, priority, deadline_s
+                    self._pair, prompts, problem, params, gate, events.put_nowait, chains, priority, deadline_s, task
                 )
             except Exception as error:
                 events.put_nowait(error)
@@ -145,7 +148,7 @@ class AsyncEngine:
         wanted = params.chains if chains is None else len(chains)
         self._admit(wanted)
         self._open_chains += wanted
-        task = asyncio.create_task(work())
+        running = asyncio.create_task(work())
         try:
             while True:
                 event = await events.get()
@@ -155,8 +158,8 @@ class AsyncEngine:
                 if isinstance(event, SolutionEvent):
                     return
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
             self._open_chains -= wanted
 
     async def solve(
@@ -167,9 +170,12 @@ class AsyncEngine:
         calibrator: Calibrator | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        task: Task | None = None,
     ) -> Solution:
         """Run a problem to its end and return the vote; errors and settings as in `generate`."""
-        stream = self.generate(problem, params, calibrator=calibrator, priority=priority, deadline_s=deadline_s)
+        stream = self.generate(
+            problem, params, calibrator=calibrator, priority=priority, deadline_s=deadline_s, task=task
+        )
         async with aclosing(stream) as events:
             async for event in events:
                 if isinstance(event, SolutionEvent):
@@ -190,23 +196,30 @@ class AsyncEngine:
             prompt=prompt_hash(self._prompt),
             draft_tokens=params.draft_tokens,
             temperature=params.temperature,
+            score=params.settings.score,
         )
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each lane since it began (see `LaneStats` and `LaneTotals`), its pool's pages, and its open
-        sequences."""
+        sequences. peak_kv_bytes: of the most pages that were in use on its device at once since `restart_peaks`."""
         return {
             core.name: asdict(core.stats)
             | asdict(core.meter.totals)
             | {
                 "free_pages": core.pool.free,
                 "used_pages": core.pool.used,
+                "peak_kv_bytes": core.pool.peak * core.pool.page_size * kv_bytes_per_token(core.model),
                 "host_free_pages": core.host_pool.free,
                 "host_used_pages": core.host_pool.used,
                 "open_sequences": core.open_sequences,
             }
             for core in self._cores
         }
+
+    def restart_peaks(self) -> None:
+        """Let `peak_kv_bytes` of each lane count from now on."""
+        for core in self._cores:
+            core.pool.restart_peak()
 
     async def rates(self) -> dict[str, Rates]:
         """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a
@@ -247,9 +260,14 @@ class AsyncEngine:
 
     def _gate(self, params: ATTSParams, calibrator: Calibrator | None) -> ConformalGate:
         calibrator = calibrator or self._calibrator or self._default_calibrator(params)
-        if calibrator.alpha != params.alpha and params.strategy == "atts":
+        if calibrator.alpha != params.alpha and params.settings.calibrated:
             raise InputError(
                 f"the calibrator was made for alpha {calibrator.alpha}, but the request asks for {params.alpha}"
+            )
+        if calibrator.meta.score != params.settings.score and params.settings.calibrated:
+            raise InputError(
+                f"the calibrator holds scores of {calibrator.meta.score}, but the strategy {params.strategy} tests "
+                f"{params.settings.score}; make it with meta=engine.calibration_meta(params)"
             )
         if params.early_verdict:
             self._check_early(calibrator)
@@ -283,7 +301,7 @@ class AsyncEngine:
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
         key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,
         params.top_p,
-               params.min_p, params.takeover)  # fmt: skip
+               params.min_p, params.takeover, params.settings.score)  # fmt: skip
         if key not in self._defaults:
             self._defaults[key] = Adaptive(params.alpha, meta=self.calibration_meta(params))
         return self._defaults[key]

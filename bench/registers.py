@@ -20,8 +20,8 @@ from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "registers.json"
 KEPT = (
-    "strategy", "alpha", "vote", "chains_per_problem", "problems", "chains", "chain_accuracy", "majority", "any_of",
-    "takeovers", "tokens", "wall_s", "decisions",
+    "strategy", "alpha", "vote", "chains_per_problem", "problems", "chains", "chain_accuracy", "voted", "majority",
+    "any_of", "takeovers", "tokens", "wall_s", "decisions",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from atts_engine.pipeline import (
     Problem,
     Solution,
     SolutionEvent,
+    Task,
     TokensEvent,
     Turn,
     VerdictEvent,
@@ -52,6 +53,7 @@ class FakeEngine:
         *,
         calibrator: Calibrator | None = None,
         chains: Sequence[int] | None = None,
+        task: Task | None = None,
     ) -> AsyncGenerator[Event, None]:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)

@@ -193,7 +193,7 @@ def test_run_calibrate_and_resume_with_the_built_in_pair(
     found = json.loads(capsys.readouterr().out)
     assert found["chains"] == 4 and found["graded"] == 1
     assert {p.name for p in out.iterdir()} == {
-        "settings.json", "decisions.jsonl", "chains.jsonl", "summary.json", "report.html"
+        "settings.json", "decisions.jsonl", "chains.jsonl", "solutions.jsonl", "summary.json", "report.html"
     }  # fmt: skip
     assert json.loads((out / "summary.json").read_text()) == found
 
@@ -227,6 +227,7 @@ def test_eval_compares_and_describes_its_own_traces(capsys: pytest.CaptureFixtur
     assert cli.main([*words, "--strategies", "target,atts,atts-sync"]) == 0
     printed = capsys.readouterr().out
     assert "chain accuracy" in printed and "any of 2" in printed and "atts - target: vote" in printed
+    assert "on the Pareto front by target tokens: " in printed and "; by time: " in printed
     assert "\x1b" not in printed
     assert set(json.loads((out / "summary.json").read_text())["strategies"]) == {"target", "atts", "atts-sync"}
     assert (out / "report.html").stat().st_size > 10_000

@@ -36,11 +36,12 @@ from atts_engine.evaluation.jsonl import read_lines
 from atts_engine.evaluation.measures import takeover_rates
 from atts_engine.evaluation.replay import scored_spans
 from atts_engine.evaluation.traces import chain_from_line, chain_to_json
-from atts_engine.pipeline.chain import ChainSpec, Prompts, run_chain
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.gate import ConformalGate, Judged, Place
 from atts_engine.pipeline.records import Turn
 from atts_engine.pipeline.streams import gate_uniform
 from atts_engine.pipeline.translation import Tongues, Words
+from atts_engine.pipeline.writer import ChainSpec, Prompts
 from atts_engine.runtime.commands import Append, Scored, Verdict
 from tests.fakes import log_probability
 from tests.test_cli import PAIR, SMALL, fails, problems, run_words  # noqa: F401  (a fixture)
@@ -217,7 +218,9 @@ class Settling:
         self.at: dict[Place, int] = {}
         self.cuts = 0
 
-    async def ask(self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None, *, appraisal: Any = None
+    ) -> Judged:
         result = await lane.verdict(seq, None)
         self.cuts += most is not None
         return Judged(result.score, most is not None or self.rng.random() < 0.3, sum_logprob=result.sum_logprob)

@@ -14,8 +14,9 @@ from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.folder import RunFolder, differences
 from atts_engine.evaluation.job import JobResult, job_settings, run_job
+from atts_engine.evaluation.solutions import Ballot, read_solutions
 from atts_engine.evaluation.summary import comparison, figures
-from atts_engine.pipeline import ATTSParams
+from atts_engine.pipeline import ATTSParams, tally, winner
 from tests.fake_engine import Died, FakeEngine, Silent, some_problems
 
 PARAMS = ATTSParams(chains=4, alpha=0.4, seed=3)
@@ -115,6 +116,39 @@ def test_a_problem_of_the_synchronous_strategy_is_begun_anew(tmp_path: Path) -> 
     assert [c for p, c in engine.written if p == "p0"] == [0, 1, 2, 3]
     assert len(result.chains) == 24
     assert len((tmp_path / "chains.jsonl").read_text().splitlines()) == 24
+
+
+def test_answers_are_saved_and_restored(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    saved = read_solutions(tmp_path / "solutions.jsonl")
+    assert {s.problem_id: s.ballot for s in saved} == dict(first.ballots)
+    assert all(s.chains == (0, 1, 2, 3) for s in saved)
+    for problem in PROBLEMS:
+        votes = tally(first.of_problem(problem.id), "majority")
+        assert first.ballots[problem.id] == Ballot(winner(votes), votes)
+    assert run(tmp_path, engine=FakeEngine(dies_after=0), resume=True).ballots == first.ballots
+
+
+def test_an_answer_that_a_kill_left_out_is_saved_later(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    path = tmp_path / "solutions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    engine = FakeEngine()
+    assert run(tmp_path, engine=engine, resume=True).ballots == first.ballots
+    assert engine.written == []
+    assert {s.problem_id for s in read_solutions(path)} == {p.id for p in PROBLEMS}
+
+
+def test_an_answer_whose_chains_are_not_all_there_does_not_count(tmp_path: Path) -> None:
+    params = replace(PARAMS, strategy="atts-sync")
+    run(tmp_path, params=params)
+    lines = (tmp_path / "chains.jsonl").read_text().splitlines(keepends=True)
+    gone = json.loads(lines[-1])
+    (tmp_path / "chains.jsonl").write_text("".join(lines[:-1]))
+    engine = FakeEngine()
+    assert len(run(tmp_path, engine=engine, params=params, resume=True).chains) == 24
+    assert engine.written == [(gone["problem_id"], number) for number in range(4)]
 
 
 def test_a_finished_run_is_only_read(tmp_path: Path) -> None:

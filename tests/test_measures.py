@@ -113,9 +113,9 @@ def test_outcomes_of_a_hand_made_run() -> None:
         _chain(3, 0, "9", gold=None),
     ]
     assert grade(chains) == [
-        Outcome("p0", (False, False, True, False, False), False, False, True),
-        Outcome("p1", (False, True, False, True, True), True, True, True),
-        Outcome("p2", (False, False, True), False, True, True),
+        Outcome("p0", (False, False, True, False, False), False, False, True, False, False),
+        Outcome("p1", (False, True, False, True, True), True, True, True, True, False),
+        Outcome("p2", (False, False, True), False, True, True, False, False),
     ]
     found = summary(chains)
     assert (found["problems"], found["graded"], found["chains"], found["answered"]) == (4, 3, 14, 12)

@@ -23,9 +23,10 @@ from atts_engine import AsyncEngine, ATTSParams, Chain, EngineConfig, Problem
 from atts_engine.backends import InProcessLane
 from atts_engine.conformal import Mondrian
 from atts_engine.models import Tokenizer, resolve
-from atts_engine.pipeline.chain import ChainSpec, Prompts, run_chain
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.gate import Judged, Place
 from atts_engine.pipeline.translation import Tongues, Words
+from atts_engine.pipeline.writer import ChainSpec, Prompts
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
 from tests.test_engine import problems
 
@@ -126,7 +127,9 @@ class CoinGate:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    async def ask(self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None, *, appraisal: Any = None
+    ) -> Judged:
         result = await lane.verdict(seq, None)
         return Judged(result.score, self.rng.random() < 0.5, sum_logprob=result.sum_logprob)
 

@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("calibrate", help="learn a calibration and save it", description=text)
     options.add_models(parser)
     options.add_problems(parser)
-    options.add_sampling(parser, strategy=False)
+    options.add_sampling(parser)
     options.add_calibration(parser)
     options.add_output(parser)
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="where the calibration is saved")
@@ -37,7 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from atts_engine.cli.job import CalibrationChoice
 
     options.fill_defaults(args)
-    params = options.params(args, "atts")
+    params = options.params(args, options.strategy_of(args))
+    if not params.settings.calibrated:
+        raise InputError(
+            f"the strategy {params.strategy} asks no calibrator; give it gate=conformal, or choose another"
+        )
     options.engine_config(args)
     check_json_target(args.json)
     if args.frozen:

@@ -208,7 +208,7 @@ class LiveView:
             line("problems", p.problems_done / p.problems, f"{p.problems_done}/{p.problems}{right}", "cyan"),
             line("chains", p.chains_done / p.chains, f"{p.chains_done}/{p.chains}", "cyan"),
         ]
-        if self._heading.strategy.startswith("atts"):
+        if p.verdicts or self._heading.strategy.startswith("atts"):
             alpha = self._heading.alpha
             said = f"{percent(p.rate)} of {p.verdicts:,}, alpha {alpha:g}"
             lines.append(line("taken over", p.rate or 0.0, said, "magenta", alpha))

@@ -11,6 +11,7 @@ from typing import Any
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import decision_to_json, read_decisions
 from atts_engine.evaluation.jsonl import JsonlWriter
+from atts_engine.evaluation.solutions import SavedSolution, read_solutions, solution_to_json
 from atts_engine.evaluation.traces import chain_to_json, read_chains
 from atts_engine.pipeline.records import Chain, Decision
 
@@ -21,13 +22,15 @@ class Restored:
 
     chains: tuple[Chain, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    solutions: tuple[SavedSolution, ...] = ()
 
 
 class RunFolder:
     """Writes one run.
 
     decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, so a calibration
-    restored from it is one that the run really had. A chain's line comes after the lines of its decisions.
+    restored from it is one that the run really had. A chain's line comes after the lines of its decisions, and the line
+    of a problem's answer in solutions.jsonl after those of its chains.
     """
 
     def __init__(self, path: Path, restored: Restored) -> None:
@@ -40,6 +43,7 @@ class RunFolder:
         self._engine_batch: int | None = None
         self._decisions = JsonlWriter(path / "decisions.jsonl", append=True)
         self._chains = JsonlWriter(path / "chains.jsonl", append=True)
+        self._solutions = JsonlWriter(path / "solutions.jsonl", append=True)
 
     @property
     def saved_chains(self) -> int:
@@ -79,6 +83,10 @@ class RunFolder:
             self._chains.write(chain_to_json(chain))
             self._saved.add(key)
 
+    def add_solution(self, solution: SavedSolution) -> None:
+        """Save the answer of a problem whose chains have all been saved."""
+        self._solutions.write(solution_to_json(solution))
+
     def decisions(self) -> tuple[Decision, ...]:
         """The decision log so far."""
         return tuple(read_decisions(self.path / "decisions.jsonl", allow_torn_tail=True))
@@ -87,6 +95,7 @@ class RunFolder:
         """Close the files; all that was added is in them already."""
         self._decisions.close()
         self._chains.close()
+        self._solutions.close()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -116,18 +125,16 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return found
 
 
-def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
-    chains, decisions = folder / "chains.jsonl", folder / "decisions.jsonl"
-    held = chains.exists() and chains.stat().st_size > 0 or decisions.exists() and decisions.stat().st_size > 0
-    if not held:
-        return Restored()
+def check_resumed(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Whether what `folder` holds may be gone on with: `InputError` where `resume` is off, and where it was made with
+    other settings, which are named."""
     if not resume:
         raise InputError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
     try:
         before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{folder} holds chains but no settings.json, so it cannot be resumed: choose another --out"
+            f"{folder} holds a run but no settings.json, so it cannot be resumed: choose another --out"
         ) from None
     except ValueError as error:
         raise InputError(f"{folder / 'settings.json'} is not valid JSON ({error}): choose another --out") from error
@@ -135,7 +142,19 @@ def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
         raise InputError(
             f"{folder} was made with other settings ({'; '.join(found)}): repeat them, or choose another --out"
         )
-    for file in (chains, decisions):
+
+
+def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
+    chains, decisions, solutions = (folder / f"{name}.jsonl" for name in ("chains", "decisions", "solutions"))
+    held = chains.exists() and chains.stat().st_size > 0 or decisions.exists() and decisions.stat().st_size > 0
+    if not held:
+        return Restored()
+    check_resumed(folder, settings, resume=resume)
+    for file in (chains, decisions, solutions):
         # A kill can cut a line in the middle of a character, so the torn tail goes before anything is decoded.
         JsonlWriter(file, append=True).close()
-    return Restored(tuple(read_chains(chains, allow_torn_tail=True)), tuple(read_decisions(decisions)))
+    return Restored(
+        tuple(read_chains(chains, allow_torn_tail=True)),
+        tuple(read_decisions(decisions)),
+        tuple(read_solutions(solutions)),
+    )

@@ -6,18 +6,21 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from atts_engine.conformal import Alarm, Calibrator, Monitored
 from atts_engine.evaluation.decisions import restore
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.lanes import LaneUse
-from atts_engine.pipeline.events import ChainEvent, Event, SolutionEvent, TokensEvent, VerdictEvent
+from atts_engine.evaluation.solutions import Ballot, SavedSolution
+from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Chain, Decision, Problem
+from atts_engine.pipeline.task import PlainTask, Task
+from atts_engine.pipeline.voting import tally, winner
 
 TICK_S = 1 / 6
 """Time between two looks of an observer at the clock."""
@@ -27,7 +30,13 @@ class Solver(Protocol):
     """What the job needs of an engine."""
 
     def generate(
-        self, problem: Problem, params: ATTSParams, *, calibrator: Calibrator | None, chains: Sequence[int] | None
+        self,
+        problem: Problem,
+        params: ATTSParams,
+        *,
+        calibrator: Calibrator | None,
+        chains: Sequence[int] | None,
+        task: Task | None,
     ) -> AsyncGenerator[Event, None]: ...
 
     def add_decision_listener(self, listener: Callable[[Decision], None]) -> Callable[[], None]: ...
@@ -45,12 +54,29 @@ class Observer(Protocol):
     def tick(self) -> None: ...
 
 
+class Unwatched:
+    """An observer of jobs that nobody looks at."""
+
+    def started(self, problem: Problem) -> None:
+        return None
+
+    def event(self, event: TokensEvent | VerdictEvent | ChainEvent) -> None:
+        return None
+
+    def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None:
+        return None
+
+    def tick(self) -> None:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
 
     wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them;
-    alarms: of a monitored calibrator; lanes: what each did in this process, where it is known.
+    alarms: of a monitored calibrator; lanes: what each did in this process, where it is known. ballots: of each
+    problem, by its id.
     """
 
     strategy: str
@@ -61,6 +87,7 @@ class JobResult:
     restored: int
     alarms: tuple[Alarm, ...] = ()
     lanes: Mapping[str, LaneUse] = field(default_factory=dict)
+    ballots: Mapping[str, Ballot] = field(default_factory=dict)
 
     def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
         """The problem's chains in order."""
@@ -79,7 +106,7 @@ def job_settings(
     return {
         "format": "atts-run/1",
         "models": {"draft": draft, "target": target, "dtype": dtype},
-        "params": asdict(params),
+        "params": {**asdict(params), "options": dict(params.options)},
         "calibration": calibration,
         "problems": {"count": len(problems), "sha256": _digest(problems)},
     }
@@ -99,17 +126,18 @@ async def run_job(
     calibrator: Calibrator | None = None,
     folder: RunFolder | None = None,
     concurrency: int = 8,
+    task: Task | None = None,
 ) -> JobResult:
     """Solve the problems with `concurrency` of them in flight, and hand back every chain.
 
-    Chains that an earlier run saved in `folder` are not written again, and its decisions are learnt first. The
-    synchronous strategy ranks the chains of a problem among each other, so there an incomplete problem is begun anew.
+    Chains that an earlier run saved in `folder` are not written again, and its decisions are learnt first. Where the
+    chains of a problem depend on one another (`Settings.per_chain`), a problem without an answer is begun anew.
     The first error of the engine ends the job and is raised as it came; a chain's own error is recorded on the chain.
     `folder` stays open.
     """
     if folder is not None and calibrator is not None:
         restore(calibrator, folder.restored.decisions)
-    work = _Work(engine, params, observer, calibrator, folder)
+    work = _Work(engine, params, observer, calibrator, folder, task or PlainTask())
     stop_listening = engine.add_decision_listener(work.decided)
     began = time.perf_counter()
     queue = iter(problems)
@@ -134,6 +162,7 @@ async def run_job(
         time.perf_counter() - began,
         len(folder.restored.chains) if folder else 0,
         tuple(calibrator.alarms) if isinstance(calibrator, Monitored) else (),
+        ballots={problem.id: work.ballots[problem.id] for problem in problems},
     )
 
 
@@ -147,43 +176,73 @@ class _Work:
         observer: Observer,
         calibrator: Calibrator | None,
         folder: RunFolder | None,
+        task: Task,
     ) -> None:
         self.chains: list[Chain] = []
         self.decisions: list[Decision] = []
+        self.ballots: dict[str, Ballot] = {}
         self._engine = engine
         self._params = params
         self._observer = observer
         self._calibrator = calibrator
         self._folder = folder
+        self._task = task
+        self._per_chain = params.settings.per_chain
         self._saved: dict[str, dict[int, Chain]] = {}
         for chain in folder.restored.chains if folder else ():
             self._saved.setdefault(chain.problem_id, {})[chain.chain] = chain
+        self._answered = {s.problem_id: s for s in folder.restored.solutions} if folder else {}
 
     async def run(self, queue: Iterator[Problem]) -> None:
         for problem in queue:
             saved = self._saved.get(problem.id, {})
+            answered = self._answered.get(problem.id)
             missing = [number for number in range(self._params.chains) if number not in saved]
-            if missing:
-                self._finish(problem, await self._solve(problem, missing) | saved, restored=False)
+            if answered is not None and all(number in saved for number in answered.chains):
+                chains = {number: saved[number] for number in answered.chains}
+                self._finish(problem, chains, answered.ballot, restored=True)
+            elif self._per_chain and not missing:
+                # Killed between its last chain and its answer.
+                ballot = self._vote(saved.values())
+                self._save(problem, saved, ballot)
+                self._finish(problem, saved, ballot, restored=True)
             else:
-                self._finish(problem, saved, restored=True)
+                await self._solve(problem, saved, missing)
 
-    async def _solve(self, problem: Problem, missing: list[int]) -> dict[int, Chain]:
+    async def _solve(self, problem: Problem, saved: dict[int, Chain], missing: list[int]) -> None:
         self._observer.started(problem)
-        chains: dict[int, Chain] = {}
-        # A ranking needs all of a problem's chains present.
-        numbers = None if self._params.strategy == "atts-sync" else missing
-        stream = self._engine.generate(problem, self._params, calibrator=self._calibrator, chains=numbers)
+        numbers = missing if self._per_chain else None
+        stream = self._engine.generate(
+            problem, self._params, calibrator=self._calibrator, chains=numbers, task=self._task
+        )
+        solution: Solution | None = None
         async with aclosing(stream) as events:
             async for event in events:
                 if isinstance(event, SolutionEvent):
+                    solution = event.solution
                     continue
-                if isinstance(event, ChainEvent):
-                    chains[event.chain.chain] = event.chain
-                    if self._folder is not None:
-                        self._folder.add_chain(event.chain)
+                if isinstance(event, ChainEvent) and self._folder is not None:
+                    self._folder.add_chain(event.chain)
                 self._observer.event(event)
-        return chains
+        assert solution is not None, "an engine's last event is the solution"
+        # Those that an earlier process saved stand as they are.
+        chains = {chain.chain: chain for chain in solution.chains}
+        chains |= {number: chain for number, chain in saved.items() if self._per_chain or number in chains}
+        ballot = Ballot(solution.answer, solution.votes)
+        if self._per_chain:
+            ballot = self._vote(chains.values())
+        took = None if self._per_chain and saved else solution.duration_s
+        ballot = replace(ballot, extra=solution.extra, duration_s=took)
+        self._save(problem, chains, ballot)
+        self._finish(problem, chains, ballot, restored=False)
+
+    def _save(self, problem: Problem, chains: Iterable[int], ballot: Ballot) -> None:
+        if self._folder is not None:
+            self._folder.add_solution(SavedSolution(problem.id, tuple(sorted(chains)), ballot))
+
+    def _vote(self, chains: Iterable[Chain]) -> Ballot:
+        votes = tally(chains, self._params.vote, self._task.equal)
+        return Ballot(winner(votes), votes)
 
     def decided(self, decision: Decision) -> None:
         if self._folder is not None:
@@ -191,9 +250,10 @@ class _Work:
         else:
             self.decisions.append(decision)
 
-    def _finish(self, problem: Problem, chains: dict[int, Chain], *, restored: bool) -> None:
+    def _finish(self, problem: Problem, chains: Mapping[int, Chain], ballot: Ballot, *, restored: bool) -> None:
         ordered = [chains[number] for number in sorted(chains)]
         self.chains += ordered
+        self.ballots[problem.id] = ballot
         self._observer.finished(problem, ordered, restored=restored)
 
 

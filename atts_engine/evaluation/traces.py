@@ -110,6 +110,7 @@ def _turn_from_line(line: Line) -> Turn:
         t_target=line.number("t_target", 0.0),
         chunks=_chunks_from_line(line),
         early=line.flag("early", False),
+        tested=line.optional_number("tested"),
     )
 
 
@@ -169,6 +170,8 @@ def _turn_to_json(turn: Turn, texts: bool, tokens: bool) -> dict[str, Any]:
     if tokens:
         record |= {"draft_tokens": turn.draft_tokens, "target_tokens": turn.target_tokens}
     record |= {"t_draft": turn.t_draft, "t_verdict": turn.t_verdict, "t_target": turn.t_target}
+    if turn.tested is not None:
+        record["tested"] = turn.tested
     if turn.early:
         record["early"] = True
     if turn.chunks:

@@ -1,14 +1,17 @@
 """The algorithm: chains, the gate, votes. Knows lanes only by protocol."""
 
 from atts_engine.pipeline.answers import find_answer
-from atts_engine.pipeline.chain import Prompts
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
-from atts_engine.pipeline.params import STRATEGIES, TAKEOVERS, ATTSParams
-from atts_engine.pipeline.problem import Pair, run_problem
+from atts_engine.pipeline.params import TAKEOVERS, ATTSParams
+from atts_engine.pipeline.problem import run_problem
 from atts_engine.pipeline.records import Chain, ChunkScore, Decision, Problem, Turn
+from atts_engine.pipeline.settings import STRATEGIES, parse_strategy, strategy_text
+from atts_engine.pipeline.strategies import Pair
+from atts_engine.pipeline.task import PlainTask, Task
 from atts_engine.pipeline.translation import Tongues, Words
 from atts_engine.pipeline.voting import VOTES, tally, winner
+from atts_engine.pipeline.writer import Prompts
 
 __all__ = [
     "STRATEGIES",
@@ -23,18 +26,22 @@ __all__ = [
     "Event",
     "Gate",
     "Pair",
+    "PlainTask",
     "Problem",
     "Prompts",
     "RankingGate",
     "Solution",
     "SolutionEvent",
+    "Task",
     "TokensEvent",
     "Tongues",
     "Turn",
     "VerdictEvent",
     "Words",
     "find_answer",
+    "parse_strategy",
     "run_problem",
+    "strategy_text",
     "tally",
     "winner",
 ]

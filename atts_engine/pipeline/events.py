@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atts_engine.pipeline.records import Chain, Decision
 
@@ -44,13 +44,15 @@ class ChainEvent:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The vote over a problem's chains. `answer` is None when no chain gave one; votes: weight of each answer."""
+    """The vote over a problem's chains. `answer` is None when no chain gave one; votes: weight of each answer; extra:
+    what the strategy has to tell, such as why it stopped."""
 
     problem_id: str
     answer: str | None
     votes: dict[str, float]
     chains: tuple[Chain, ...]
     duration_s: float
+    extra: dict[str, int | float | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

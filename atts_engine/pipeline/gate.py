@@ -7,13 +7,16 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from atts_engine.backends import Lane, Seq
 from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy, lowest_score
+from atts_engine.errors import ChainError
 from atts_engine.pipeline.records import Decision
 from atts_engine.pipeline.streams import gate_uniform
 from atts_engine.runtime.records import SpanResult
@@ -28,8 +31,18 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Appraisal:
+    """What a gate tests in the place of the mean negative log-likelihood, higher being worse. score: of the span with
+    this result, awaited once. by_turn: spans are compared within their turn; otherwise with those of all turns."""
+
+    score: Callable[[SpanResult], Awaitable[float]]
+    by_turn: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
-    """percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
+    """score: mean negative log-likelihood; tested: what was tested in its place, None where it was itself;
+    percentile: share of what the span was compared with that scores lower (is better); logprobs: of the span's
     tokens under the target, where its lane tells them; wait_s: seconds of waiting until the verdict, those at a barrier
     among them, where the lane tells its own; sum_logprob: of the span under the target, nats."""
 
@@ -41,6 +54,7 @@ class Judged:
     logprobs: tuple[float, ...] = ()
     wait_s: float | None = None
     sum_logprob: float | None = None
+    tested: float | None = None
 
 
 class Gate(Protocol):
@@ -52,7 +66,16 @@ class Gate(Protocol):
         """The chain begins to draft the turn's span, and will ask."""
         ...
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self,
+        lane: Lane,
+        seq: Seq,
+        place: Place,
+        seed: int,
+        most: int | None = None,
+        *,
+        appraisal: Appraisal | None = None,
+    ) -> Judged:
         """most: of a span that was cut where `settled` said, the tokens that it could have had."""
         ...
 
@@ -93,7 +116,8 @@ class ConformalGate:
     give it.
 
     A calibrator that a lane can run is counted and decided on the lane's device, in the step that finishes the score.
-    Any other calibrator, and any budget policy, decides here, on the event loop, one span after the other.
+    Any other calibrator, any budget policy and any score of another kind (`Appraisal`) is decided here, on the event
+    loop, one span after the other. All scores of a calibrator must be of one kind.
 
     `heard` is to be called with every (request, result) of a lane in decision_seq order; it moves the calibrator.
     """
@@ -132,18 +156,30 @@ class ConformalGate:
         self._policy.expect(place.problem_id, place.turn, chains.entered[place.turn])
         self._end_turns(self._policy, place.problem_id)
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self,
+        lane: Lane,
+        seq: Seq,
+        place: Place,
+        seed: int,
+        most: int | None = None,
+        *,
+        appraisal: Appraisal | None = None,
+    ) -> Judged:
         u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
-        key = self.calibrator.key_of(place.turn)
-        if self._policy is None and self.calibrator.on_device:
+        key = self.calibrator.key_of(place.turn if appraisal is None or appraisal.by_turn else 0)
+        if self._policy is None and self.calibrator.on_device and appraisal is None:
             decision, result = await self._ask_lane(lane, seq, place, key, u, most)
         else:
             result = await lane.verdict(seq, None)
-            score = result.score if most is None else lowest_score(result.sum_logprob, result.n_tokens, most)
+            if appraisal is not None:
+                score = float(np.float32(await appraised(appraisal, result)))
+            else:
+                score = result.score if most is None else lowest_score(result.sum_logprob, result.n_tokens, most)
             decision = self._decide_here(score, place, key, u)
         lower = decision.n - decision.count
         return Judged(
-            decision.score,
+            decision.score if appraisal is None else result.score,
             decision.verdict == "takeover",
             decision.p_value,
             lower / decision.n if decision.n else None,
@@ -151,6 +187,7 @@ class ConformalGate:
             result.logprobs,
             result.wait_s,
             result.sum_logprob,
+            None if appraisal is None else decision.score,
         )
 
     def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
@@ -278,7 +315,63 @@ def decision_of(request: PlacedRequest, result: SpanResult) -> Decision:
     )
 
 
-class RankingGate:
+async def appraised(appraisal: Appraisal, result: SpanResult) -> float:
+    """The score; `ChainError` for one that is NaN or infinite."""
+    score = await appraisal.score(result)
+    if not math.isfinite(score):
+        raise ChainError(f"the span's score is {score}")
+    return score
+
+
+class _Unannounced:
+    """Of a gate that needs not be told of the chains' lives, and settles nothing before a span is whole."""
+
+    def begin(self, problem_id: str, chains: Sequence[int]) -> None:
+        return None
+
+    def enter(self, place: Place) -> None:
+        return None
+
+    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
+        return None
+
+    def leave(self, place: Place) -> None:
+        return None
+
+    def end(self, problem_id: str) -> None:
+        return None
+
+
+class ThresholdGate(_Unannounced):
+    """A takeover wherever the score is above `worst`, as SpecReason (arXiv 2504.07891) and RSD (arXiv 2501.19324)
+    decide. Nothing is learnt, and no rate is promised."""
+
+    def __init__(self, worst: float) -> None:
+        self._worst = worst
+
+    async def ask(
+        self,
+        lane: Lane,
+        seq: Seq,
+        place: Place,
+        seed: int,
+        most: int | None = None,
+        *,
+        appraisal: Appraisal | None = None,
+    ) -> Judged:
+        result = await lane.verdict(seq, None)
+        tested = None if appraisal is None else await appraised(appraisal, result)
+        return Judged(
+            result.score,
+            (result.score if tested is None else tested) > self._worst,
+            logprobs=result.logprobs,
+            wait_s=result.wait_s,
+            sum_logprob=result.sum_logprob,
+            tested=tested,
+        )
+
+
+class RankingGate(_Unannounced):
     """The synchronous baseline: all chains of a problem wait for each other, softmax(-score) ranks them, and the
     lowest-ranked alpha of them are taken over. What rounding leaves over is carried to the next turn, so that the
     rate comes to alpha."""
@@ -289,28 +382,32 @@ class RankingGate:
         self._asked: dict[int, tuple[float, asyncio.Future[Judged]]] = {}
         self._credit = 0.0
 
-    async def ask(self, lane: Lane, seq: Seq, place: Place, seed: int, most: int | None = None) -> Judged:
+    async def ask(
+        self,
+        lane: Lane,
+        seq: Seq,
+        place: Place,
+        seed: int,
+        most: int | None = None,
+        *,
+        appraisal: Appraisal | None = None,
+    ) -> Judged:
         result = await lane.verdict(seq, None)
+        tested = None if appraisal is None else await appraised(appraisal, result)
         answer: asyncio.Future[Judged] = asyncio.get_running_loop().create_future()
-        self._asked[place.chain] = (result.score, answer)
+        self._asked[place.chain] = (result.score if tested is None else tested, answer)
         began = time.perf_counter()
         self._rank_when_all_are_here()
         judged = await answer
         waited = None if result.wait_s is None else result.wait_s + time.perf_counter() - began
-        return replace(judged, logprobs=result.logprobs, wait_s=waited, sum_logprob=result.sum_logprob)
-
-    def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
-        """None: a rank is not known before all spans of the turn are whole."""
-        return None
-
-    def begin(self, problem_id: str, chains: Sequence[int]) -> None:
-        return None
-
-    def enter(self, place: Place) -> None:
-        return None
-
-    def end(self, problem_id: str) -> None:
-        return None
+        return replace(
+            judged,
+            score=result.score,
+            logprobs=result.logprobs,
+            wait_s=waited,
+            sum_logprob=result.sum_logprob,
+            tested=tested,
+        )
 
     def leave(self, place: Place) -> None:
         self._present.discard(place.chain)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atts_engine.errors import InputError
+from atts_engine.pipeline.settings import Options, Settings, make_settings
 from atts_engine.pipeline.voting import VOTES
 from atts_engine.runtime.records import SamplingParams
 
-STRATEGIES = ("atts", "atts-sync", "draft", "target", "speculative")
 TAKEOVERS = ("continue", "replace")
 POLICIES = ("threshold", "exact-count")
 
@@ -18,13 +18,11 @@ class ATTSParams:
     """How the chains of a problem are written.
 
     chains: m; turns: at most; draft_tokens, target_tokens: span lengths K_d, K_t in tokens; alpha: nominal
-    takeover rate. strategy: "atts" (each chain alone), "atts-sync" (a barrier per turn, softmax ranking, the
-    worst alpha of the chains are taken over: the baseline the paper argues against), "draft", "target" (one
-    model alone), "speculative" (the chains of "target"; the draft proposes proposal_tokens at a time). policy:
-    "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as alpha gives it, within
-    one). takeover: the target continues after the draft span, or replaces it. vote: "majority" or "weighted".
-    early_verdict: a draft span ends behind the token after which nothing could save it from being taken over; with
-    strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
+    takeover rate. strategy: a name of `STRATEGIES` (docs/strategies.md); options: its own settings that are not at
+    their defaults. policy: "threshold" (each verdict stands alone), "exact-count" (as many takeovers of a problem as
+    alpha gives it, within one). takeover: the target continues after the draft span, or replaces it. vote: "majority"
+    or "weighted". early_verdict: a draft span ends behind the token after which nothing could save it from being taken
+    over; with strategy "atts", policy "threshold", a frozen calibrator and one tokenizer only.
     Raises `InputError` for a value outside its range.
     """
 
@@ -39,20 +37,20 @@ class ATTSParams:
     min_p: float = 0.0
     seed: int = 0
     strategy: str = "atts"
+    options: Options = ()
     policy: str = "threshold"
     takeover: str = "continue"
     vote: str = "majority"
     early_verdict: bool = False
-    proposal_tokens: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("chains", "turns", "draft_tokens", "target_tokens", "proposal_tokens"):
+        for name in ("chains", "turns", "draft_tokens", "target_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number, 1 or more, not {value!r}")
         if not 0.0 < self.alpha < 1.0:
             raise InputError(f"alpha must be inside (0, 1), not {self.alpha}")
-        choices = (("strategy", STRATEGIES), ("policy", POLICIES), ("takeover", TAKEOVERS), ("vote", VOTES))
+        choices = (("policy", POLICIES), ("takeover", TAKEOVERS), ("vote", VOTES))
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -62,11 +60,21 @@ class ATTSParams:
             raise InputError(
                 f"early_verdict takes no policy but threshold: {self.policy} moves the level while a span is written"
             )
+        settings = make_settings(self.strategy, self.options)
+        if self.early_verdict and settings.score != "mean-nll":
+            raise InputError(f"early_verdict is for mean-nll over spans of tokens, not for {settings.score}")
         self.sampling(0)
 
-    def sampling(self, key: int, *, logprobs: bool = False) -> SamplingParams:
+    @property
+    def settings(self) -> Settings:
+        """Those of the strategy."""
+        return make_settings(self.strategy, self.options)
+
+    def sampling(self, key: int, *, logprobs: bool = False, stop: tuple[str, ...] = ()) -> SamplingParams:
         """Sampling of one chain's spans on one lane; `key` is the chain's stream there."""
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, seed=key, logprobs=logprobs)
+        return SamplingParams(
+            self.temperature, self.top_k, self.top_p, self.min_p, seed=key, stop=stop, logprobs=logprobs
+        )
 
     @property
     def token_limit(self) -> int:

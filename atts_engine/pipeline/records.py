@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+COSTS = ("discarded_draft_tokens", "discarded_target_tokens", "judge_tokens", "judge_prompt_tokens")
+"""Keys of `Chain.extra`, each there where it is not 0: tokens that either model wrote and that no span on record holds;
+tokens that the target wrote to judge; tokens that it read for that alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -41,6 +45,7 @@ class Turn:
     the bit; none where a lane does not tell the log-probability of each token, or the lanes' tokens differ.
     early: the verdict was settled before the span was whole. The span ends there, score and p_value are the lowest and
     the highest that it could still have had, and score_per_byte is not known.
+    tested: what the gate tested where that is not `score`: the strategy's own scorer's, higher being worse.
     """
 
     turn: int
@@ -59,6 +64,7 @@ class Turn:
     chunks: tuple[ChunkScore, ...] = ()
     score_per_byte: float | None = None
     early: bool = False
+    tested: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,14 @@ class Chain:
 
     @property
     def draft_tokens(self) -> int:
-        return sum(t.draft_tokens for t in self.turns)
+        """All that the draft wrote, what was thrown away too."""
+        return sum(t.draft_tokens for t in self.turns) + int(self.extra.get("discarded_draft_tokens", 0))
 
     @property
     def target_tokens(self) -> int:
-        return sum(t.target_tokens for t in self.turns)
+        """All that the target wrote, what was thrown away and what it wrote to judge too."""
+        written = sum(t.target_tokens for t in self.turns)
+        return written + sum(int(self.extra.get(name, 0)) for name in ("discarded_target_tokens", "judge_tokens"))
 
 
 @dataclass(frozen=True, slots=True)

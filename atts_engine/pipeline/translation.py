@@ -43,9 +43,13 @@ class TokenStream(Protocol):
 
 
 class Codec(Protocol):
-    """Text of token ids, specials left out."""
+    """Text of token ids, specials left out, and ids of a whole text."""
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def encode(self, text: str) -> list[int]:
+        """`InputError` where the vocabulary cannot spell it."""
+        ...
 
     def detokenizer(self, skip_special: bool = True) -> TextStream: ...
 

@@ -22,7 +22,7 @@ from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, draws
 from atts_engine.runtime.graphs import MAX_GRAPH_BATCH, Capture, CudaCapture, DecodeGraphs
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.scheduler import Step
-from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
+from atts_engine.runtime.transfer import HostCopy, fill_futures, take_rows, to_device
 
 _ALIGNMENT = 64
 GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
@@ -215,8 +215,11 @@ class Runner:
         )  # fmt: skip
         fill_futures(ids, late, source, futures)
         hidden = self.decoder.forward(ForwardBatch(ids, positions, table, cu_q, kv_len), self.kv)
-        scores = ops.score_tokens(hidden[score_rows], self.decoder.lm_head, score_ids) if len(score_rows) else None
-        logits = self.decoder.logits(hidden[sample_rows]) if len(sample_rows) else None
+        scores = logits = None
+        if len(score_rows):
+            scores = ops.score_tokens(take_rows(hidden, score_rows), self.decoder.lm_head, score_ids)
+        if len(sample_rows):
+            logits = self.decoder.logits(take_rows(hidden, sample_rows))
         return logits, scores
 
     def _sample(self, arrays: StepArrays, logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
