@@ -15,13 +15,17 @@ from atts_engine.pipeline.settings import (
     DraftAlone,
     LatestTurns,
     LongestSpans,
+    Lookahead,
     RewardGuided,
     Settings,
     SpecReason,
+    SpeculativeThinking,
     Synchronous,
     TargetAlone,
 )
 from atts_engine.pipeline.strategies.alone import write_alone
+from atts_engine.pipeline.strategies.lookahead import look_ahead
+from atts_engine.pipeline.strategies.speculative_thinking import think_speculatively
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
 from atts_engine.pipeline.strategies.work import Pair, Work
 
@@ -30,6 +34,8 @@ __all__ = ["Pair", "Work", "solve"]
 _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = {
     Asynchronous: judge_alone,
     **dict.fromkeys((CoinToss, LatestTurns, LongestSpans, RewardGuided, SpecReason), judge_alone),
+    Lookahead: look_ahead,
+    SpeculativeThinking: think_speculatively,
     Synchronous: judge_by_rank,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
