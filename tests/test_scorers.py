@@ -179,7 +179,7 @@ def test_later_turns_of_recorded_chains_are_taken_over_at_alpha(shared: Path) ->
     spans = scored_spans(read_chains(min((shared / "data" / "traces").glob("*.jsonl*"))))
     gate, taken = ConformalGate(Adaptive(0.4)), []
     for span in spans:
-        place = Place(span.problem, span.chain, span.turn)
+        place = Place(span.problem_id, span.chain, span.turn)
         taken.append(ask(gate, float(span.turn), place, by_turn=False).takeover)
         assert abs(sum(taken) - 0.4 * len(taken)) <= max(1.0, 0.02 * len(taken)) + 1e-9
     turns = np.array([span.turn for span in spans])

@@ -149,9 +149,10 @@ class _Lookahead:
         finally:
             for run in runs:
                 run.cancel()
-            await asyncio.gather(*runs, return_exceptions=True)
+            # Before anything that another cancellation could interrupt.
             for fork in forks:
                 await duet.target.close(fork)
+            await asyncio.gather(*runs, return_exceptions=True)
 
     async def _join(self, ahead: list[Ahead], runs: list[asyncio.Task[Own]], kept: int, forks: list[Seq]) -> str | None:
         """The first `kept` steps stay; the target's own takes the place of the next one, if there is one. The fork that
