@@ -22,9 +22,9 @@ from atts_engine.evaluation.measures import takeover_rates, tokens_by_author
 from atts_engine.evaluation.register_task import RegisterTask
 from atts_engine.evaluation.traces import chain_from_line, chain_to_json
 from atts_engine.pipeline import Pair, Prompts, Tongues, Words, parse_strategy, run_problem
-from atts_engine.pipeline.gate import ThresholdGate
 from atts_engine.pipeline.settings import SpeculativeThinking
 from atts_engine.pipeline.strategies.speculative_thinking import RECAP, sentiment
+from atts_engine.pipeline.uncalibrated import ThresholdGate
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
 from tests.test_engine import content, problems, with_engine
 from tests.test_two_tokenizers import ListLane, ListSeq, byte_level, said

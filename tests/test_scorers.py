@@ -21,7 +21,7 @@ from atts_engine.evaluation.register_task import RegisterTask
 from atts_engine.evaluation.replay import scored_spans
 from atts_engine.evaluation.traces import read_chains
 from atts_engine.pipeline.asking import Question
-from atts_engine.pipeline.gate import Appraisal, ConformalGate, Place, RankingGate, ThresholdGate
+from atts_engine.pipeline.gate import Appraisal, ConformalGate, Place
 from atts_engine.pipeline.scorers import (
     Coin,
     Drafted,
@@ -35,6 +35,7 @@ from atts_engine.pipeline.scorers import (
 )
 from atts_engine.pipeline.settings import CoinToss, LongestSpans, RewardGuided, SpecReason
 from atts_engine.pipeline.task import PlainTask
+from atts_engine.pipeline.uncalibrated import RankingGate, ThresholdGate
 from atts_engine.runtime.records import SpanResult
 from tests.test_engine import CONFIG, PARAMS, problems, with_engine
 
