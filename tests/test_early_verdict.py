@@ -218,9 +218,7 @@ class Settling:
         self.at: dict[Place, int] = {}
         self.cuts = 0
 
-    async def ask(
-        self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None, *, appraisal: Any = None
-    ) -> Judged:
+    async def ask(self, lane: Any, seq: Any, place: Place, seed: int, most: int | None = None, **_: Any) -> Judged:
         result = await lane.verdict(seq, None)
         self.cuts += most is not None
         return Judged(result.score, most is not None or self.rng.random() < 0.3, sum_logprob=result.sum_logprob)

@@ -155,3 +155,21 @@ def test_the_whole_job_on_a_real_model() -> None:
                 assert all((t.target_tokens > 0) == t.takeover for t in chain.turns)
 
     asyncio.run(work())
+
+
+def test_a_real_target_rates_a_step_of_the_draft() -> None:
+    params = ATTSParams(
+        chains=1, turns=1, draft_tokens=12, target_tokens=4, strategy="spec-reason", options=(("expected", True),)
+    )
+
+    async def work() -> None:
+        config = EngineConfig("smollm2-135m", "smollm2-135m", kv_tokens=2048)
+        async with await AsyncEngine.create(config) as engine:
+            (chain,) = (await engine.solve(Problem("0", "What is (7 + 5) * 3?"), params)).chains
+        (turn,) = chain.turns
+        assert chain.error is None and turn.tested is not None and 0.0 < turn.tested < 9.0
+        assert turn.takeover is (turn.tested > 2.0)
+        assert chain.extra["judge_tokens"] == 1 and chain.extra["judge_prompt_tokens"] > 30
+        assert chain.target_tokens == turn.target_tokens + 1
+
+    asyncio.run(work())

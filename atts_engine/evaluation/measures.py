@@ -90,7 +90,7 @@ def grade(
 
 
 def takeover_rates(chains: Iterable[Chain]) -> dict[str, Any]:
-    """{"decisions", "rate", "early", "by_turn": {turn: {"n", "rate"}}, "by_problem": {id: {"n", "rate"}}} over scored
+    """{"decisions", "rate", "early", "by_turn": {turn: {"n", "rate"}}, "by_problem": {id: {"n", "rate"}}} over judged
     turns; a rate without decisions is None. early: how many verdicts were settled before their span was whole."""
     turns: dict[int, list[bool]] = defaultdict(list)
     problems: dict[str, list[bool]] = {}
@@ -98,7 +98,7 @@ def takeover_rates(chains: Iterable[Chain]) -> dict[str, Any]:
     for problem_id, group in by_problem(chains).items():
         for chain in group:
             for turn in chain.turns:
-                if turn.score is not None:
+                if turn.judged:
                     turns[turn.turn].append(turn.takeover)
                     problems.setdefault(problem_id, []).append(turn.takeover)
                     early += turn.early

@@ -2,7 +2,7 @@
 
 from atts_engine.pipeline.answers import find_answer
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
-from atts_engine.pipeline.gate import ConformalGate, Gate, RankingGate
+from atts_engine.pipeline.gate import ConformalGate, Gate
 from atts_engine.pipeline.params import TAKEOVERS, ATTSParams
 from atts_engine.pipeline.problem import run_problem
 from atts_engine.pipeline.records import Chain, ChunkScore, Decision, Problem, Turn
@@ -10,6 +10,7 @@ from atts_engine.pipeline.settings import STRATEGIES, parse_strategy, strategy_t
 from atts_engine.pipeline.strategies import Pair
 from atts_engine.pipeline.task import PlainTask, Task
 from atts_engine.pipeline.translation import Tongues, Words
+from atts_engine.pipeline.uncalibrated import RankingGate
 from atts_engine.pipeline.voting import VOTES, tally, winner
 from atts_engine.pipeline.writer import Prompts
 

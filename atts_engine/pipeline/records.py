@@ -66,6 +66,11 @@ class Turn:
     early: bool = False
     tested: float | None = None
 
+    @property
+    def judged(self) -> bool:
+        """Whether there was a verdict."""
+        return self.score is not None or self.tested is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:

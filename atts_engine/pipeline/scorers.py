@@ -76,8 +76,9 @@ class TargetRating:
         try:
             self._question = Question(codec, prompt, DIGITS)
         except InputError as error:
+            reason = str(error).partition(";")[0]
             raise InputError(
-                f"the target cannot be asked for a rating: {error}; choose a judge that is not the target"
+                f"the target cannot be asked for a rating, for {reason}: choose another judge or scorer"
             ) from error
         self._expected = expected
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from atts_engine.backends import Lane, Seq
+from atts_engine.errors import ChainError, ContextFull
 from atts_engine.pipeline.answers import find_answer, last_boxed
 from atts_engine.pipeline.events import Event, TokensEvent
 from atts_engine.pipeline.params import ATTSParams
@@ -122,10 +123,18 @@ class Writer:
         return (tongues.draft, self.across) if author == "draft" else (tongues.target, self.back)
 
     def wrote(self, turn: int, author: str, piece: Piece, n_tokens: int) -> None:
-        spec = self.spec
         self.text += piece.text
-        if n_tokens or piece.text:
-            spec.emit(TokensEvent(spec.problem.id, spec.chain, turn, author, piece.text, n_tokens))
+        self.tell(turn, author, piece.text, n_tokens)
+
+    def tell(self, turn: int, author: str, text: str, n_tokens: int) -> None:
+        """Announce what the text holds already."""
+        if n_tokens or text:
+            self.spec.emit(TokensEvent(self.spec.problem.id, self.spec.chain, turn, author, text, n_tokens))
+
+    def judged(self, written: int, read: int) -> None:
+        """The target wrote and read so many tokens to judge."""
+        self.costs["judge_tokens"] += written
+        self.costs["judge_prompt_tokens"] += read
 
     def mark(self, d: Seq, t: Seq) -> Mark:
         return Mark(len(self.text), d.length, t.length, self.across.copy())
@@ -164,6 +173,21 @@ class Writer:
             extra={**(extra or {}), **{name: self.costs[name] for name in COSTS if self.costs[name]}},
             wait_s=self.wait_s,
         )
+
+
+async def finish_of(spec: ChainSpec, body: Coroutine[Any, Any, str]) -> tuple[str, str | None]:
+    """How a chain ended, and its error: as `body` says, unless that cannot go on. A cancellation that is no deadline is
+    passed on."""
+    try:
+        return await body, None
+    except ContextFull:
+        return "length", None
+    except ChainError as failure:
+        return "error", str(failure)
+    except asyncio.CancelledError:
+        if not spec.expired:
+            raise
+        return "deadline", None
 
 
 async def take_back(lane: Lane, seq: Seq, tokens: int) -> None:

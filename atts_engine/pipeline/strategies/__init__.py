@@ -15,10 +15,12 @@ from atts_engine.pipeline.settings import (
     DraftAlone,
     LatestTurns,
     LongestSpans,
+    Lookahead,
     RewardGuided,
     Settings,
     SpecReason,
     Speculative,
+    SpeculativeThinking,
     Synchronous,
     TargetAlone,
 )
@@ -31,7 +33,9 @@ from atts_engine.pipeline.settings.sampling import (
 from atts_engine.pipeline.strategies.alone import write_alone
 from atts_engine.pipeline.strategies.best_of_n import best_of_n
 from atts_engine.pipeline.strategies.consistency import until_majority, until_unanimous, vote_of_all
+from atts_engine.pipeline.strategies.lookahead import look_ahead
 from atts_engine.pipeline.strategies.speculative import propose_and_verify
+from atts_engine.pipeline.strategies.speculative_thinking import think_speculatively
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
 from atts_engine.pipeline.strategies.work import Pair, Work
 
@@ -40,6 +44,8 @@ __all__ = ["Pair", "Work", "solve"]
 _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = {
     Asynchronous: judge_alone,
     **dict.fromkeys((CoinToss, LatestTurns, LongestSpans, RewardGuided, SpecReason), judge_alone),
+    Lookahead: look_ahead,
+    SpeculativeThinking: think_speculatively,
     Synchronous: judge_by_rank,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
