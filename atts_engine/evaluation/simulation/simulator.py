@@ -214,7 +214,8 @@ class _Simulation:
 
     def _at(self, time: float, call: Callable[[], None]) -> None:
         self._number += 1
-        heapq.heappush(self._events, (time, self._number, call))
+        # A time worked out from an earlier one may fall short of now by a rounding.
+        heapq.heappush(self._events, (max(time, self._now), self._number, call))
 
     def _hop(self, call: Callable[[], None]) -> None:
         """What a chain does next, when it has heard of it."""
