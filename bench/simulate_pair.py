@@ -28,6 +28,10 @@ SWEEPS = {
         *("--gpus", "8,32,128,512", "--problems", "16", "--chains", "16", "--concurrency", "1"),
         *("--strategies", "atts,atts-sync,target"),
     ),
+    "few": (
+        *("--gpus", "8,64,512", "--problems", "8", "--chains", "16"),
+        *("--strategies", "atts,atts-sync,target"),
+    ),
     "chains": (
         *("--gpus", "64", "--problems", "16", "--chains", "1,4,16,64,256"),
         *("--strategies", "atts,atts-sync,target"),
@@ -37,6 +41,7 @@ SWEEPS = {
 TITLES = {
     "gpus": "64 problems of 16 chains, all in flight",
     "one at a time": "16 problems of 16 chains, one in flight",
+    "few": "8 problems of 16 chains, all in flight",
     "chains": "16 problems on 64 GPUs, all in flight, by chains a problem",
     "turns": "64 problems of 16 chains on 64 GPUs, all in flight, by turns a chain has at most",
 }

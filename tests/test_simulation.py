@@ -38,20 +38,19 @@ def pair(shared: bool = False, draft: LinearCost = DRAFT, target: LinearCost = T
 
 
 @pytest.mark.parametrize(
-    ("barrier", "shared", "seconds", "barrier_s"),
+    ("barrier", "seconds", "barrier_s", "chain_s"),
     [
         # Chain 0 drafts until 2, is scored until 4. The target's steps: 4-6, and 6-8 with the score of chain 1, which
         # asked at 5, 8-10. Chain 1 drafts until 9 and is scored 10-12; chain 0 drafts until 11 and is scored 12-14.
-        ("none", False, 14.0, 0.0),
+        ("none", 14.0, 0.0, 14.0 + 12.0),
         # Scores at 4 and, of chain 1, 5-7: both judged at 7, chain 0 waited 3. It writes until 13 and drafts until 14,
         # scored 14-16; chain 1 drafts until 8, is scored in the step 9-11 and waits until 16.
-        ("problem", False, 16.0, 3.0 + 5.0),
+        ("problem", 16.0, 3.0 + 5.0, 16.0 + 16.0),
     ],
 )
-def test_two_chains_by_hand(barrier: Scope, shared: bool, seconds: float, barrier_s: float) -> None:
-    found = simulate(TWO_CHAINS, pair(shared), Rules(barrier, verification="step"))
-    assert (found.seconds, found.barrier_s) == (seconds, barrier_s)
-    assert found.chain_s == 14.0 + 12.0 if barrier == "none" else found.chain_s == 16.0 + 16.0
+def test_two_chains_by_hand(barrier: Scope, seconds: float, barrier_s: float, chain_s: float) -> None:
+    found = simulate(TWO_CHAINS, pair(), Rules(barrier, verification="step"))
+    assert (found.seconds, found.barrier_s, found.chain_s) == (seconds, barrier_s, chain_s)
 
 
 def test_a_shared_device_takes_turns_by_hand() -> None:
@@ -294,6 +293,8 @@ def test_turns_of_a_trace_are_counted_or_estimated() -> None:
     assert (exact.draft_tokens, exact.target_tokens, exact.takeover_rate, exact.estimated) == (8, 3, 0.5, False)
     both = recorded_turns([counted, texts], chars_per_token=4.0)
     assert (both.job[1], both.estimated) == ([[TurnWork(8, 1)]], True)
+    with pytest.raises(InputError, match="one model alone"):
+        recorded_turns([Chain("a", 0, 0, None, None, 1.0, (Turn(0, "x", 1),), strategy="target")])
     with pytest.raises(InputError, match="no turn to simulate"):
         recorded_turns([_chain("a", 0)])
 

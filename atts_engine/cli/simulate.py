@@ -127,11 +127,9 @@ def _counts(args: argparse.Namespace, name: str, default: list[int | None]) -> l
     return [int(part) for part in parts]
 
 
-def _scenario(args: argparse.Namespace) -> tuple[Scenario, dict[str, Any]]:
-    """The scenario, and what the figures tell of it."""
-    from atts_engine.evaluation.simulation import fit
+def _checked(args: argparse.Namespace) -> tuple[str, ...]:
+    """The strategies of --strategies. `InputError` for numbers that are none of a job."""
     from atts_engine.evaluation.simulation.figures import STRATEGIES
-    from atts_engine.evaluation.simulation.sweep import OneMachine, Scenario
 
     strategies = tuple(dict.fromkeys(name.strip() for name in args.strategies.split(",")))
     if unknown := [name for name in strategies if name not in STRATEGIES]:
@@ -144,6 +142,15 @@ def _scenario(args: argparse.Namespace) -> tuple[Scenario, dict[str, Any]]:
             raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}")
     if args.hop_us < 0 or (args.prompt_tokens or 0) < 0:
         raise InputError("--hop-us and --prompt-tokens must be 0 or more")
+    return strategies
+
+
+def _scenario(args: argparse.Namespace) -> tuple[Scenario, dict[str, Any]]:
+    """The scenario, and what the figures tell of it."""
+    from atts_engine.evaluation.simulation import fit
+    from atts_engine.evaluation.simulation.sweep import OneMachine, Scenario
+
+    strategies = _checked(args)
     runs = [fit.RunRecord.read(folder) for folder in args.fit or ()]
     lanes: dict[str, Any] = {}
     prompt = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from atts_engine.evaluation.simulation.cost import StepCost
@@ -275,3 +276,36 @@ class Lane:
     def _hold(self, tokens: int) -> None:
         self._kv += tokens
         self.use.peak_kv = max(self.use.peak_kv, self._kv)
+
+
+@dataclass(slots=True)
+class Quiet:
+    """Rounds of one step of each lane in which nothing ends or begins."""
+
+    lanes: list[Lane]
+    began: float
+    round_s: float
+    rounds: int
+
+    @property
+    def end(self) -> float:
+        return self.began + self.rounds * self.round_s
+
+
+class Stepper:
+    """What makes one step at a time: a copy of one lane, or one of each."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = lanes
+        self.busy = False
+        self.quiet: Quiet | None = None
+        self._next = 0
+
+    def working(self) -> list[Lane]:
+        """Lanes with something to do, the one whose turn it is first."""
+        order = [self.lanes[(self._next + i) % len(self.lanes)] for i in range(len(self.lanes))]
+        return [lane for lane in order if lane.works]
+
+    def passed(self, lane: Lane) -> None:
+        """It has had its turn."""
+        self._next = (self.lanes.index(lane) + 1) % len(self.lanes)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.simulation.lanes import Key, Lane, LaneModel, LaneUse, Plan
+from atts_engine.evaluation.simulation.lanes import Key, Lane, LaneModel, LaneUse, Plan, Quiet, Stepper
 from atts_engine.evaluation.simulation.work import Job, TurnWork
 
 Scope = Literal["none", "problem", "all"]
@@ -93,39 +93,6 @@ def simulate(job: Job, machine: Machine, rules: Rules) -> Outcome:
     return _Simulation(job, machine, rules).run()
 
 
-class _Device:
-    """What makes one step at a time: a copy of one lane, or one of each."""
-
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self.lanes = lanes
-        self.busy = False
-        self.quiet: _Quiet | None = None
-        self._next = 0
-
-    def working(self) -> list[Lane]:
-        """Lanes with something to do, the one whose turn it is first."""
-        order = [self.lanes[(self._next + i) % len(self.lanes)] for i in range(len(self.lanes))]
-        return [lane for lane in order if lane.works]
-
-    def passed(self, lane: Lane) -> None:
-        """It has had its turn."""
-        self._next = (self.lanes.index(lane) + 1) % len(self.lanes)
-
-
-@dataclass(slots=True)
-class _Quiet:
-    """Rounds of one step of each lane in which nothing ends or begins."""
-
-    lanes: list[Lane]
-    began: float
-    round_s: float
-    rounds: int
-
-    @property
-    def end(self) -> float:
-        return self.began + self.rounds * self.round_s
-
-
 @dataclass(slots=True)
 class _Chain:
     problem: int
@@ -167,14 +134,14 @@ class _Simulation:
         self._targets = self._copies(machine.target, self._uses[1]) if machine.target else []
         if machine.shared:
             pairs = zip(self._drafts, self._targets, strict=True)
-            self._devices = [_Device(pair) for pair in pairs]
+            self._steppers = [Stepper(pair) for pair in pairs]
         else:
-            self._devices = [_Device([lane]) for lane in (*self._drafts, *self._targets)]
-        self._device_of = {id(lane): device for device in self._devices for lane in device.lanes}
+            self._steppers = [Stepper([lane]) for lane in (*self._drafts, *self._targets)]
+        self._stepper_of = {id(lane): stepper for stepper in self._steppers for lane in stepper.lanes}
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
-        self._dirty: dict[int, _Device] = {}
+        self._dirty: dict[int, Stepper] = {}
         self._queue = deque(range(len(job)))
         self._chains: list[_Chain] = []
         self._open: dict[int, _Open] = {}
@@ -210,11 +177,12 @@ class _Simulation:
             self._uses[1] if len(self._uses) > 1 else None,
         )
 
-    # Devices
+    # Steps
 
     def _at(self, time: float, call: Callable[[], None]) -> None:
         self._number += 1
-        heapq.heappush(self._events, (time, self._number, call))
+        # A time worked out from an earlier one may fall short of now by a rounding.
+        heapq.heappush(self._events, (max(time, self._now), self._number, call))
 
     def _hop(self, call: Callable[[], None]) -> None:
         """What a chain does next, when it has heard of it."""
@@ -225,52 +193,52 @@ class _Simulation:
 
     def _touch(self, lane: Lane) -> None:
         """Something was asked of the lane."""
-        device = self._device_of[id(lane)]
-        self._dirty[id(device)] = device
-        quiet = device.quiet
+        stepper = self._stepper_of[id(lane)]
+        self._dirty[id(stepper)] = stepper
+        quiet = stepper.quiet
         if quiet is not None and quiet.round_s > 0.0:
             # The rounds that have begun go on to their end.
             rounds = max(1, math.ceil((self._now - quiet.began) / quiet.round_s))
             if rounds < quiet.rounds:
                 quiet.rounds = rounds
-                self._at(quiet.end, partial(self._quiet_over, device))
+                self._at(quiet.end, partial(self._quiet_over, stepper))
 
     def _plan(self) -> None:
-        for device in self._dirty.values():
-            if not device.busy:
-                self._begin(device)
-            for lane in device.lanes:
+        for stepper in self._dirty.values():
+            if not stepper.busy:
+                self._begin(stepper)
+            for lane in stepper.lanes:
                 lane.rest(self._now)
         self._dirty = {}
 
-    def _begin(self, device: _Device) -> None:
-        lanes = device.working()
+    def _begin(self, stepper: Stepper) -> None:
+        lanes = stepper.working()
         if not lanes:
             return
-        device.busy = True
+        stepper.busy = True
         rounds = min(lane.quiet_steps() for lane in lanes)
         if rounds > 0:
             round_s = sum(lane.quiet_step_s(rounds) for lane in lanes)
-            device.quiet = _Quiet(lanes, self._now, round_s, rounds)
-            self._at(device.quiet.end, partial(self._quiet_over, device))
+            stepper.quiet = Quiet(lanes, self._now, round_s, rounds)
+            self._at(stepper.quiet.end, partial(self._quiet_over, stepper))
         else:
             plan = lanes[0].plan(self._now)
-            self._at(self._now + plan.seconds, partial(self._step_over, device, lanes[0], plan))
+            self._at(self._now + plan.seconds, partial(self._step_over, stepper, lanes[0], plan))
 
-    def _quiet_over(self, device: _Device) -> None:
-        quiet = device.quiet
+    def _quiet_over(self, stepper: Stepper) -> None:
+        quiet = stepper.quiet
         if quiet is None or self._now < quiet.end:
             # It was ended before this time, and what runs now has an event of its own.
             return
         for lane in quiet.lanes:
             lane.skip(quiet.rounds)
-        device.quiet, device.busy = None, False
-        self._dirty[id(device)] = device
+        stepper.quiet, stepper.busy = None, False
+        self._dirty[id(stepper)] = stepper
 
-    def _step_over(self, device: _Device, lane: Lane, plan: Plan) -> None:
-        device.busy = False
-        device.passed(lane)
-        self._dirty[id(device)] = device
+    def _step_over(self, stepper: Stepper, lane: Lane, plan: Plan) -> None:
+        stepper.busy = False
+        stepper.passed(lane)
+        self._dirty[id(stepper)] = stepper
         appended, chunks = lane.carry_out(plan)
         for append in appended:
             if append.final:

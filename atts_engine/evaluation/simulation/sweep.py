@@ -33,7 +33,7 @@ class Gpus:
     def place(self, strategy: str, gpus: int | None, job: Job, rules: Rules) -> Placement:
         """`InputError` where that many GPUs do not hold the models of the strategy."""
         d, t, rows = self.draft, self.target, rules.max_batch_tokens
-        n = gpus or 1
+        n = 1 if gpus is None else gpus
         if strategy in ("draft", "target"):
             return place_alone(d if strategy == "draft" else t, n, rows, draft=strategy == "draft")
         chosen = self.draft_gpus is not None or self.target_gpus is not None

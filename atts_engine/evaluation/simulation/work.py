@@ -58,9 +58,12 @@ def estimated_tokens(chars: int, chars_per_token: float) -> int:
 def recorded_turns(chains: Sequence[Chain], chars_per_token: float = CHARS_PER_TOKEN) -> Recorded:
     """Turn lengths of a trace's chains: recorded token counts, or estimates where a chain has none.
 
-    A draft span counts at least one token. Chains without a turn are left out; `InputError` where none is left.
+    A draft span counts at least one token. Chains without a turn are left out; `InputError` where none is left, and for
+    chains that one model wrote alone.
     """
     by_problem: dict[str, list[list[TurnWork]]] = {}
+    if any(chain.strategy in ("draft", "target") for chain in chains):
+        raise InputError("the trace was written by one model alone: simulate one of atts or atts-sync, which has turns")
     estimated, turns, takeovers = False, 0, 0
     for chain in chains:
         counted = has_tokens(chain)
@@ -81,8 +84,6 @@ def recorded_turns(chains: Sequence[Chain], chars_per_token: float = CHARS_PER_T
     if not job:
         raise InputError("the trace holds no turn to simulate")
     draft_tokens, target_tokens = tokens_of(job)
-    if not target_tokens and all(chain.strategy in ("draft", "target") for chain in chains):
-        raise InputError("the trace was written by one model alone: name one of atts or atts-sync, which has turns")
     return Recorded(job, draft_tokens, target_tokens, takeovers / turns, estimated)
 
 
