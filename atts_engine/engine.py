@@ -199,6 +199,11 @@ class AsyncEngine:
             score=params.settings.score,
         )
 
+    def prompt_lengths(self, problem: Problem) -> tuple[int, int]:
+        """Tokens of the problem's prompt, as the draft and as the target count them; `InputError` as in `generate`."""
+        prompts = self._prompts(problem)
+        return len(prompts.draft), len(prompts.target)
+
     def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each lane since it began (see `LaneStats` and `LaneTotals`), its pool's pages, and its open
         sequences. peak_kv_bytes: of the most pages that were in use on its device at once since `restart_peaks`."""

@@ -138,19 +138,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
     group.add_argument("--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500)")
     group.add_argument("--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500)")
     group.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add_decoding(group)
     group.add_argument(
         "--takeover",
         choices=("continue", "replace"),
         default="continue",
         help="the target goes on after the span, or redoes it",
-    )
-    group.add_argument(
-        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
     )
     if strategy:
         group.add_argument(
@@ -162,6 +155,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
         group.add_argument(
             "--mode", choices=("async", "sync"), help="async is --strategy atts, sync is --strategy atts-sync"
         )
+
+
+def add_decoding(group: argparse._ActionsContainer) -> None:
+    """How tokens are drawn and chains are voted on."""
+    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    group.add_argument(
+        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
+    )
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

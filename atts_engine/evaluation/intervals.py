@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +83,21 @@ def bootstrap_quantile(
         resamples,
         seed,
     )
+
+
+def wilson(right: int, seen: int, *, level: float = 0.95) -> Interval:
+    """Share of `right` among `seen` problems that are right or wrong as a whole, with Wilson's score interval.
+
+    Unlike a bootstrap's it has a width where all are right or none is, so it serves for few problems. `InputError`
+    unless 0 <= right <= seen and seen is 1 or more. Source: E. B. Wilson, JASA 22 (1927).
+    """
+    if not 0 <= right <= seen or seen < 1:
+        raise InputError(f"an interval of a share needs 0 <= right <= seen and seen >= 1, not {right} of {seen}")
+    z = NormalDist().inv_cdf(0.5 + level / 2.0)
+    share, shrink = right / seen, 1.0 + z * z / seen
+    centre = (share + z * z / (2.0 * seen)) / shrink
+    half = z / shrink * math.sqrt(share * (1.0 - share) / seen + z * z / (4.0 * seen * seen))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def paired_bootstrap(

@@ -108,11 +108,12 @@ def job_settings(
         "models": {"draft": draft, "target": target, "dtype": dtype},
         "params": {**asdict(params), "options": dict(params.options)},
         "calibration": calibration,
-        "problems": {"count": len(problems), "sha256": _digest(problems)},
+        "problems": {"count": len(problems), "sha256": problems_digest(problems)},
     }
 
 
-def _digest(problems: Sequence[Problem]) -> str:
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """sha256 hex over ids, texts and gold answers in order."""
     text = "\n".join(json.dumps([p.id, p.problem, p.answer]) for p in problems)
     return hashlib.sha256(text.encode()).hexdigest()
 

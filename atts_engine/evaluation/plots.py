@@ -252,6 +252,53 @@ def _spread(interval: Mapping[str, float], scale: float) -> list[list[float]]:
     return [[scale * max(0.0, low)], [scale * max(0.0, high)]]
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A configuration in the plot of a study. accuracy, low, high: fractions; front: nothing is better and cheaper."""
+
+    cost: float
+    accuracy: float
+    low: float
+    high: float
+    front: bool
+
+
+def accuracy_against_cost(points: Sequence[Point], limit: float, best: Point | None, unit: str) -> Plot:
+    """Configurations that a study measured, at least one; those that nothing dominates joined by a line; and the
+    budget, unless it is so far off that the points would be squeezed together."""
+    drawn: list[str] = []
+    with _drawing("Accuracy against cost", f"{unit} a problem", "%", drawn) as axes:
+        for point in points:
+            y = 100 * point.accuracy
+            spread = [[y - 100 * point.low], [100 * point.high - y]]
+            colour = TAKEN if point is best else KEPT if point.front else DRAFT
+            faint = 1.0 if point.front or point is best else 0.4
+            axes.errorbar(
+                [point.cost], [y], yerr=spread, color=colour, marker="o", markersize=5, alpha=faint, linewidth=1
+            )
+        front = sorted((p.cost, 100 * p.accuracy) for p in points if p.front)
+        axes.plot([x for x, _ in front], [y for _, y in front], color=KEPT, linewidth=1.2, drawstyle="steps-post")
+        if limit <= 2 * max(point.cost for point in points):
+            axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.text(limit, 1.01, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
+        axes.set_ylim(-3, 103)
+    return Plot(
+        drawn[0],
+        "Each point is a configuration with its 95% interval over problems; the stepped line joins those that nothing "
+        "beats. The best of many is optimistic: it was picked for its luck too.",
+    )
+
+
+def best_so_far(values: Sequence[float | None]) -> Plot:
+    """Accuracy of the best configuration within the budget, behind each trial of a study."""
+    drawn: list[str] = []
+    known = [(number, 100 * value) for number, value in enumerate(values, 1) if value is not None]
+    with _drawing("Best within the budget, so far", "trial", "%", drawn) as axes:
+        axes.plot([n for n, _ in known], [v for _, v in known], color=TAKEN, drawstyle="steps-post", marker=".")
+        axes.set_xlim(0.5, len(values) + 0.5)
+    return Plot(drawn[0], "A flat end says that further trials had stopped helping.")
+
+
 def of_chains(
     chains: Sequence[Chain], takeovers: Mapping[str, Any], alpha: float, decisions: Sequence[Decision] = ()
 ) -> list[Plot]:
