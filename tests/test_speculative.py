@@ -42,11 +42,6 @@ SAMPLINGS = (
 )
 
 
-def proposing(n: int) -> tuple[tuple[str, int], ...]:
-    """Options of the strategy: n tokens at a time."""
-    return (("proposal_tokens", n),)
-
-
 def text(chain: Chain) -> tuple[Any, ...]:
     """What a chain says, and why it ended."""
     (turn,) = chain.turns
@@ -69,7 +64,7 @@ def test_chains_are_those_of_the_target_alone() -> None:
             params = replace(PARAMS, chains=3, turns=2, strategy="target", **sampling)
             alone = await solve(engine, params, n=1)
             before = engine.stats()
-            found = await solve(engine, replace(params, strategy="speculative", options=proposing(4)), n=1)
+            found = await solve(engine, replace(params, strategy="speculative", options=(("proposal_tokens", 4),)), n=1)
             counted = {k: engine.stats()["target"][k] - v for k, v in before["target"].items()}
             assert [text(c) for c in found] == [text(c) for c in alone]
             for chain, other in zip(found, alone, strict=True):
@@ -123,7 +118,7 @@ def test_neither_block_nor_budget_nor_pool_nor_overlap_changes_a_chain(
     params = replace(PARAMS, turns=2, strategy="speculative", temperature=1.1)
 
     async def work(engine: Any) -> list[tuple[Any, ...]]:
-        found = await solve(engine, replace(params, options=proposing(proposal_tokens)))
+        found = await solve(engine, replace(params, options=(("proposal_tokens", proposal_tokens),)))
         assert config.kv_tokens == CONFIG.kv_tokens or engine.stats()["target"]["preemptions"] > 0
         return [text(c) for c in found]
 
@@ -198,9 +193,7 @@ def spec_of(params: ATTSParams, deadline: float | None = None) -> ChainSpec:
     return ChainSpec(Problem("p", "x"), 0, params, tongues, prompts, lambda event: None, deadline)
 
 
-def both_ways(
-    draft: Model, target: Model, params: ATTSParams, proposal_tokens: int = 5, **options: Any
-) -> tuple[Chain, Chain]:
+def both_ways(draft: Model, target: Model, params: ATTSParams, **options: Any) -> tuple[Chain, Chain]:
     """The chain of the target alone, and the one by speculation."""
 
     async def main() -> tuple[Chain, Chain]:
@@ -208,7 +201,7 @@ def both_ways(
         async with lanes(draft, target, **options) as (left, right):
             alone = await run_single(spec, right, await right.open((1, 2)), "target")
             d, t = await left.open((1, 2)), await right.open((1, 2))
-            found = await run_speculative(spec, left, d, right, t, proposal_tokens)
+            found = await run_speculative(spec, left, d, right, t, 3)
             assert t.length == 2 + found.turns[0].draft_tokens + found.target_tokens
         return alone, found
 
@@ -227,7 +220,7 @@ def test_any_draft_gives_the_targets_chain(
     accepted = proposed = 0
     for seed in range(4):
         params = ATTSParams(chains=1, turns=1, draft_tokens=20, target_tokens=17, temperature=temperature, seed=seed)
-        alone, found = both_ways(model_of(decoder), fake_model(), params, 3, overlap=late)
+        alone, found = both_ways(model_of(decoder), fake_model(), params, overlap=late)
         assert text(found) == text(alone)
         assert found.turns[0].draft_tokens + found.target_tokens == alone.target_tokens
         accepted += found.extra["accepted_tokens"]
@@ -244,7 +237,7 @@ def test_any_draft_gives_the_targets_chain(
 def test_a_draft_whose_context_is_full_leaves_the_target_to_itself() -> None:
     params = ATTSParams(chains=1, turns=1, draft_tokens=20, target_tokens=17, temperature=0.0)
     for decoder, most in ((FakeDecoder, 10), (Contrary, 0)):
-        alone, found = both_ways(model_of(decoder, max_positions=12), fake_model(), params, 4)
+        alone, found = both_ways(model_of(decoder, max_positions=12), fake_model(), params)
         assert text(found) == text(alone)
         assert found.extra["accepted_tokens"] == (8 if most else 0)
         assert alone.target_tokens == 37
@@ -290,17 +283,17 @@ def test_pairs_that_cannot_are_told_why() -> None:
 
 def test_the_command_writes_the_targets_chains(tmp_path: Path, problems: Path) -> None:
     found = {}
-    for strategy in ("target", "speculative"):
+    for strategy in ("target", "speculative:proposal-tokens=3"):
         out = tmp_path / strategy
-        options = ":proposal-tokens=3" if strategy == "speculative" else ""
-        assert cli.main(run_words(problems, out, "--strategy", strategy + options, "--plain")) == 0
+        assert cli.main(run_words(problems, out, "--strategy", strategy, "--plain")) == 0
         lines = [json.loads(line) for line in (out / "chains.jsonl").read_text().splitlines()]
         found[strategy] = {(c["problem_id"], c["chain"]): c for c in lines}
     assert len(found["target"]) == 4
-    for place, chain in found["speculative"].items():
+    for place, chain in found["speculative:proposal-tokens=3"].items():
         other = found["target"][place]
         assert chain["turns"][0]["target"] == other["turns"][0]["target"]
         assert chain["accepted_tokens"] == chain["turns"][0]["draft_tokens"] <= chain["proposed_tokens"]
+        assert chain.get("discarded_draft_tokens", 0) == chain["proposed_tokens"] - chain["accepted_tokens"]
         assert chain["target_passes"] >= chain["turns"][0]["target_tokens"]
 
 

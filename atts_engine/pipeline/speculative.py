@@ -40,17 +40,16 @@ def verifier_of(target: Lane, tongues: Tongues) -> Verifier:
 async def run_speculative(
     spec: ChainSpec, draft: Lane, d: Seq, target: Verifier, t: Seq, proposal_tokens: int
 ) -> Chain:
-    """The chain that `run_single` has the target write, token for token; the draft proposes at most `proposal_tokens`
-    at a time. Both sequences are closed when it has ended.
+    """The chain that `run_single` has the target write, token for token; the draft proposes `proposal_tokens` at a
+    time. Both sequences are closed when it has ended.
 
     Both `d` and `t` hold the target's prompt: the draft guesses what the target will say, and noise belongs to a
     position. In the record the one turn's `target` is all of the text; draft_tokens counts the proposed tokens that
     were accepted, target_tokens those that the target had to supply. `Chain.extra`: proposed_tokens, accepted_tokens,
-    and target_passes, the proposals that the target answered. Refused tokens are a cost of the draft's.
+    and target_passes, the proposals that the target answered.
     """
-    params = spec.params
     writer = Writer(spec)
-    sampling = params.sampling(stream_of(spec, "target"))
+    sampling = spec.params.sampling(stream_of(spec, "target"))
     drafter = _Drafter(writer, draft, d, sampling)
     tokens: list[int] = []
     proposed = accepted = passes = 0
@@ -58,7 +57,7 @@ async def run_speculative(
     error = None
     try:
         while finish is None:
-            left = params.token_limit - len(tokens)
+            left = spec.params.token_limit - len(tokens)
             guess = await drafter.guess(min(proposal_tokens, left - 1))
             answer = await target.propose(t, guess, left, sampling, written=len(tokens))
             passes += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from atts_engine.errors import InputError
-from atts_engine.pipeline.settings.base import Options, Settings, check_kinds, check_least
+from atts_engine.pipeline.settings.base import Options, Settings
 from atts_engine.pipeline.settings.gated import (
     Asynchronous,
     CoinToss,
@@ -23,6 +23,7 @@ from atts_engine.pipeline.settings.sampling import (
     EarlyStoppingConsistency,
     SelfConsistency,
 )
+from atts_engine.pipeline.settings.speculative import Speculative
 
 __all__ = [
     "SETTINGS",
@@ -74,19 +75,6 @@ class Synchronous(Settings):
     worst alpha of them are taken over."""
 
     per_chain: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, slots=True)
-class Speculative(Settings):
-    """Lossless speculative decoding, token by token: the chains of "target", bit for bit; the draft proposes
-    `proposal_tokens` at a time and the target keeps those that it draws itself (arXiv 2211.17192 and 2302.01318, with
-    the coupling of arXiv 2408.07978)."""
-
-    proposal_tokens: int = 5
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        check_least(self, "proposal_tokens", 1)
 
 
 SETTINGS: Mapping[str, type[Settings]] = {

@@ -57,13 +57,10 @@ class Work:
         one = author == "draft"
         return (self.pair.draft, self.prompts.draft) if one else (self.pair.target, self.prompts.target)
 
-    async def forks(
-        self, stack: AsyncExitStack, author: str, n: int, prompt: tuple[int, ...] | None = None
-    ) -> list[Seq]:
-        """`n` sequences that hold the prompt (None: the author's own) and share its pages, closed when `stack` is.
-        `TimeoutError` where the deadline comes first."""
-        lane, own = self.lane(author)
-        prompt = own if prompt is None else prompt
+    async def forks(self, stack: AsyncExitStack, author: str, n: int) -> list[Seq]:
+        """`n` sequences that hold the prompt and share its pages, closed when `stack` is. `TimeoutError` where the
+        deadline comes first."""
+        lane, prompt = self.lane(author)
         async with asyncio.timeout_at(self.deadline):
             return await stack.enter_async_context(_forks(lane, prompt, n, self.priority))
 
