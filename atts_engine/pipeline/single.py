@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from atts_engine.backends import Lane, Seq
 from atts_engine.errors import ChainError, ContextFull
@@ -29,8 +30,9 @@ class Solo:
         self.extra: dict[str, float | int | str | None] = {}
         self.words, self._said = self.writer.own(author)
 
-    def sampling(self, *, logprobs: bool = False) -> SamplingParams:
-        return self.spec.params.sampling(stream_of(self.spec, self.author), logprobs=logprobs)
+    def sampling(self, *, logprobs: bool = False, confidence: int = 0) -> SamplingParams:
+        drawn = self.spec.params.sampling(stream_of(self.spec, self.author), logprobs=logprobs)
+        return replace(drawn, confidence=confidence)
 
     @property
     def room(self) -> int:

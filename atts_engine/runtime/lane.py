@@ -23,7 +23,7 @@ from atts_engine.runtime.meters import CudaPasses, HostPasses, LaneMeter, ModelC
 from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
-from atts_engine.runtime.runner import Pending, Runner
+from atts_engine.runtime.runner import Draw, Pending, Runner
 from atts_engine.runtime.scheduler import Scheduler, Step
 from atts_engine.runtime.sequence import DecodeState, Sequence
 from atts_engine.runtime.stats import LaneStats
@@ -253,11 +253,11 @@ class LaneCore:
             if not seq.flights and (seq.decode is not None or seq.pending):
                 seq.asked(now)
             if work.sample is not None:
-                token, logprob = next(sampled)
+                draw = next(sampled)
                 if work.sample is seq.decode:
-                    self._take_token(seq, work.sample, token, logprob)
+                    self._take_token(seq, work.sample, draw)
                 else:
-                    self._discard(seq, token)
+                    self._discard(seq, draw.token)
             touched.append(seq)
         for seq in touched:
             if seq in self._leaving and not seq.flights:
@@ -278,7 +278,8 @@ class LaneCore:
                 # The NaN lies past the end, where it would never have been written without overlap.
                 seq.drop_kv()
 
-    def _take_token(self, seq: Sequence, state: DecodeState, token: int, logprob: float | None) -> None:
+    def _take_token(self, seq: Sequence, state: DecodeState, draw: Draw) -> None:
+        token, logprob, confidence = draw
         if token < 0:
             self._poisoned(seq, "logits are NaN")
             return
@@ -287,6 +288,8 @@ class LaneCore:
                 self._poisoned(seq, "the log-probability of a sampled token is not finite")
                 return
             state.logprobs.append(logprob)
+        if confidence is not None:
+            state.confidences.append(confidence)
         self.stats.sampled_tokens += 1
         seq.tokens.append(token)
         seq.futures -= 1

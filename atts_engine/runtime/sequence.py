@@ -25,15 +25,17 @@ class DecodeState:
     produced: int = 0
     buffer: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of the tokens in `buffer`, where they are asked for."""
+    confidences: list[float] = field(default_factory=list)
+    """Both of the tokens in `buffer`, where they are asked for."""
     recent: list[int] = field(default_factory=list)
     """The last tokens, as far back as a stop string can reach."""
 
     def hand_over(self, finish: str | None = None, wait_s: float | None = None) -> TokenChunk:
         """The tokens since the last chunk."""
-        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s)
+        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s, tuple(self.confidences))
         self.buffer.clear()
         self.logprobs.clear()
+        self.confidences.clear()
         return chunk
 
 

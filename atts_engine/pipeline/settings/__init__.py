@@ -9,9 +9,14 @@ from typing import Any, ClassVar
 from atts_engine.errors import InputError
 from atts_engine.pipeline.settings.base import Options, Settings
 from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConfidence,
     AdaptiveConsistency,
     BestOfN,
+    ConfidentVote,
+    DeepConf,
+    EarlyStoppingBest,
     EarlyStoppingConsistency,
+    Probing,
     SelfConsistency,
 )
 
@@ -57,6 +62,11 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "best-of-n": BestOfN,
     "adaptive-consistency": AdaptiveConsistency,
     "esc": EarlyStoppingConsistency,
+    "deepconf": DeepConf,
+    "probing": Probing,
+    "early-stop-bon": EarlyStoppingBest,
+    "sc-conf": ConfidentVote,
+    "asc-conf": AdaptiveConfidence,
 }
 
 STRATEGIES = tuple(SETTINGS)
