@@ -52,6 +52,7 @@ class Solo:
                 kept = cut(chunk) if cut is not None else None
                 if kept is not None:
                     self._add(TokenChunk(chunk.tokens[:kept], None, chunk.logprobs[:kept]))
+                    self.writer.waited(None)  # the lane tells it with the last chunk alone
                     return "stopped"
                 self._add(chunk)
         self.writer.waited(self.span.wait_s)
