@@ -37,8 +37,8 @@ NAMES: tuple[Named, ...] = (
 )
 
 
-def problems(n: int, seed: int = 5) -> list[Problem]:
-    return [Problem(p.id, p.problem, p.answer, i) for i, p in enumerate(heldout(n, seed, (5, 6)))]
+def problems(n: int, steps: tuple[int, int] = (5, 6)) -> list[Problem]:
+    return [Problem(p.id, p.problem, p.answer, i) for i, p in enumerate(heldout(n, 5, steps))]
 
 
 def with_engine(work: Callable[[AsyncEngine], Awaitable[Any]], config: EngineConfig = CONFIG) -> Any:
@@ -78,15 +78,15 @@ def answers(chains: tuple[Chain, ...]) -> list[str | None]:
 
 def test_the_same_at_any_concurrency() -> None:
     async def one_by_one(engine: AsyncEngine) -> list[Solution]:
-        return [content(await engine.solve(p, params(n, *o))) for n, o in NAMES for p in problems(2)]
+        return [content(await engine.solve(p, params(n, *o))) for n, o in NAMES for p in problems(1)]
 
     async def together(engine: AsyncEngine) -> list[Solution]:
-        found = await asyncio.gather(*(engine.solve(p, params(n, *o)) for n, o in NAMES for p in problems(2)))
+        found = await asyncio.gather(*(engine.solve(p, params(n, *o)) for n, o in NAMES for p in problems(1)))
         return [content(s) for s in found]
 
     alone = with_engine(one_by_one)
     # Small chunks hand tokens over elsewhere, a small pool preempts.
-    crowded = replace(CONFIG, chunk_tokens=5, page_size=8, kv_tokens=3000, max_batch_tokens=32)
+    crowded = replace(CONFIG, chunk_tokens=5, page_size=8, kv_tokens=2400, max_batch_tokens=32)
     assert with_engine(together, crowded) == alone
     for solution in alone:
         assert [c.chain for c in solution.chains] == list(range(len(solution.chains)))
@@ -96,7 +96,7 @@ def test_the_same_at_any_concurrency() -> None:
 def test_chains_are_written_as_long_as_the_rule_wants_more() -> None:
     async def work(engine: AsyncEngine) -> list[list[Solution]]:
         runs = [params("self-consistency", ("author", "draft")), *(params(n, *o) for n, o in NAMES[3:5])]
-        return [await asyncio.gather(*(engine.solve(p, run) for p in problems(6))) for run in runs]
+        return [await asyncio.gather(*(engine.solve(p, run) for p in problems(4, (2, 6)))) for run in runs]
 
     whole, adaptive, esc = with_engine(work)
     stopped = set()
@@ -129,10 +129,11 @@ def test_best_of_n_takes_the_highest_score() -> None:
         task = Checker()
         runs = [("nll", "draft"), ("reward", "draft"), ("nll", "target")]
         found = [
-            await engine.solve(problem, params("best-of-n", ("score", s), ("author", a)), task=task) for s, a in runs
+            await engine.solve(problem, params("best-of-n", ("score", s), ("author", a), chains=5), task=task)
+            for s, a in runs
         ]
         with pytest.raises(InputError, match="judge of steps"):
-            await engine.solve(problem, params("best-of-n", ("score", "reward"), draft))
+            await engine.solve(problem, params("best-of-n", ("score", "reward"), draft, chains=1))
         return found
 
     by_target, by_task, of_target = with_engine(work)
