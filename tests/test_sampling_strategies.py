@@ -302,7 +302,7 @@ def test_events_tell_the_text_of_every_chain() -> None:
 def test_a_deadline_ends_the_round_and_the_problem() -> None:
     async def work(engine: AsyncEngine) -> list[Solution]:
         runs = [params(n, *o, draft_tokens=16, target_tokens=16) for n, o in NAMES]
-        return [await engine.solve(problems(1)[0], run, deadline_s=s) for run in runs for s in (1e-6, 0.02)]
+        return [await engine.solve(problems(1)[0], run, deadline_s=s) for run in runs for s in (1e-6, 0.005)]
 
     for solution in with_engine(work):
         assert solution.extra["stopped"] == "deadline"
