@@ -43,6 +43,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "paged_attention": (q, kv_layer, table, cu_q, kv_len, 0.3),
         "score_tokens": (x, torch.randn(40, 16, generator=g), index),
         "score_logits": (x, index),
+        "token_confidence": (x, 3),
         "span_mean": (rows, torch.tensor([0, 2, 5])),
         "gate": (rows, index % 3, *store, index + 1, index + 1, index > 0),
         "score_gate": (

@@ -117,6 +117,7 @@ SAMPLING = st.builds(
     stop_token_ids=st.sampled_from([(), (3, 5)]),
     ignore_eos=st.booleans(),
     logprobs=st.booleans(),
+    confidence=st.sampled_from([0, 3]),
 )
 APPENDS = [st.builds(Order, st.just("append"), TOKENS), st.builds(Order, st.just("score"), TOKENS)]
 DECODE = st.builds(Order, st.just("decode"), n=st.integers(1, 9), sampling=SAMPLING)

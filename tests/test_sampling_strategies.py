@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,21 +16,29 @@ from atts_engine.evaluation.registers import heldout
 from atts_engine.models import load_model
 from atts_engine.pipeline import PlainTask, Solution
 from atts_engine.pipeline.strategies.best_of_n import best
-from atts_engine.pipeline.strategies.stopping import to_majority, to_unanimous
+from atts_engine.pipeline.strategies.probing import Probe, boxed, settled
+from atts_engine.pipeline.strategies.stopping import first_sure, to_majority, to_share, to_unanimous
+from atts_engine.pipeline.voting import weigh
 
 CONFIG = EngineConfig("tiny-draft", "tiny-target", kv_tokens=16384)
 PARAMS = ATTSParams(chains=10, turns=10, draft_tokens=12, target_tokens=12, seed=3)
-NAMES: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+Named = tuple[str, tuple[tuple[str, Any], ...]]
+DEEPCONF: Named = ("deepconf", (("author", "draft"), ("group", 8), ("warmup", 4), ("wave", 3), ("consensus", 0.99)))
+PROBING: Named = ("probing", (("author", "draft"), ("every", 10), ("agree", 2)))
+NAMES: tuple[Named, ...] = (
     ("self-consistency", (("author", "draft"), ("weighted", True))),
     ("best-of-n", (("author", "draft"),)),
     ("best-of-n", (("author", "draft"), ("score", "p-true"))),
     ("adaptive-consistency", (("author", "draft"),)),
     ("esc", (("author", "draft"), ("window", 3))),
+    DEEPCONF,
+    PROBING,
+    ("asc-conf", (("author", "draft"), ("tau", 0.9))),
 )
 
 
-def problems(n: int, seed: int = 5) -> list[Problem]:
-    return [Problem(p.id, p.problem, p.answer, i) for i, p in enumerate(heldout(n, seed, (5, 6)))]
+def problems(n: int, steps: tuple[int, int] = (5, 6)) -> list[Problem]:
+    return [Problem(p.id, p.problem, p.answer, i) for i, p in enumerate(heldout(n, 5, steps))]
 
 
 def with_engine(work: Callable[[AsyncEngine], Awaitable[Any]], config: EngineConfig = CONFIG) -> Any:
@@ -69,25 +78,26 @@ def answers(chains: tuple[Chain, ...]) -> list[str | None]:
 
 def test_the_same_at_any_concurrency() -> None:
     async def one_by_one(engine: AsyncEngine) -> list[Solution]:
-        return [content(await engine.solve(p, params(n, *o))) for n, o in NAMES for p in problems(2)]
+        return [content(await engine.solve(p, params(n, *o))) for n, o in NAMES for p in problems(1)]
 
     async def together(engine: AsyncEngine) -> list[Solution]:
-        found = await asyncio.gather(*(engine.solve(p, params(n, *o)) for n, o in NAMES for p in problems(2)))
+        found = await asyncio.gather(*(engine.solve(p, params(n, *o)) for n, o in NAMES for p in problems(1)))
         return [content(s) for s in found]
 
     alone = with_engine(one_by_one)
     # Small chunks hand tokens over elsewhere, a small pool preempts.
-    crowded = replace(CONFIG, chunk_tokens=5, page_size=8, kv_tokens=3000, max_batch_tokens=32)
+    crowded = replace(CONFIG, chunk_tokens=5, page_size=8, kv_tokens=2400, max_batch_tokens=32)
     assert with_engine(together, crowded) == alone
     for solution in alone:
         assert [c.chain for c in solution.chains] == list(range(len(solution.chains)))
-        assert {c.finish for c in solution.chains} <= {"answer", "stop", "length"}
+        assert {c.finish for c in solution.chains} <= {"answer", "stop", "length", "stopped"}
 
 
 def test_chains_are_written_as_long_as_the_rule_wants_more() -> None:
     async def work(engine: AsyncEngine) -> list[list[Solution]]:
-        runs = [params("self-consistency", ("author", "draft")), *(params(n, *o) for n, o in NAMES[3:])]
-        return [await asyncio.gather(*(engine.solve(p, run) for p in problems(6))) for run in runs]
+        found = [*problems(3, (2, 6)), *problems(1)]
+        runs = [params("self-consistency", ("author", "draft")), *(params(n, *o) for n, o in NAMES[3:5])]
+        return [await asyncio.gather(*(engine.solve(p, run) for p in found)) for run in runs]
 
     whole, adaptive, esc = with_engine(work)
     stopped = set()
@@ -120,10 +130,11 @@ def test_best_of_n_takes_the_highest_score() -> None:
         task = Checker()
         runs = [("nll", "draft"), ("reward", "draft"), ("nll", "target")]
         found = [
-            await engine.solve(problem, params("best-of-n", ("score", s), ("author", a)), task=task) for s, a in runs
+            await engine.solve(problem, params("best-of-n", ("score", s), ("author", a), chains=5), task=task)
+            for s, a in runs
         ]
         with pytest.raises(InputError, match="judge of steps"):
-            await engine.solve(problem, params("best-of-n", ("score", "reward"), draft))
+            await engine.solve(problem, params("best-of-n", ("score", "reward"), draft, chains=1))
         return found
 
     by_target, by_task, of_target = with_engine(work)
@@ -159,6 +170,124 @@ def likelihoods(chains: tuple[Chain, ...]) -> list[float]:
     return found
 
 
+def test_deepconf_stops_what_falls_below_the_bar() -> None:
+    run = params(DEEPCONF[0], *DEEPCONF[1])
+
+    async def work(engine: AsyncEngine) -> list[tuple[Solution, Solution]]:
+        plain = params("self-consistency", ("author", "draft"))
+        found = problems(4)
+        cut = await asyncio.gather(*(engine.solve(p, run) for p in found))
+        return list(zip(cut, await asyncio.gather(*(engine.solve(p, plain) for p in found)), strict=True))
+
+    ends = set()
+    for solution, plain in with_engine(work):
+        bar, chains = solution.extra["bar"], solution.chains
+        sure = [c.extra["group_confidence"] for c in chains]
+        assert bar == np.percentile(sure[:4], 10.0)
+        votes: dict[str, float] = {}
+        for number, (chain, whole) in enumerate(zip(chains, plain.chains)):
+            # What is stopped is the beginning of what would have been written, and the first to have fallen so far.
+            assert whole.turns[0].draft.startswith(chain.turns[0].draft)
+            assert (chain.finish == "stopped") == (number >= 4 and sure[number] < bar)
+            ends.add(chain.finish)
+            if chain.finish == "stopped":
+                assert 8 <= chain.draft_tokens <= whole.draft_tokens
+            else:
+                assert chain.turns[0].draft == whole.turns[0].draft
+                if sure[number] >= bar and chain.final_answer is not None:
+                    votes[chain.final_answer] = votes.get(chain.final_answer, 0.0) + sure[number]
+        assert solution.votes == pytest.approx(votes)
+        assert solution.extra["cut"] == sum(c.finish == "stopped" for c in chains)
+        agreed = max(votes.values()) / sum(votes.values()) >= 0.99
+        assert solution.extra["stopped"] == ("consensus" if agreed else "chains")
+        assert len(chains) == 10 if not agreed else len(chains) in (4, 7, 10)
+    assert {"stopped", "answer"} <= ends
+
+
+def test_probes_count_and_leave_no_trace() -> None:
+    async def work(engine: AsyncEngine) -> tuple[list[Solution], list[Solution], float]:
+        found = problems(3)
+        before = engine.stats()["draft"]["sampled_tokens"]
+        probed = await asyncio.gather(*(engine.solve(p, params(PROBING[0], *PROBING[1])) for p in found))
+        sampled = engine.stats()["draft"]["sampled_tokens"] - before
+        plain = await asyncio.gather(*(engine.solve(p, params("draft")) for p in found))
+        return probed, plain, sampled
+
+    probed, plain, sampled = with_engine(work)
+    chains = [c for s in probed for c in s.chains]
+    opening = 2
+    settled_chains = [c for c in chains if c.extra["settled"]]
+    assert 0 < len(settled_chains) < len(chains)
+    assert sum(c.draft_tokens for c in chains) == sampled + opening * len(settled_chains)
+    for chain, whole in zip(chains, (c for s in plain for c in s.chains), strict=True):
+        text = chain.turns[0].draft
+        if not chain.extra["settled"]:
+            assert (text, chain.finish) == (whole.turns[0].draft, whole.finish)
+            continue
+        said, _, box = text.rpartition("\n\n\\boxed{")
+        assert whole.turns[0].draft.startswith(said) and box == f"{chain.final_answer}}}"
+        assert len(load_model("tiny-draft", "cpu", torch.float32).tokenizer.encode(said)) % 10 == 0
+        assert chain.finish == "answer"
+
+
+def test_probes_must_agree_without_a_doubt() -> None:
+    def ends(*texts: str, agree: int = 3) -> bool:
+        return settled([Probe((), text) for text in texts], agree, str.__eq__)
+
+    assert boxed("\\frac{1}{2}} \\]") == "\\frac{1}{2}"
+    assert (boxed("53"), boxed("{5}"), boxed("}")) == (None, None, "")
+    assert ends("7}", "5}", "5} \\]", " 5}.")
+    assert not ends("5}", "5}")
+    assert not ends("5}", "5", "5}")
+    assert not ends("}", "}", "}")
+    assert not ends("5}", "6}", "5}")
+    assert not ends("5}", "5} Wait, ", "5}")
+    assert not ends("5}", "5}", "5} I do not know")
+    assert ends("5} hmm", "5}", "5}", agree=2)
+
+
+def test_confidence_is_the_probability_of_yes() -> None:
+    async def work(engine: AsyncEngine) -> list[Solution]:
+        problem, draft = problems(1)[0], ("author", "draft")
+        runs = [("sc-conf",), ("asc-conf", ("tau", 0.9)), ("early-stop-bon", ("tau", 1e-6))]
+        return [await engine.solve(problem, params(name, draft, *options)) for name, *options in runs]
+
+    every, adaptive, early = with_engine(work)
+    told, sure = answers(every.chains), [c.extra["confidence"] for c in every.chains]
+    assert sure == pytest.approx(confidences(every.chains), rel=1e-3)
+    assert every.votes == weigh(told, sure)
+    needed = next((n for n in range(11) if to_share(told[:n], sure[:n], 0.9) == 0), 10)
+    assert answers(adaptive.chains) == told[:needed]
+    at = first_sure(told, sure, 1e-6)
+    assert len(early.chains) == (10 if at is None else at + 1)
+    assert early.votes == {told[-1 if at is None else at]: sure[-1 if at is None else at]}
+
+
+def confidences(chains: tuple[Chain, ...]) -> list[float]:
+    """P("!" | chain + "?") under the draft, by `transformers`."""
+    transformers = pytest.importorskip("transformers")
+    from atts_engine.models.load import resolve
+
+    model = transformers.LlamaForCausalLM.from_pretrained(resolve("tiny-draft"), dtype=torch.float32).eval()
+    tokenizer = load_model("tiny-draft", "cpu", torch.float32).tokenizer
+    prompt = tokenizer.chat_prompt([{"role": "user", "content": problems(1)[0].problem}])
+    found = []
+    for chain in chains:
+        ids = [*prompt, *tokenizer.encode(chain.turns[0].draft + "?")]
+        with torch.no_grad():
+            found.append(float(model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)[tokenizer.encode("!")[0]]))
+    return found
+
+
+def test_words_that_the_model_cannot_spell_are_refused() -> None:
+    async def work(engine: AsyncEngine) -> None:
+        for name, option in (("sc-conf", "question"), ("probing", "probe")):
+            with pytest.raises(InputError, match=f"cannot be asked.*{option}"):
+                await engine.solve(problems(1)[0], params(name, (option, "Is it right?")))
+
+    with_engine(work)
+
+
 def test_events_tell_the_text_of_every_chain() -> None:
     async def work(engine: AsyncEngine) -> list[Any]:
         return [e async for e in engine.generate(problems(1)[0], params("adaptive-consistency"))]
@@ -173,7 +302,7 @@ def test_events_tell_the_text_of_every_chain() -> None:
 def test_a_deadline_ends_the_round_and_the_problem() -> None:
     async def work(engine: AsyncEngine) -> list[Solution]:
         runs = [params(n, *o, draft_tokens=16, target_tokens=16) for n, o in NAMES]
-        return [await engine.solve(problems(1)[0], run, deadline_s=s) for run in runs for s in (1e-6, 0.02)]
+        return [await engine.solve(problems(1)[0], run, deadline_s=s) for run in runs for s in (1e-6, 0.005)]
 
     for solution in with_engine(work):
         assert solution.extra["stopped"] == "deadline"
@@ -183,7 +312,7 @@ def test_a_deadline_ends_the_round_and_the_problem() -> None:
 def test_leaving_the_iterator_frees_every_page() -> None:
     async def work(engine: AsyncEngine) -> None:
         for name, options in NAMES:
-            for stop_after in (1, 6):
+            for stop_after in (1, 12):
                 stream = engine.generate(problems(1)[0], params(name, *options))
                 for _ in range(stop_after):
                     await anext(stream)

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atts_engine.evaluation.traces import read_chains
-from atts_engine.pipeline.strategies.stopping import majority_probability, to_majority, to_unanimous, unanimous
+from atts_engine.pipeline.strategies.groups import GroupConfidence, bar_of, share_of_leader
+from atts_engine.pipeline.strategies.stopping import (
+    first_sure,
+    majority_probability,
+    soft_self_consistency,
+    to_majority,
+    to_share,
+    to_unanimous,
+    unanimous,
+)
 from atts_engine.pipeline.voting import one_spelling, weigh, winner
 
 ANSWERS = st.lists(st.sampled_from(["a", "b", "c", None]), max_size=14)
@@ -75,6 +84,59 @@ def test_esc_writes_this_many_chains_on_average(share: float, expected: float) -
     draws = np.random.default_rng(0).random((20000, 40)) < share
     mean = np.mean([stops_after(["a" if x else "b" for x in row], 5) for row in draws])
     assert mean == pytest.approx(exact, abs=5 * deviation / math.sqrt(20000))
+
+
+@given(ANSWERS, st.floats(0.3, 0.95), st.floats(0.05, 1.0))
+def test_equal_confidence_makes_votes_of_chains(answers: list[str | None], tau: float, c: float) -> None:
+    """SC-Conf is the majority, and ASC-Conf the rule that counts chains: stop at two or more once the leader has the
+    share tau."""
+    n = len(answers)
+    assert winner(weigh(answers, [c] * n)) == winner(weigh(answers, [1.0] * n))
+    counts = Counter(a for a in answers if a is not None)
+    share = max(counts.values(), default=0) / max(1, sum(counts.values()))
+    if abs(share - tau) > 1e-9:  # not where rounding decides
+        assert (to_share(answers, [c] * n, tau) == 0) == (n > 1 and share >= tau)
+
+
+def test_asc_conf_stops_at_a_share_of_the_confidence() -> None:
+    assert to_share([], [], 0.7) == 2
+    assert to_share(["a"], [0.1], 0.7) == 1
+    assert to_share(["a", "b"], [0.7, 0.3], 0.7) == 0
+    # (0.5 + k) / (1 + k) reaches 0.7 at k = 2/3 of a chain, 0.9 at 4.
+    assert [to_share(["a", "b"], [0.5, 0.5], tau) for tau in (0.7, 0.9)] == [1, 4]
+    assert to_share(["a", "a", None], [0.0, 0.0, 0.9], 0.7) == 1
+    assert first_sure(["a", None, "b"], [0.6, None, 0.7], 0.7) == 2
+    assert first_sure(["a", None], [0.6, 0.9], 0.7) is None
+
+
+def test_soft_self_consistency_is_a_share_of_the_confidence() -> None:
+    assert soft_self_consistency(["a", "b", "a", None], [0.3, 0.5, 0.2, 0.9]) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert soft_self_consistency(["a", "b", "a"], [0.0] * 3) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert soft_self_consistency([None], [0.4]) == {}
+
+
+@given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=40), st.integers(1, 12))
+def test_group_confidence_is_the_lowest_sliding_mean(values: list[float], size: int) -> None:
+    group = GroupConfidence(size)
+    for at in range(0, len(values), 7):
+        group.add(values[at : at + 7])
+    whole = np.lib.stride_tricks.sliding_window_view(values, min(size, len(values)))
+    assert group.lowest == pytest.approx(float(whole.mean(1).min()), abs=1e-9)
+    assert group.below is None
+
+
+def test_the_bar_stops_a_chain_at_the_token_that_falls_below() -> None:
+    group = GroupConfidence(3, bar=2.0)
+    assert group.lowest is None
+    group.add([1.0, 1.0])  # no whole group yet
+    assert (group.below, group.lowest) == (None, 1.0)
+    group.add([4.0, 4.0])
+    assert (group.below, group.lowest) == (None, 2.0)
+    group.add([4.0, 0.0, 1.0, 9.0, 9.0])
+    assert (group.below, group.tokens) == (7, 7)
+    assert group.lowest == pytest.approx(5 / 3)
+    assert bar_of([1.0, 2.0, 3.0, 4.0, 5.0], 75.0) == 2.0
+    assert (share_of_leader([3.0, 1.0]), share_of_leader([])) == (0.75, 0.0)
 
 
 def test_answers_are_counted_by_their_first_spelling() -> None:

@@ -21,7 +21,7 @@ from atts_engine.ops.paging import (
     rope_kv_append,
 )
 from atts_engine.ops.sampling import sample
-from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.scoring import score_logits, score_tokens, span_mean, token_confidence
 from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "score_tokens",
     "silu_mul",
     "span_mean",
+    "token_confidence",
     "use",
 ]
 

@@ -379,6 +379,12 @@ def score_logits(logits: Tensor, ids: Tensor) -> None:
         within("score_logits", "ids", ids, 0, logits.shape[1], "the vocabulary")
 
 
+def token_confidence(logits: Tensor, k: int) -> None:
+    _misfit("token_confidence", logits, ("logits", logits, (-1, -1), FLOATS))
+    if k < 1:
+        raise InputError(f"token_confidence: k must be 1 or more, not {k}")
+
+
 def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> None:
     found = ("logprob", logprob, (-1,), (_FP32,)), ("cu_seqlens", cu_seqlens, (-1,), (_INT32, _INT64))
     _misfit("span_mean", logprob, *found)

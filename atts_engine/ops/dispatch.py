@@ -42,6 +42,7 @@ OPS = (
     "score_tokens",
     "silu_mul",
     "span_mean",
+    "token_confidence",
 )
 _HOST_READERS = frozenset({"gate", "paged_attention", "sample", "score_gate", "span_mean"})
 """Ops whose reference, and whose plan in FlashInfer, reads tensors on the host."""

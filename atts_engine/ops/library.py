@@ -24,7 +24,7 @@ from atts_engine.ops.paging import (
     rope_kv_append,
 )
 from atts_engine.ops.sampling import sample
-from atts_engine.ops.scoring import score_logits, score_tokens, span_mean
+from atts_engine.ops.scoring import score_logits, score_tokens, span_mean, token_confidence
 from atts_engine.ops.verdicts import score_gate
 
 _GATE_SCHEMA = (
@@ -120,6 +120,7 @@ _REGISTRATIONS: tuple[tuple[str, Callable[..., object], Callable[..., object]], 
     (_ATTENTION_SCHEMA, paged_attention, _attention_fake),
     (_SCORE_TOKENS_SCHEMA, score_tokens, _fp32_per_row),
     ("score_logits(Tensor logits, Tensor ids, float softcap=0.0) -> Tensor", score_logits, _fp32_per_row),
+    ("token_confidence(Tensor logits, int k) -> Tensor", token_confidence, _fp32_per_row),
     ("span_mean(Tensor logprob, Tensor cu_seqlens) -> (Tensor score, Tensor sum_logprob)", span_mean, _span_mean_fake),
     (_GATE_SCHEMA, gate, _gate_fake),
     (_SCORE_GATE_SCHEMA, score_gate, _score_gate_fake),

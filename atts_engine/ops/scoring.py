@@ -113,6 +113,25 @@ def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
     return (wide.gather(1, ids[:, None]) - peak)[:, 0] - total.log()
 
 
+def token_confidence(logits: Tensor, k: int) -> Tensor:
+    """Confidence of each row: -mean of the k largest entries of log softmax(logits)[t] -> confidence[T] fp32.
+
+    The token confidence of DeepConf (arXiv 2508.15260), in nats: high where the mass lies on few tokens. With a
+    vocabulary of fewer than k tokens it is the mean over all of it. A row that holds NaN gives NaN. A row's bits do not
+    depend on the other rows. Raises InputError where logits is no matrix or k is below 1.
+    """
+    checks.token_confidence(logits, k)
+    wide = logits.float()
+    peak = wide.amax(1, keepdim=True)
+    weights = (wide - peak).exp_()
+    if len(wide) == 1 and not logits.is_cuda:
+        # As in `score_logits`: threads would cut the sum of a lone row.
+        weights = torch.cat((weights, weights))
+    total = weights.sum(1)[: len(wide)]
+    top = wide.topk(min(k, wide.shape[1]), dim=1).values - peak
+    return total.log() - top.mean(1)
+
+
 def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Score of each span: (score[B] fp32 = -mean, sum_logprob[B] fp64) of logprob[T] fp32 over cu_seqlens[B + 1].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from atts_engine.backends import Lane, Seq
 from atts_engine.errors import ChainError, ContextFull
@@ -29,8 +30,9 @@ class Solo:
         self.extra: dict[str, float | int | str | None] = {}
         self.words, self._said = self.writer.own(author)
 
-    def sampling(self, *, logprobs: bool = False) -> SamplingParams:
-        return self.spec.params.sampling(stream_of(self.spec, self.author), logprobs=logprobs)
+    def sampling(self, *, logprobs: bool = False, confidence: int = 0) -> SamplingParams:
+        drawn = self.spec.params.sampling(stream_of(self.spec, self.author), logprobs=logprobs)
+        return replace(drawn, confidence=confidence)
 
     @property
     def room(self) -> int:
@@ -50,6 +52,7 @@ class Solo:
                 kept = cut(chunk) if cut is not None else None
                 if kept is not None:
                     self._add(TokenChunk(chunk.tokens[:kept], None, chunk.logprobs[:kept]))
+                    self.writer.waited(None)  # the lane tells it with the last chunk alone
                     return "stopped"
                 self._add(chunk)
         self.writer.waited(self.span.wait_s)

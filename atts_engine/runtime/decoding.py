@@ -32,7 +32,8 @@ class DecodeState:
     """A step in flight draws for a proposal. No other is launched meanwhile: its rows may be for nobody."""
     buffer: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of the tokens in `buffer`, where they are asked for."""
+    confidences: list[float] = field(default_factory=list)
+    """Both of the tokens in `buffer`, where they are asked for."""
     recent: list[int] = field(default_factory=list)
     """The last tokens of the span, as far back as a stop string can reach."""
 
@@ -40,12 +41,16 @@ class DecodeState:
     def proposal(self) -> bool:
         return isinstance(self.command, Propose)
 
-    def take(self, token: int, logprob: float | None, eos: frozenset[int], tokenizer: Decodes) -> str | None:
+    def take(
+        self, token: int, logprob: float | None, confidence: float | None, eos: frozenset[int], tokenizer: Decodes
+    ) -> str | None:
         """The span's next token. Returns how the span ends with it; None: it does not."""
         self.produced += 1
         self.buffer.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
+        if confidence is not None:
+            self.confidences.append(confidence)
         sampling = self.command.sampling
         ends = token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)
         if ends or (sampling.stop and self._hit_stop_string(token, tokenizer)):
@@ -54,9 +59,10 @@ class DecodeState:
 
     def hand_over(self, finish: str | None = None, wait_s: float | None = None) -> TokenChunk:
         """The tokens since the last chunk."""
-        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s)
+        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s, tuple(self.confidences))
         self.buffer.clear()
         self.logprobs.clear()
+        self.confidences.clear()
         return chunk
 
     def outcome(self, finish: str | None, wait_s: float) -> Proposal:

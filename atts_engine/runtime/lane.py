@@ -278,7 +278,7 @@ class LaneCore:
 
     def _forget(self, seq: Sequence, drawn: list[Draw]) -> None:
         """Rows behind the end of their sequence are for nobody, and neither are the pages that they alone are in."""
-        poisoned = any(token < 0 for token, _ in drawn)
+        poisoned = any(draw.token < 0 for draw in drawn)
         if poisoned:
             self.pool.taint(seq.table.pages)
         if seq.flights or seq.closed:
@@ -292,30 +292,30 @@ class LaneCore:
     def _take(self, seq: Sequence, state: DecodeState, drawn: list[Draw]) -> None:
         """What was drawn for a decode, in the order of positions: one token, or several where some were proposed."""
         state.in_flight = False
-        for n, (token, logprob) in enumerate(drawn):
-            if token < 0 and state.proposed:
+        for n, draw in enumerate(drawn):
+            if draw.token < 0 and state.proposed:
                 # The proposed tokens may be the cause: the lane draws its own without them.
                 seq.retract()
                 rejected = drawn[n:]
             else:
-                self._take_token(seq, state, token, logprob)
+                self._take_token(seq, state, draw)
                 rejected = drawn[n + 1 :] if seq.decode is not state else []
             if rejected:
                 self.stats.rejected_rows += len(rejected)
                 self._forget(seq, rejected)
                 return
 
-    def _take_token(self, seq: Sequence, state: DecodeState, token: int, logprob: float | None) -> None:
-        if token < 0:
+    def _take_token(self, seq: Sequence, state: DecodeState, draw: Draw) -> None:
+        if draw.token < 0:
             self._poisoned(seq, "logits are NaN")
             return
-        if logprob is not None and not math.isfinite(logprob):
+        if draw.logprob is not None and not math.isfinite(draw.logprob):
             self._poisoned(seq, "the log-probability of a sampled token is not finite")
             return
         self.stats.sampled_tokens += 1
-        proposed = seq.place(token)
+        proposed = seq.place(draw.token)
         self.stats.accepted_tokens += proposed
-        finish = state.take(token, logprob, self._eos, self.model.tokenizer)
+        finish = state.take(*draw, self._eos, self.model.tokenizer)
         if finish is not None or (state.proposal and not proposed):
             self._end_decode(seq, finish)
         elif isinstance(state.command, Decode) and len(state.buffer) >= state.command.chunk_tokens:

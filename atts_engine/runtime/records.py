@@ -16,6 +16,8 @@ class SamplingParams:
     stop: strings that end the span (the stop string itself is kept in the span).
     stop_token_ids: ids that end the span (the id is kept); the model's own EOS ids always do unless ignore_eos.
     logprobs: also hand over each token's log-probability under the model itself (`TokenChunk.logprobs`).
+    confidence: also hand over how sure the model itself was at each token, by its k likeliest tokens
+    (`TokenChunk.confidences`); 0: off.
     """
 
     temperature: float = 0.8
@@ -27,6 +29,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    confidence: int = 0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
@@ -39,20 +42,24 @@ class SamplingParams:
             raise InputError(f"min_p must be in [0, 1), not {self.min_p}")
         if any(not s for s in self.stop):
             raise InputError("a stop string must not be empty")
+        if self.confidence < 0:
+            raise InputError(f"confidence must be 0 (off) or more, not {self.confidence}")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
     string), "length" (max_tokens reached). logprobs: nats, float32, one for each token where `SamplingParams.logprobs`
-    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. wait_s: on the
-    last chunk, seconds since the decode was asked for in which the sequence was in no running step; None where the lane
-    does not tell."""
+    asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. confidences:
+    likewise, where `SamplingParams.confidence` asked for them (`ops.token_confidence`). wait_s: on the last chunk,
+    seconds since the decode was asked for in which the sequence was in no running step; None where the lane does not
+    tell."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
     logprobs: tuple[float, ...] = ()
     wait_s: float | None = field(default=None, compare=False)
+    confidences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

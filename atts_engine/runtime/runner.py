@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +30,13 @@ GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm"
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 
-Draw = tuple[int, float | None]
-"""A token, -1 where the logits held NaN, and its log-probability (temperature 1, no filters, float32) where the decode
-asks for it."""
+class Draw(NamedTuple):
+    """A token id, -1 where the logits held NaN, with its log-probability (temperature 1, no filters, float32) and the
+    confidence at its place where the decode asks for them."""
+
+    token: int
+    logprob: float | None
+    confidence: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,9 @@ class Pending:
     scores: HostCopy | None = None
     drawn: HostCopy | None = None
     asked: tuple[int, ...] = ()
+    judged: tuple[int, ...] = ()
+    """Rows that tell a log-probability, and those that tell a confidence; `drawn` holds what they tell behind the
+    tokens."""
 
     def ready(self) -> bool:
         """Whether `collect` would not wait."""
@@ -66,9 +74,11 @@ class Pending:
             scores = self.scores.wait()[0].numpy().copy()
         if self.drawn is None:
             return StepOutput(scores, [])
-        tokens, *told = self.drawn.wait()
-        found = dict(zip(self.asked, told[0].tolist(), strict=True)) if told else {}
-        return StepOutput(scores, [(token, found.get(i)) for i, token in enumerate(tokens.tolist())])
+        tokens, *told = (values.tolist() for values in self.drawn.wait())
+        logprobs = dict(zip(self.asked, told.pop(0), strict=True)) if self.asked else {}
+        confidences = dict(zip(self.judged, told.pop(0), strict=True)) if self.judged else {}
+        draws = [Draw(token, logprobs.get(i), confidences.get(i)) for i, token in enumerate(tokens)]
+        return StepOutput(scores, draws)
 
 
 class Runner:
@@ -143,7 +153,8 @@ class Runner:
             if logits is None:
                 return Pending(step, scores=arrived)
             sampled, told = self._sample(arrays, logits)
-            return Pending(step, sampled, rows, arrived, HostCopy([sampled, *told]), tuple(arrays.asked.tolist()))
+            asked, judged = arrays.asked.tolist(), [row for _, rows in arrays.judged for row in rows.tolist()]
+            return Pending(step, sampled, rows, arrived, HostCopy([sampled, *told]), tuple(asked), tuple(judged))
 
     @torch.inference_mode()
     def move(self, step: Step) -> None:
@@ -223,16 +234,21 @@ class Runner:
         return logits, scores
 
     def _sample(self, arrays: StepArrays, logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Ids int64 [S], and the log-probabilities float32 [A] of those that are asked for, if any."""
-        asked, *parameters = to_device([arrays.asked, *arrays.sampling.arrays], self.device)
+        """Ids int64 [S]; log-probabilities float32 [A] and confidences float32, each where some are asked for."""
+        judged = [rows for _, rows in arrays.judged]
+        asked, *others = to_device([arrays.asked, *judged, *arrays.sampling.arrays], self.device)
+        rows, parameters = others[: len(judged)], others[len(judged) :]
         sampled = ops.sample(logits, *parameters)
-        if not len(asked):
-            return sampled, []
-        # A row without a draw holds NaN, so any id will do for it.
-        ids = sampled.clamp(min=0)
-        if len(asked) < len(sampled):
-            logits, ids = logits[asked], ids[asked]
-        return sampled, [ops.score_logits(logits, ids)]
+        told = []
+        if len(asked):
+            # A row without a draw holds NaN, so any id will do for it.
+            ids = sampled.clamp(min=0)
+            every = len(asked) == len(sampled)
+            told.append(ops.score_logits(logits, ids) if every else ops.score_logits(logits[asked], ids[asked]))
+        if rows:
+            confidences = [ops.token_confidence(logits[at], k) for (k, _), at in zip(arrays.judged, rows, strict=True)]
+            told.append(torch.cat(confidences))
+        return sampled, told
 
 
 def _last_writes(moves: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

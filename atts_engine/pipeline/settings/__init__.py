@@ -20,9 +20,14 @@ from atts_engine.pipeline.settings.gated import (
     SpeculativeThinking,
 )
 from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConfidence,
     AdaptiveConsistency,
     BestOfN,
+    ConfidentVote,
+    DeepConf,
+    EarlyStoppingBest,
     EarlyStoppingConsistency,
+    Probing,
     SelfConsistency,
 )
 from atts_engine.pipeline.settings.speculative import Speculative
@@ -98,6 +103,11 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "best-of-n": BestOfN,
     "adaptive-consistency": AdaptiveConsistency,
     "esc": EarlyStoppingConsistency,
+    "deepconf": DeepConf,
+    "probing": Probing,
+    "early-stop-bon": EarlyStoppingBest,
+    "sc-conf": ConfidentVote,
+    "asc-conf": AdaptiveConfidence,
 }
 
 STRATEGIES = tuple(SETTINGS)

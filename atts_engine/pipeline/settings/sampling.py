@@ -39,6 +39,31 @@ class SelfConsistency(Sampling):
 
 
 @dataclass(frozen=True, slots=True)
+class DeepConf(Sampling):
+    """DeepConf, online (Fu et al., arXiv 2508.15260): chains that turn unsure are stopped, the rest vote by confidence.
+
+    A token's confidence is -mean of the `top` largest log-probabilities at its place; a chain's is the lowest mean of
+    `group` consecutive tokens. The first `warmup` chains are written whole; `keep` percent of them reach the bar, which
+    later chains are stopped below. They are written `wave` at a time until an answer has the share `consensus` of the
+    votes. The released code writes 256 chains at most.
+    """
+
+    top: int = 20
+    group: int = 2048
+    warmup: int = 16
+    keep: float = 90.0
+    wave: int = 8
+    consensus: float = 0.95
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        for name in ("top", "group", "warmup", "wave"):
+            check_least(self, name, 1)
+        check_inside(self, "keep", 0.0, 100.0)
+        check_inside(self, "consensus", 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
 class SelfCheck(Sampling):
     """The author is asked of each chain whether its answer is correct: confidence c = P(yes | chain + question).
 
@@ -65,6 +90,57 @@ class BestOfN(SelfCheck):
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
         check_choice(self, "score", SCORES)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidentVote(SelfCheck):
+    """SC-Conf of Self-Calibration (Huang et al., arXiv 2503.00031): each chain votes with its confidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confident(SelfCheck):
+    """tau: the threshold of Self-Calibration's rules; 0.7 with 16 chains in its README."""
+
+    tau: float = 0.7
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        check_inside(self, "tau", 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStoppingBest(Confident):
+    """Early-stopping best of N of Self-Calibration (arXiv 2503.00031): the answer of the first chain whose confidence
+    is `tau` or more, else of the last that has one. One chain at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveConfidence(Confident):
+    """ASC-Conf of Self-Calibration (arXiv 2503.00031): SC-Conf that writes no more chains, after two or more, once the
+    leading answer has the share `tau` of all confidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probing(Sampling):
+    """Answer probing of Dynasor (Fu et al., arXiv 2412.20993), by the rule of its `cot.py` at effort "mid".
+
+    Every `every` tokens the author is made to box an answer at once, in `probe_tokens` tokens that do not stay in the
+    chain. A chain ends with that answer when the last `agree` of them are equal, none is empty and none of the probes
+    holds a word of doubt. probe: the words that open the box; empty: Dynasor's, or those of the built-in pair (see
+    `strategies.probing`). Chains are independent and vote as `ATTSParams.vote` says; the source writes one.
+    """
+
+    per_chain: ClassVar[bool] = True
+    every: int = 64
+    agree: int = 3
+    probe_tokens: int = 20
+    probe: str = ""
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        for name in ("every", "probe_tokens"):
+            check_least(self, name, 1)
+        check_least(self, "agree", 2)
 
 
 @dataclass(frozen=True, slots=True)

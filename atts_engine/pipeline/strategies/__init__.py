@@ -25,15 +25,23 @@ from atts_engine.pipeline.settings import (
     TargetAlone,
 )
 from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConfidence,
     AdaptiveConsistency,
     BestOfN,
+    ConfidentVote,
+    DeepConf,
+    EarlyStoppingBest,
     EarlyStoppingConsistency,
+    Probing,
     SelfConsistency,
 )
 from atts_engine.pipeline.strategies.alone import write_alone
 from atts_engine.pipeline.strategies.best_of_n import best_of_n
 from atts_engine.pipeline.strategies.consistency import until_majority, until_unanimous, vote_of_all
+from atts_engine.pipeline.strategies.deep_confidence import deep_confidence
 from atts_engine.pipeline.strategies.lookahead import look_ahead
+from atts_engine.pipeline.strategies.probing import until_settled
+from atts_engine.pipeline.strategies.self_calibration import until_share, until_sure, vote_by_confidence
 from atts_engine.pipeline.strategies.speculative import propose_and_verify
 from atts_engine.pipeline.strategies.speculative_thinking import think_speculatively
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
@@ -54,6 +62,11 @@ _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = 
     BestOfN: best_of_n,
     AdaptiveConsistency: until_majority,
     EarlyStoppingConsistency: until_unanimous,
+    DeepConf: deep_confidence,
+    Probing: until_settled,
+    EarlyStoppingBest: until_sure,
+    ConfidentVote: vote_by_confidence,
+    AdaptiveConfidence: until_share,
 }
 
 

@@ -16,14 +16,18 @@ More = Callable[[Sequence[Chain]], int]
 """How many chains to write next, given all so far in the order of their numbers; 0: no more."""
 
 
-async def in_rounds(work: Work, author: str, more: More, body: Body = whole) -> list[Chain]:
+async def in_rounds(
+    work: Work, author: str, more: More, body: Body = whole, chains: list[Chain] | None = None
+) -> list[Chain]:
     """Chains by the numbers of `work`, until `more` wants none or they are used up.
 
     What is decided depends on whole rounds alone, so the chains are the same at any concurrency, and each that was
     launched is among them. A deadline ends the round that it falls into, and there is no further one.
+
+    chains: a list of the caller's that grows round by round, for a `body` that goes by the rounds before its own.
     """
     lane, _ = work.lane(author)
-    chains: list[Chain] = []
+    chains = [] if chains is None else chains
     try:
         async with held_prompt(work, author) as root:
             while numbers := work.numbers[len(chains) :][: more(chains)]:
@@ -38,7 +42,7 @@ async def in_rounds(work: Work, author: str, more: More, body: Body = whole) -> 
                         await lane.close(seq)
     except TimeoutError:
         if not chains:
-            chains = await work.write([unwritten(work.spec(number)) for number in work.numbers[: more([])]])
+            chains += await work.write([unwritten(work.spec(number)) for number in work.numbers[: more([])]])
     return chains
 
 

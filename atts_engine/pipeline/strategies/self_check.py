@@ -11,7 +11,7 @@ from atts_engine.pipeline.strategies.work import Work
 
 CONFIDENCE = "confidence"
 """Key of `Chain.extra`: P(yes), or null for a chain without an answer, of which nothing was asked."""
-WORDS = ("\n\nIs the answer correct? (Yes/No) ", "Yes")
+WORDS = ("\n\nIs the answer correct? (Yes/No)\n", "Yes")
 SMALL_WORDS = ("?", "!")
 """The same for the 48 tokens of the built-in pair: no training text has a "?" behind a box, or any "!"."""
 

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 
+from atts_engine.pipeline.voting import weigh
+
 Answers = Sequence[str | None]
 
 
@@ -45,6 +47,35 @@ def unanimous(answers: Answers, window: int) -> str | None:
 def to_unanimous(answers: Answers, window: int) -> int:
     """Chains that ESC needs at least: the rest of the window."""
     return 0 if unanimous(answers, window) is not None else window - len(answers) % window
+
+
+def to_share(answers: Answers, weights: Sequence[float], tau: float) -> int:
+    """Chains that ASC-Conf needs at least: the leader must have the share `tau` in (0, 1) of all weight, of two chains
+    or more (Huang et al., arXiv 2503.00031). No weight is above 1."""
+    votes = weigh(answers, weights)
+    leader, total = max(votes.values(), default=0.0), sum(votes.values())
+
+    def reached(more: int) -> bool:
+        return len(answers) + more > 1 and total + more > 0.0 and (leader + more) / (total + more) >= tau
+
+    return next(more for more in count() if reached(more))
+
+
+def first_sure(answers: Answers, confidences: Sequence[float | None], tau: float) -> int | None:
+    """Index of the first answer that has confidence `tau` or more."""
+    pairs = enumerate(zip(answers, confidences, strict=True))
+    return next((i for i, (a, c) in pairs if a is not None and c is not None and c >= tau), None)
+
+
+def soft_self_consistency(answers: Answers, confidences: Sequence[float]) -> dict[str, float]:
+    """SSC of each answer: the confidence of the chains that gave it over that of all that gave one, the label that
+    Self-Calibration trains on (Huang et al., arXiv 2503.00031). Shares of their number where all confidence is 0."""
+    votes = weigh(answers, confidences)
+    total = sum(votes.values())
+    if total == 0.0:
+        votes = weigh(answers, [1.0] * len(answers))
+        total = sum(votes.values())
+    return {answer: weight / total for answer, weight in votes.items()}
 
 
 def _leaders(answers: Answers) -> tuple[int, int]:
