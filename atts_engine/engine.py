@@ -199,21 +199,32 @@ class AsyncEngine:
             score=params.settings.score,
         )
 
+    def prompt_lengths(self, problem: Problem) -> tuple[int, int]:
+        """Tokens of the problem's prompt, as the draft and as the target count them; `InputError` as in `generate`."""
+        prompts = self._prompts(problem)
+        return len(prompts.draft), len(prompts.target)
+
     def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each lane since it began (see `LaneStats` and `LaneTotals`), its pool's pages, and its open
-        sequences."""
+        sequences. peak_kv_bytes: of the most pages that were in use on its device at once since `restart_peaks`."""
         return {
             core.name: asdict(core.stats)
             | asdict(core.meter.totals)
             | {
                 "free_pages": core.pool.free,
                 "used_pages": core.pool.used,
+                "peak_kv_bytes": core.pool.peak * core.pool.page_size * kv_bytes_per_token(core.model),
                 "host_free_pages": core.host_pool.free,
                 "host_used_pages": core.host_pool.used,
                 "open_sequences": core.open_sequences,
             }
             for core in self._cores
         }
+
+    def restart_peaks(self) -> None:
+        """Let `peak_kv_bytes` of each lane count from now on."""
+        for core in self._cores:
+            core.pool.restart_peak()
 
     async def rates(self) -> dict[str, Rates]:
         """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a

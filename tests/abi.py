@@ -30,10 +30,10 @@ def _fields(body: str) -> list[tuple[str, type]]:
 
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    name: type(name, (ctypes.Structure,), {"_fields_": _fields(body)})
-    for body, name in re.findall(r"typedef struct \w+ \{(.*?)\} atts_(\w+)_params;", _TEXT, re.DOTALL)
+    name.removesuffix("_params"): type(name, (ctypes.Structure,), {"_fields_": _fields(body)})
+    for body, name in re.findall(r"typedef struct \w+ \{([^}]*)\} atts_(\w+);", _TEXT)
 }
-"""By the entry point's name: STRUCTS["gate"] is atts_gate_params."""
+"""By the entry point's name: STRUCTS["gate"] is atts_gate_params. Others by their own: STRUCTS["decoder_layer"]."""
 
 
 def params(op: str, **fields: torch.Tensor | int | float | None) -> ctypes.Structure:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from atts_engine.runtime.batch import arrays_of, sampling_work
+from atts_engine.runtime.batch import arrays_of, draws_of
 from atts_engine.runtime.runner import Pending, Runner, StepOutput
 from atts_engine.runtime.scheduler import Step
 
@@ -26,7 +26,7 @@ class LatePending:
             for work in step.work
             for position in range(work.start, work.start + work.count)
         }
-        self.rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
+        self.rows = {w.seq.id: i for i, w in enumerate(draws_of(step))}
         self.done: Pending | None = None
         self._runner = runner
         self._asked = 0

@@ -229,6 +229,7 @@ def test_eval_compares_and_describes_its_own_traces(capsys: pytest.CaptureFixtur
     assert cli.main([*words, "--strategies", "target,atts,atts-sync"]) == 0
     printed = capsys.readouterr().out
     assert "chain accuracy" in printed and "any of 2" in printed and "atts - target: vote" in printed
+    assert "on the Pareto front by target tokens: " in printed and "; by time: " in printed
     assert "\x1b" not in printed
     assert set(json.loads((out / "summary.json").read_text())["strategies"]) == {"target", "atts", "atts-sync"}
     assert (out / "report.html").stat().st_size > 10_000

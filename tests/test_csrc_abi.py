@@ -35,12 +35,13 @@ def test_every_status_has_a_sentence_of_its_own(library: ctypes.CDLL) -> None:
 
 def test_the_structs_of_python_are_those_of_the_header() -> None:
     assert VERSION[:2] == native.ABI
-    for kind in native._ALL:
-        wanted = STRUCTS[OPERATIONS[kind.function.removeprefix("atts_")]]
+    pairs = [(kind, STRUCTS[OPERATIONS[kind.function.removeprefix("atts_")]]) for kind in native._ALL]
+    for kind, wanted in [*pairs, (native.DecoderLayer, STRUCTS["decoder_layer"])]:
+        assert ctypes.sizeof(kind) == ctypes.sizeof(wanted)
         assert [name for name, *_ in kind._fields_] == [name for name, *_ in wanted._fields_]
         for name, *_ in wanted._fields_:
             mine, theirs = getattr(kind, name), getattr(wanted, name)
-            assert (mine.offset, mine.size) == (theirs.offset, theirs.size), f"{kind.function}: {name}"
+            assert (mine.offset, mine.size) == (theirs.offset, theirs.size), f"{kind.__name__}: {name}"
 
 
 @pytest.mark.parametrize("form", [form for form in OPERATIONS if form.endswith("_cpu")])

@@ -36,11 +36,12 @@ from atts_engine.evaluation.jsonl import read_lines
 from atts_engine.evaluation.measures import takeover_rates
 from atts_engine.evaluation.replay import scored_spans
 from atts_engine.evaluation.traces import chain_from_line, chain_to_json
-from atts_engine.pipeline.chain import ChainSpec, Prompts, run_chain
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.gate import ConformalGate, Judged, Place
 from atts_engine.pipeline.records import Turn
 from atts_engine.pipeline.streams import gate_uniform
 from atts_engine.pipeline.translation import Tongues, Words
+from atts_engine.pipeline.writer import ChainSpec, Prompts
 from atts_engine.runtime.commands import Append, Scored, Verdict
 from tests.fakes import log_probability
 from tests.test_cli import PAIR, SMALL, fails, problems, run_words  # noqa: F401  (a fixture)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from atts_engine import ops
+from atts_engine.evaluation.simulation.work import TurnWork, cut, load_turns, tokens_of
 from atts_engine.models import ModelConfig
 from bench import readme
-from bench.e2e.simulate import TurnWork
 from bench.gpu_proof import build, engine, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
@@ -203,17 +203,17 @@ def test_shapes_have_the_parameters_that_their_names_say() -> None:
 
 
 def test_recorded_turns() -> None:
-    recorded = turns.load()
+    recorded = load_turns()
     assert [len(problem) for problem in recorded.job] == [16] * 8
     assert recorded.takeover_rate == pytest.approx(2507 / 6074)
     # The chosen problems stand for the whole job where it matters most: how much the target writes.
-    own = turns.ceiling(*turns.tokens_of(recorded.job))
+    own = turns.ceiling(*tokens_of(recorded.job))
     assert own == pytest.approx(turns.ceiling(recorded.draft_tokens, recorded.target_tokens), rel=0.05)
     half = turns.fewer_takeovers(recorded.job)
-    assert sum(turns.tokens_of(half)) == sum(turns.tokens_of(recorded.job))
+    assert sum(tokens_of(half)) == sum(tokens_of(recorded.job))
     taken = [sum(w.target > 0 for p in job for chain in p for w in chain) for job in (recorded.job, half)]
     assert taken[1] == -(-taken[0] // 2)
-    part = turns.cut(recorded.job, problems=2, chains=3, turns=1, scale=10.0)
+    part = cut(recorded.job, problems=2, chains=3, turns=1, scale=10.0)
     assert [[len(chain) for chain in problem] for problem in part] == [[1] * 3] * 2
     assert part[0][0][0] == TurnWork(max(1, round(recorded.job[0][0][0].draft / 10)), part[0][0][0].target)
 

@@ -129,6 +129,17 @@ def test_answers_are_saved_and_restored(tmp_path: Path) -> None:
     assert run(tmp_path, engine=FakeEngine(dies_after=0), resume=True).ballots == first.ballots
 
 
+def test_an_answer_that_a_kill_left_out_is_saved_later(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    path = tmp_path / "solutions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    engine = FakeEngine()
+    assert run(tmp_path, engine=engine, resume=True).ballots == first.ballots
+    assert engine.written == []
+    assert {s.problem_id for s in read_solutions(path)} == {p.id for p in PROBLEMS}
+
+
 def test_an_answer_whose_chains_are_not_all_there_does_not_count(tmp_path: Path) -> None:
     params = replace(PARAMS, strategy="atts-sync")
     run(tmp_path, params=params)

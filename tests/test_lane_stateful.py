@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from atts_engine.kv.pages import PAD_PAGE
-from atts_engine.runtime.commands import Append, Decode, Fork, Scored, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Decode, Fork, Propose, Scored, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
-from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+from atts_engine.runtime.records import Proposal, SamplingParams, SpanResult, TokenChunk
 from atts_engine.runtime.scheduler import Step
 from tests.fakes import VOCAB, fake_model, greedy, log_probability
 
@@ -52,13 +53,14 @@ class LaneMachine(RuleBasedStateMachine):
         self.ids = itertools.count()
         self.live: dict[int, Oracle] = {}
 
-    def ask(self, seq: Oracle, make: Any) -> Any:
+    def ask(self, seq: Oracle, make: Any, before_step: Callable[[int], None] = lambda step: None) -> Any:
         """Give a command and step the lane until it is answered."""
         answers: list[tuple[Any, BaseException | None]] = []
         self.core.command(seq.id, make(lambda value, error: answers.append((value, error))))
-        for _ in range(400):
+        for step in range(400):
             if answers:
                 break
+            before_step(step)
             self.core.step(lambda request, result: None)
         assert answers, "the lane did not answer"
         value, error = answers[0]
@@ -105,6 +107,33 @@ class LaneMachine(RuleBasedStateMachine):
         likely = log_probability([], greedy([], 1)[0])
         assert [p for c in chunks for p in c.logprobs] == pytest.approx([likely] * n, abs=1e-6)
         seq.tokens.extend(written)
+
+    @rule(
+        seq=sequences,
+        right=st.integers(0, 9),
+        others=TOKENS | st.just([]),
+        most=st.integers(1, 9),
+        steps=st.integers(0, 3),
+        drops=st.booleans(),
+    )
+    def propose(self, seq: Oracle, right: int, others: list[int], most: int, steps: int, drops: bool) -> None:
+        """The lane may lose its KV at any moment."""
+        if len(seq.tokens) + most > 30:
+            return
+        proposed = greedy(seq.tokens, right) + others
+
+        def lose(step: int) -> None:
+            if drops and step == steps:
+                self.core._sequences[seq.id].drop_kv()
+
+        greedily = SamplingParams(temperature=0.0)
+        found = self.ask(seq, lambda reply: Propose(tuple(proposed), most, greedily, 0, reply), lose)
+        coming = greedy(seq.tokens, most)
+        agreed = next((n for n, pair in enumerate(zip(proposed, coming)) if pair[0] != pair[1]), len(proposed))
+        accepted = min(agreed, most - 1)
+        wanted = tuple(coming[: accepted + 1])
+        assert found == Proposal(wanted, accepted, "length" if len(wanted) == most else None)
+        seq.tokens.extend(wanted)
 
     @rule(n=st.integers(1, 6))
     def decode_all(self, n: int) -> None:

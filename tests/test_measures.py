@@ -12,6 +12,7 @@ import pytest
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation.grading import Grader, answers_equal, has_math_verify, number
+from atts_engine.evaluation.intervals import wilson
 from atts_engine.evaluation.measures import (
     Outcome,
     bootstrap,
@@ -113,9 +114,9 @@ def test_outcomes_of_a_hand_made_run() -> None:
         _chain(3, 0, "9", gold=None),
     ]
     assert grade(chains) == [
-        Outcome("p0", (False, False, True, False, False), False, False, True, False),
-        Outcome("p1", (False, True, False, True, True), True, True, True, True),
-        Outcome("p2", (False, False, True), False, True, True, False),
+        Outcome("p0", (False, False, True, False, False), False, False, True, False, False),
+        Outcome("p1", (False, True, False, True, True), True, True, True, True, False),
+        Outcome("p2", (False, False, True), False, True, True, False, False),
     ]
     found = summary(chains)
     assert (found["problems"], found["graded"], found["chains"], found["answered"]) == (4, 3, 14, 12)
@@ -157,6 +158,17 @@ def test_bootstrap_of_a_share_is_the_binomial_law() -> None:
         low, high = stats.binom.ppf([q - 0.0078, q + 0.0078], 200, 0.3) / 200
         assert low <= end <= high
     assert bootstrap(values, seed=1) == found
+
+
+def test_wilson_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="the oracle scipy is not installed")
+    for right, seen in ((0, 3), (3, 3), (7, 12), (31, 40)):
+        oracle = stats.binomtest(right, seen).proportion_ci(0.95, method="wilson")
+        found = wilson(right, seen)
+        assert (found.mean, found.low, found.high) == pytest.approx((right / seen, oracle.low, oracle.high), abs=1e-12)
+    for right, seen in ((0, 0), (4, 3), (-1, 3)):
+        with pytest.raises(InputError, match="0 <= right <= seen"):
+            wilson(right, seen)
 
 
 def test_paired_bootstrap_sees_what_the_pairs_share() -> None:

@@ -13,6 +13,8 @@ import torch
 from atts_engine import AsyncEngine, ATTSParams, Chain, EngineConfig, Problem
 from atts_engine.evaluation.lanes import HOST, TIMED, Intensity, LaneUse, lane_figures, lane_rows, waiting
 from atts_engine.evaluation.registers import heldout
+from atts_engine.kv import OutOfPages, PagePool
+from atts_engine.models import load_model
 from atts_engine.runtime import LaneStats, Rates, probe
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
@@ -395,6 +397,44 @@ def test_use_is_what_rose_in_between() -> None:
     found = LaneUse.between(before, after, Rates(1.0, 1.0)).counters
     assert (found["steps"], found["pass_s"], found["distinct_tokens"]) == (7, 2.5, 0)
     assert "free_pages" not in found
+
+
+def test_the_peak_of_a_pool_by_hand() -> None:
+    pool = PagePool(9, 16)
+    first = pool.allocate(3)
+    pool.share(first)
+    pool.release(pool.allocate(2))
+    assert (pool.used, pool.peak) == (3, 5)
+    with pytest.raises(OutOfPages):
+        pool.allocate(6)
+    pool.allocate(1)
+    assert pool.peak == 5
+    pool.restart_peak()
+    assert pool.peak == 4
+
+
+def test_the_kv_peak_of_a_lane_is_that_of_its_longest_chain() -> None:
+    async def one_chain() -> tuple[dict[str, dict[str, float]], Chain, float]:
+        async with await AsyncEngine.create(TINY) as engine:
+            drawn = heldout(1, 5, (3, 3))[0]
+            solved = await engine.solve(Problem(drawn.id, drawn.problem), replace(RUN, chains=1, strategy="target"))
+            while any(lane["open_sequences"] for lane in engine.stats().values()):
+                await asyncio.sleep(0.005)
+            stats = engine.stats()
+            engine.restart_peaks()
+            return stats, solved.chains[0], engine.stats()["target"]["peak_kv_bytes"]
+
+    stats, chain, restarted = asyncio.run(one_chain())
+    config = load_model("tiny-target", torch.device("cpu"), torch.float32).config
+    page = 16 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    # The prompt is under two pages; the chain copies its last one, and the step in flight may need one more.
+    pages = stats["target"]["peak_kv_bytes"] / page
+    assert chain.target_tokens / 16 <= pages <= chain.target_tokens / 16 + 5
+    assert stats["draft"]["peak_kv_bytes"] == restarted == 0
+    figures = lane_figures(LaneUse.between(NOTHING, stats["target"], Rates(1.0, 1.0)))
+    assert figures["peak_kv_bytes"] == pages * page
+    assert lane_rows({"target": figures})[0][-1] == f"{pages * page / 2**20:,.1f} MiB"
+    assert lane_rows({"target": lane_figures(use(steps=1))})[0][-1] == "-"
 
 
 def test_waiting_of_the_chains_that_tell() -> None:

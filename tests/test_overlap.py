@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from atts_engine.errors import ChainError
 from atts_engine.kv.pages import PAD_PAGE
 from atts_engine.runtime import lane as lane_module
-from atts_engine.runtime.commands import Append, Decode, Fork, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Decode, Fork, Propose, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.records import SamplingParams
 from tests.fakes import EOS, VOCAB, fake_model, greedy
@@ -80,6 +80,7 @@ def give(core: LaneCore, seq: int, order: Order, heard: list[Any]) -> None:
         "append": lambda: Append(order.tokens, False, reply),
         "score": lambda: Append(order.tokens, True, reply),
         "decode": lambda: Decode(order.n, order.sampling, 3, heard.append, reply),
+        "propose": lambda: Propose(order.tokens, order.n, order.sampling, 0, reply),
         "truncate": lambda: Truncate(order.n, reply),
         "verdict": lambda: Verdict(None, reply),
     }[order.kind]()
@@ -119,6 +120,7 @@ SAMPLING = st.builds(
 )
 APPENDS = [st.builds(Order, st.just("append"), TOKENS), st.builds(Order, st.just("score"), TOKENS)]
 DECODE = st.builds(Order, st.just("decode"), n=st.integers(1, 9), sampling=SAMPLING)
+PROPOSE = st.builds(Order, st.just("propose"), TOKENS, st.integers(1, 9), SAMPLING)
 TRUNCATE = st.builds(Order, st.just("truncate"), n=st.integers(1, 9))
 VERDICT = st.builds(Order, st.just("verdict"))
 
@@ -160,18 +162,23 @@ def play(core: LaneCore, scripts: list[Any], *, wait: bool = True) -> dict[int, 
 
 
 @settings(max_examples=60)
-@given(script=scripts(*APPENDS, DECODE, DECODE, VERDICT), wait=st.booleans(), graphs=st.sampled_from([0, 1, 4]))
+@given(
+    script=scripts(*APPENDS, DECODE, DECODE, PROPOSE, VERDICT), wait=st.booleans(), graphs=st.sampled_from([0, 1, 4])
+)
 def test_a_late_device_gives_the_same_chunks_and_scores(script: Any, wait: bool, graphs: int) -> None:
     """To the bit, and each distinct token is computed once in both."""
     plain, late = lane(overlap=False), late_lane(graphs=graphs)
     assert play(late, script, wait=wait) == play(plain, script)
     assert plain.stats.discarded_rows == 0
-    for name in ("computed_tokens", "recomputed_tokens", "sampled_tokens", "scored_tokens"):
+    for name in ("recomputed_tokens", "sampled_tokens", "scored_tokens", "proposed_tokens", "accepted_tokens"):
         assert getattr(late.stats, name) == getattr(plain.stats, name)
+    # Where the budget cuts a proposal, which a discarded row may change, decides how much of it is forwarded in vain.
+    useful = [core.stats.computed_tokens - core.stats.rejected_rows for core in (late, plain)]
+    assert useful[0] == useful[1]
 
 
 @settings(max_examples=60)
-@given(script=scripts(DECODE, DECODE, TRUNCATE), wait=st.booleans(), graphs=st.sampled_from([0, 4]))
+@given(script=scripts(DECODE, DECODE, PROPOSE, TRUNCATE), wait=st.booleans(), graphs=st.sampled_from([0, 4]))
 def test_a_nan_that_only_a_discarded_row_meets_harms_nobody(script: Any, wait: bool, graphs: int) -> None:
     """EOS gives NaN to whoever forwards it. A chain that ends in it does not, but a row launched ahead does."""
     plain, late = lane(overlap=False, poison=EOS), late_lane(graphs=graphs, poison=EOS)
@@ -179,7 +186,7 @@ def test_a_nan_that_only_a_discarded_row_meets_harms_nobody(script: Any, wait: b
 
 
 @settings(max_examples=60)
-@given(script=scripts(*APPENDS, DECODE, DECODE, TRUNCATE, VERDICT), wait=st.booleans(), swap=st.booleans())
+@given(script=scripts(*APPENDS, DECODE, DECODE, PROPOSE, TRUNCATE, VERDICT), wait=st.booleans(), swap=st.booleans())
 def test_the_same_with_a_pool_that_forces_preemption(swap: bool, script: Any, wait: bool) -> None:
     tight = {"kv_tokens": 36, "swap": swap}
     assert play(late_lane(**tight), script, wait=wait) == play(lane(overlap=False, **tight), script)

@@ -11,7 +11,7 @@ import pytest
 
 from atts_engine.conformal import Mondrian
 from atts_engine.evaluation import plots
-from atts_engine.evaluation.chains_html import chain_text, chosen_problems, timeline
+from atts_engine.evaluation.chains_html import chain_text, chosen_problems, timeline, worst_chains
 from atts_engine.evaluation.job import JobResult, job_settings, run_job
 from atts_engine.evaluation.report import comparison_report, run_report
 from atts_engine.evaluation.summary import comparison, figures
@@ -137,3 +137,23 @@ def test_disputed_problems_come_first() -> None:
 
     chains = [chain("p0", 0, "1"), chain("p0", 1, "1"), chain("p1", 0, "1"), chain("p1", 1, "2")]
     assert [p.id for p, _ in chosen_problems(PROBLEMS, chains, 1)] == ["p1"]
+
+
+def test_worst_chains_are_wrong_ones_that_the_target_liked() -> None:
+    problems = some_problems(2)
+
+    def chain(problem: int, number: int, answer: str, *scores: float) -> Chain:
+        turns = tuple(Turn(i, "a", 1, s) for i, s in enumerate(scores))
+        return Chain(problems[problem].id, problem, number, "1", answer, 1.0, turns)
+
+    chains = [
+        chain(0, 0, "2", 0.1, 0.9),
+        chain(0, 1, "2", 0.3, 0.4),
+        chain(0, 2, "1", 0.0),
+        chain(1, 0, "2"),
+        chain(1, 1, "2", 0.2),
+    ]
+    found = worst_chains(problems, chains, lambda p, c: c.final_answer == "1", 5)
+    assert [(p.id, c.chain) for p, c in found] == [(problems[1].id, 1), (problems[0].id, 1)]
+    assert worst_chains(problems, chains, lambda p, c: None, 5) == []
+    assert len(worst_chains(problems, chains, lambda p, c: False, 1)) == 1

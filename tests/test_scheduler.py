@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from atts_engine.kv import BlockTable, PagePool
 from atts_engine.runtime.commands import Decode
+from atts_engine.runtime.decoding import DecodeState
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.scheduler import PREFILL_SHARE, Scheduler, Step
-from atts_engine.runtime.sequence import DecodeState, Sequence
+from atts_engine.runtime.sequence import Sequence
 
 
 @dataclass

@@ -23,9 +23,10 @@ from atts_engine import AsyncEngine, ATTSParams, Chain, EngineConfig, Problem
 from atts_engine.backends import InProcessLane
 from atts_engine.conformal import Mondrian
 from atts_engine.models import Tokenizer, resolve
-from atts_engine.pipeline.chain import ChainSpec, Prompts, run_chain
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.gate import Judged, Place
 from atts_engine.pipeline.translation import Tongues, Words
+from atts_engine.pipeline.writer import ChainSpec, Prompts
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
 from tests.test_engine import problems
 

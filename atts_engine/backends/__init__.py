@@ -1,6 +1,6 @@
 """Lanes: what the pipeline talks to."""
 
 from atts_engine.backends.inprocess import InProcessLane
-from atts_engine.backends.protocol import Lane, Seq
+from atts_engine.backends.protocol import Lane, Seq, Verifier
 
-__all__ = ["InProcessLane", "Lane", "Seq"]
+__all__ = ["InProcessLane", "Lane", "Seq", "Verifier"]

@@ -10,10 +10,10 @@ from typing import Any
 from atts_engine.backends.protocol import Seq
 from atts_engine.conformal import GateRequest
 from atts_engine.errors import InputError, LaneError
-from atts_engine.runtime.commands import Append, Command, Decode, Fork, Reply, Scored, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Propose, Reply, Scored, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.loop import EngineLoop, Mailbox
-from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+from atts_engine.runtime.records import Proposal, SamplingParams, SpanResult, TokenChunk
 
 
 class InProcessSeq:
@@ -27,7 +27,7 @@ class InProcessSeq:
 
 
 class InProcessLane:
-    """Implements `backends.protocol.Lane`. All methods belong to the event loop the lane was made on."""
+    """Implements `backends.protocol.Verifier`. All methods belong to the event loop the lane was made on."""
 
     def __init__(self, core: LaneCore, loop: EngineLoop, mailbox: Mailbox, *, chunk_tokens: int = 64) -> None:
         if chunk_tokens < 1:
@@ -97,6 +97,17 @@ class InProcessLane:
         finally:
             if running:
                 self._loop.post(lambda: self.core.stop_decode(own.id))
+
+    async def propose(
+        self, seq: Seq, tokens: Sequence[int], max_tokens: int, sampling: SamplingParams, *, written: int = 0
+    ) -> Proposal:
+        if max_tokens < 1:
+            raise InputError(f"max_tokens must be 1 or more, not {max_tokens}")
+        own, proposed = self._own(seq), tuple(int(t) for t in tokens)
+        result = await self._ask(seq, lambda reply: Propose(proposed, max_tokens, sampling, written, reply))
+        assert isinstance(result, Proposal)
+        own.length += len(result.tokens)
+        return result
 
     async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None:
         """Add tokens at the end; with `score` their log-probabilities join the next verdict."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from atts_engine.conformal import GateRequest
-from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
+from atts_engine.runtime.records import Proposal, SamplingParams, SpanResult, TokenChunk
 
 
 class Seq(Protocol):
@@ -47,3 +47,25 @@ class Lane(Protocol):
     async def truncate(self, seq: Seq, length: int) -> None: ...
 
     async def close(self, seq: Seq) -> None: ...
+
+
+@runtime_checkable
+class Verifier(Lane, Protocol):
+    """A lane that can tell at once which of several proposed tokens it would have drawn itself.
+
+    A remote server cannot: its noise is not keyed by (seed, position, token id).
+    """
+
+    async def propose(
+        self, seq: Seq, tokens: Sequence[int], max_tokens: int, sampling: SamplingParams, *, written: int = 0
+    ) -> Proposal:
+        """Write on as `decode` does with the same `sampling`, token for token, but forward the proposed tokens together
+        where `decode` forwards them one by one. The span grows by those of them that the lane draws as well, up to the
+        first that it does not, and by the lane's own token in that one's place, or behind them all. What else was
+        proposed leaves no trace. Any tokens may be proposed, or none.
+
+        max_tokens: that the span may still grow by. written: tokens at the end of the sequence that belong to the span
+        already: a stop string may begin in them. Whoever stops waiting for the answer does not know what the sequence
+        holds, and truncates or closes it.
+        """
+        ...

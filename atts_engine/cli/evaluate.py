@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atts_engine.cli import options
+from atts_engine.cli import options, suite, sweep
 from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
 from atts_engine.errors import InputError
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
+
+COSTS = {"target tokens": "target_tokens", "time": "latency_s"}
+DEFAULT = "draft,target,atts,atts-sync"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,19 +35,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_output(parser)
     parser.add_argument(
         "--strategies",
-        default="draft,target,atts,atts-sync",
         metavar="A,B,...",
-        help="each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: %(default)s",
+        help=f"each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: {DEFAULT}, or all with --suite",
     )
     parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
     parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
+    sweep.add_options(parser)
+    suite.add_options(parser)
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("DIR_A", "DIR_B"),
+        help="two finished runs on the same problems, problem by problem; no model is run",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare strategies, or describe traces."""
+    """Compare strategies, describe traces, or compare two finished runs."""
     check_json_target(args.json)
-    return _of_traces(args) if args.traces is not None else _compare(args)
+    if args.compare is not None:
+        from atts_engine.cli.compare import compare
+
+        return compare(args)
+    if args.traces is not None:
+        return _of_traces(args)
+    if sweep.wanted(args):
+        return sweep.run(args)
+    return suite.run(args) if args.suite else _compare(args)
 
 
 def _strategies(text: str) -> tuple[str, ...]:
@@ -69,7 +87,7 @@ def _compare(args: argparse.Namespace) -> int:
     from atts_engine.evaluation.summary import comparison
 
     options.fill_defaults(args)
-    names = _strategies(args.strategies)
+    names = _strategies(DEFAULT if args.strategies is None else args.strategies)
     if args.early_verdict and "atts" not in names:
         raise InputError("--early-verdict belongs to the strategy atts, which --strategies leaves out")
     params = {name: options.params(args, name, args.early_verdict and name == "atts") for name in names}
@@ -139,6 +157,9 @@ def _table(found: dict[str, Any], chains: int) -> Table:
 
     each = found["strategies"]
     notes = [against_line(name, cell) for name, cell in found["against"].items()]
+    fronts = (f"by {cost}: {', '.join(found['pareto'][key])}" for cost, key in COSTS.items() if found["pareto"][key])
+    if line := "; ".join(fronts):
+        notes.append(f"on the Pareto front {line}")
     if any(figures["restored_chains"] for figures in each.values()):
         notes.append(RESUMED_NOTE)
     first = next(iter(each.values()))
@@ -168,18 +189,25 @@ def _of_traces(args: argparse.Namespace) -> int:
 
 
 def _trace_table(found: dict[str, Any]) -> Table:
-    from atts_engine.cli.job import accuracy_cell
+    from atts_engine.cli.job import accuracy_cell, figure_cell
 
+    takeovers = found["takeovers"]
     rows = [
         ("problems", f"{found['problems']:,}"),
         ("chains", f"{found['chains']:,}"),
         ("chain accuracy", accuracy_cell(found["chain_accuracy"])),
         ("majority", accuracy_cell(found["majority"])),
+        ("majority by spelling", accuracy_cell(found["majority_by_spelling"])),
         ("weighted vote", accuracy_cell(found["weighted"])),
-        ("any chain", accuracy_cell(found["any_of"])),
-        ("verdicts", f"{found['takeovers']['decisions']:,}"),
-        ("taken over", percent(found["takeovers"]["rate"])),
     ]
-    if found["tokens"]:
-        rows += [(f"tokens by {author}", f"{n:,}") for author, n in found["tokens"].items()]
-    return Table(f"traces in {found['traces']}", ("", ""), tuple(rows))
+    rows += [(f"any of {k}", accuracy_cell(cell)) for k, cell in (found["any_of_k"] or {}).items() if k != "1"]
+    if takeovers["decisions"]:
+        rows.append(("taken over", f"{accuracy_cell(takeovers['interval'])} of {takeovers['decisions']:,} spans"))
+    for author, cell in (found["tokens_per_problem"] or {}).items():
+        rows.append((f"tokens by {author}, a problem", figure_cell(cell)))
+    for name, cell in found["latency_s"].items():
+        rows.append((f"time of a problem, {name}", figure_cell(cell, " s")))
+    if (cell := found["auc_chains"]) is not None:
+        rows.append(("score tells wrong chains, AUC", figure_cell(cell)))
+    note = f"in brackets: {100 * found['level']:g}% intervals, problems drawn again"
+    return Table(f"traces in {found['traces']}", ("", ""), tuple(rows), left=2, note=note)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.tables import Table, count, human_stream, percent, seconds
+from atts_engine.cli.tables import Table, count, human_stream, percent, rounded, seconds
 from atts_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
+    from atts_engine.pipeline.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class CalibrationChoice:
         return load_calibrator(self.file, replace(meta, alpha=params.alpha), frozen=self.frozen)
 
 
+def task_of(args: argparse.Namespace) -> Task:
+    """What is known of the task that the problems are of."""
+    from atts_engine.evaluation.grading import GradedTask
+    from atts_engine.evaluation.register_task import RegisterTask
+
+    return RegisterTask() if args.task == "registers" else GradedTask()
+
+
 async def watched_job(
     engine: AsyncEngine,
     args: argparse.Namespace,
@@ -92,13 +101,10 @@ async def watched_job(
     from atts_engine.cli.progress import Progress
     from atts_engine.cli.view import Heading, make_view
     from atts_engine.conformal import Monitored
-    from atts_engine.evaluation.grading import GradedTask
-    from atts_engine.evaluation.job import run_job
-    from atts_engine.evaluation.lanes import LaneUse
-    from atts_engine.evaluation.register_task import RegisterTask
+    from atts_engine.evaluation.metered import run_metered
     from atts_engine.evaluation.summary import voter
 
-    task = RegisterTask() if args.task == "registers" else GradedTask()
+    task = task_of(args)
     same = task.equal
     detail = f"{len(problems)} problems x {params.chains} chains, seed {params.seed}"
     heading = Heading(params.strategy, args.draft, args.target, params.alpha, detail)
@@ -106,8 +112,7 @@ async def watched_job(
     with make_view(heading, progress, human_stream(args.json), args.plain) as view:
         if args.monitor and calibrator is not None:
             calibrator = Monitored(calibrator, on_alarm=lambda alarm: view.notice(str(alarm)))
-        before = engine.stats()
-        result = await run_job(
+        return await run_metered(
             engine,
             problems,
             params,
@@ -117,9 +122,6 @@ async def watched_job(
             concurrency=args.concurrency,
             task=task,
         )
-    after, rates = engine.stats(), await engine.rates()
-    lanes = {name: LaneUse.between(before[name], after[name], rates[name]) for name in after}
-    return replace(result, lanes=lanes)
 
 
 def lane_table(figures: Mapping[str, dict[str, Any]]) -> Table:
@@ -143,8 +145,18 @@ def resume_hint(args: argparse.Namespace, saved: str) -> str:
 
 
 def accuracy_cell(interval: dict[str, float] | None) -> str:
-    """A mean over problems as a percentage; "-" where nothing could be graded."""
-    return "-" if interval is None else percent(interval["mean"])
+    """A rate over problems with its interval, "82.6% (77.4 to 87.4)"; "-" where there is none."""
+    if interval is None:
+        return "-"
+    return f"{percent(interval['mean'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+
+
+def figure_cell(interval: dict[str, float] | None, unit: str = "") -> str:
+    """A figure with its interval in three digits, "1,230 (1,180 to 1,290)"; "-" where there is none."""
+    if interval is None:
+        return "-"
+    mean, low, high = (rounded(interval[name]) for name in ("mean", "low", "high"))
+    return f"{mean}{unit} ({low} to {high})"
 
 
 def strategy_row(figures: dict[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from atts_engine.errors import InputError
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams, EngineConfig
     from atts_engine.conformal import ColdStart
+    from atts_engine.evaluation.datasets import Dataset
     from atts_engine.pipeline.records import Problem
 
 # What a built-in task runs with where a flag is left out: its spans are much shorter than those of real models.
@@ -22,6 +23,9 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "turns": 16,
     }
 }
+GYM = "reasoning-gym:"
+DEFAULT_COUNT = 48
+"""Problems of a task."""
 DEFAULTS: dict[str, Any] = {"draft_tokens": 500, "target_tokens": 500, "turns": 15}
 
 
@@ -103,12 +107,27 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--problems", metavar="FILE", help="problem file, one JSON object a line: id, problem, optional answer"
     )
-    group.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N problems of the file")
+    group.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N problems")
     group.add_argument(
-        "--task", choices=sorted(TASK_DEFAULTS), help="held-out problems of a built-in task in place of a file"
+        "--dataset",
+        metavar="NAME",
+        help="a set of the Hugging Face hub, NAME[:CONFIG][/SPLIT], such as openai/gsm8k:main/test",
+    )
+    group.add_argument("--question-field", metavar="COLUMN", help="column of the set with the problems")
+    group.add_argument("--answer-field", metavar="COLUMN", help="column of the set with the gold answers")
+    group.add_argument(
+        "--task",
+        type=_task_name,
+        metavar="TASK",
+        help="problems made by a task: registers (built in), or reasoning-gym:NAME",
+    )
+    group.add_argument(
+        "--seed-tasks", type=int, default=None, metavar="N", help="seed of a task's problems (default: --seed)"
     )
     group.add_argument("--steps", default=None, metavar="LO-HI", help="steps of a task's problems (default: 4-6)")
-    group.add_argument("--problems-count", type=int, default=None, metavar="N", help="problems of a task (default: 48)")
+    group.add_argument(
+        "--problems-count", type=int, default=None, metavar="N", help=f"problems of a task (default: {DEFAULT_COUNT})"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> None:
@@ -119,19 +138,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
     group.add_argument("--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500)")
     group.add_argument("--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500)")
     group.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add_decoding(group)
     group.add_argument(
         "--takeover",
         choices=("continue", "replace"),
         default="continue",
         help="the target goes on after the span, or redoes it",
-    )
-    group.add_argument(
-        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
     )
     if strategy:
         group.add_argument(
@@ -143,6 +155,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
         group.add_argument(
             "--mode", choices=("async", "sync"), help="async is --strategy atts, sync is --strategy atts-sync"
         )
+
+
+def add_decoding(group: argparse._ActionsContainer) -> None:
+    """How tokens are drawn and chains are voted on."""
+    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    group.add_argument(
+        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
+    )
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -289,37 +313,58 @@ def params(args: argparse.Namespace, strategy: str, early_verdict: bool = False)
 
 
 def problems(args: argparse.Namespace) -> tuple[Problem, ...]:
-    """The problems of --problems or --task, in order; at least one."""
+    """The problems of `dataset`, in order; at least one."""
+    return dataset(args).problems
+
+
+def dataset(args: argparse.Namespace) -> Dataset:
+    """What --problems, --dataset or --task names."""
+    from atts_engine.evaluation import datasets
+
     if args.concurrency < 1:
         raise InputError(f"--concurrency must be 1 or more, not {args.concurrency}")
-    if (args.problems is None) == (args.task is None):
-        raise InputError("name the problems by either --problems FILE or --task registers")
+    if sum(source is not None for source in (args.problems, args.dataset, args.task)) != 1:
+        raise InputError(
+            "name the problems by either --problems FILE or --task registers (or --task reasoning-gym:NAME, or "
+            "--dataset NAME)"
+        )
+    owners = {
+        "--dataset": ("question_field", "answer_field"),
+        "--task": ("steps", "problems_count", "seed_tasks"),
+    }
+    for owner, names in owners.items():
+        for name in names:
+            if getattr(args, owner[2:]) is None and getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} belongs to {owner}")
     if args.task is not None:
         if args.limit is not None:
-            raise InputError("--limit belongs to --problems; a task's problems are counted by --problems-count")
-        return _task_problems(args)
-    for flag, value in (("--steps", args.steps), ("--problems-count", args.problems_count)):
-        if value is not None:
-            raise InputError(f"{flag} belongs to --task, not to --problems")
+            raise InputError("--limit belongs to a file or set; a task's problems are counted by --problems-count")
+        return _task(args)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be 1 or more, not {args.limit}")
-    from atts_engine.evaluation.traces import read_problems
-
-    found = tuple(read_problems(args.problems, args.limit))
-    if not found:
-        raise InputError(f"{args.problems}: no problem in this file")
-    return found
+    if args.problems is not None:
+        return datasets.from_file(args.problems, args.limit)
+    return datasets.from_hub(args.dataset, question=args.question_field, answer=args.answer_field, limit=args.limit)
 
 
-def _task_problems(args: argparse.Namespace) -> tuple[Problem, ...]:
-    from atts_engine.evaluation import registers
-    from atts_engine.pipeline.records import Problem
+def _task_name(text: str) -> str:
+    if text in TASK_DEFAULTS or (text.startswith(GYM) and len(text) > len(GYM)):
+        return text
+    raise argparse.ArgumentTypeError(f"no task {text!r}; there are {', '.join(sorted(TASK_DEFAULTS))}, {GYM}NAME")
 
-    count = 48 if args.problems_count is None else args.problems_count
+
+def _task(args: argparse.Namespace) -> Dataset:
+    from atts_engine.evaluation import datasets
+
+    count = DEFAULT_COUNT if args.problems_count is None else args.problems_count
     if count < 1:
         raise InputError(f"--problems-count must be 1 or more, not {count}")
-    drawn = registers.heldout(count, args.seed, _step_range(args.steps or "4-6"))
-    return tuple(Problem(p.id, p.problem, p.answer, index) for index, p in enumerate(drawn))
+    seed = args.seed if args.seed_tasks is None else args.seed_tasks
+    if args.task.startswith(GYM):
+        if args.steps is not None:
+            raise InputError("--steps belongs to --task registers")
+        return datasets.from_gym(args.task.removeprefix(GYM), seed, count)
+    return datasets.from_registers(seed, count, _step_range(args.steps or "4-6"))
 
 
 def _step_range(text: str) -> tuple[int, int]:

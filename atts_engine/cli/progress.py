@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from atts_engine.evaluation.grading import is_graded, is_right
 from atts_engine.pipeline.events import ChainEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.records import Chain, Problem
 
@@ -34,7 +35,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One finished problem. right: chains with the gold answer; None without a gold answer."""
+    """One finished problem. right: chains with the gold answer; None where nothing grades the problem."""
 
     problem: Problem
     answer: str | None
@@ -108,13 +109,12 @@ class Progress:
             self.restored += len(chains)
             self.chains_done += len(chains)
         answer = self._vote(chains)
-        gold = problem.answer
-        graded = gold is not None
-        right = sum(self._right(gold, c.final_answer) for c in chains) if graded else None
+        graded = is_graded(problem.id, problem.answer)
+        right = sum(bool(self._right(problem, c.final_answer)) for c in chains) if graded else None
         done = Finished(
             problem=problem,
             answer=answer,
-            answer_right=self._right(gold, answer) if graded else None,
+            answer_right=self._right(problem, answer),
             chains=len(chains),
             right=right,
             verdicts=sum(t.score is not None for c in chains for t in c.turns),
@@ -128,5 +128,5 @@ class Progress:
         self.last = [*self.last[-3:], done]
         return done
 
-    def _right(self, gold: str | None, answer: str | None) -> bool:
-        return gold is not None and answer is not None and self._same(gold, answer)
+    def _right(self, problem: Problem, answer: str | None) -> bool | None:
+        return is_right(problem.id, problem.answer, answer, self._same)

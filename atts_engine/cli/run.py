@@ -84,7 +84,9 @@ async def _job(
 
 def _table(found: dict[str, Any]) -> Table:
     """The figures of the run, one a row, with their intervals over problems."""
-    takeovers, tokens = found["takeovers"], found["tokens"]
+    from atts_engine.cli.job import accuracy_cell, figure_cell
+
+    takeovers, tokens = found["takeovers"], found["tokens_per_problem"]
     rows: list[tuple[str, str]] = [
         ("problems", count(found["problems"])),
         ("chains", f"{count(found['chains'])}, {count(found['answered'])} with an answer"),
@@ -97,26 +99,30 @@ def _table(found: dict[str, Any]) -> Table:
         ("any of a problem's chains", "any_of"),
     ):
         if (cell := found[key]) is not None:
-            spread = f"{percent(cell['low'])} to {percent(cell['high'])}"
-            rows.append((name, f"{percent(cell['mean'])}  (95%: {spread})"))
+            rows.append((name, accuracy_cell(cell)))
     if takeovers["decisions"]:
-        rows.append(("spans taken over", f"{percent(takeovers['rate'])} of {count(takeovers['decisions'])}"))
+        rate = accuracy_cell(takeovers["interval"])
+        rows.append(("spans taken over", f"{rate} of {count(takeovers['decisions'])}"))
     if takeovers["early"]:
         rows.append(("settled before the span was whole", count(takeovers["early"])))
     if found["drift_alarms"]:
         first = found["drift_alarms"][0]["decision"]
         rows.append(("drift alarms", f"{count(len(found['drift_alarms']))}, the first at decision {count(first)}"))
     rows += [
-        ("tokens by draft", count(tokens["draft"])),
-        ("tokens by target", count(tokens["target"])),
+        ("tokens by draft, a problem", figure_cell(tokens["draft"])),
+        ("tokens by target, a problem", figure_cell(tokens["target"])),
+        *((f"time of a problem, {name}", figure_cell(cell, " s")) for name, cell in found["latency_s"].items()),
         ("time", seconds(found["wall_s"])),
     ]
+    if (cell := found["throughput"]) is not None:
+        rows.append(("tokens a second", figure_cell(cell)))
+    for what in ("chains", "steps"):
+        if (cell := found[f"auc_{what}"]) is not None:
+            rows.append((f"score tells wrong {what}, AUC", figure_cell(cell)))
     if (cell := found["waiting"]) is not None:
         rows.append(("a chain waited", f"{seconds(cell['mean_s'])}, {percent(cell['share'])} of its time"))
-    note = (
-        f"{count(found['restored_chains'])} chains were saved by an earlier process"
-        if found["restored_chains"]
-        else None
-    )
+    note = f"in brackets: {100 * found['level']:g}% intervals, problems drawn again"
+    if found["restored_chains"]:
+        note += f"\n{count(found['restored_chains'])} chains were saved by an earlier process"
     title = f"{found['strategy']}, alpha {found['alpha']:g}"
     return Table(title, ("", ""), tuple(rows), left=2, note=note)

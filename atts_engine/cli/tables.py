@@ -114,6 +114,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
+def rounded(value: float) -> str:
+    """Three digits, or all that stand before the point: 0.6 -> "0.600", 12345.6 -> "12,346"."""
+    return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}"
+
+
 def count(value: float | None) -> str:
     """12345 -> "12,345"; None -> "-"."""
     return "-" if value is None else f"{value:,.0f}"

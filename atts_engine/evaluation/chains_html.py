@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from atts_engine.pipeline.records import Chain, Problem
@@ -30,6 +30,25 @@ def chosen_problems(
 
     ranked = sorted((p for p in problems if groups[p.id]), key=interest)
     return [(problem, groups[problem.id]) for problem in ranked[:most]]
+
+
+def worst_chains(
+    problems: Sequence[Problem],
+    chains: Sequence[Chain],
+    right: Callable[[Problem, Chain], bool | None],
+    most: int,
+) -> list[tuple[Problem, Chain]]:
+    """Wrong chains by their worst span's score, the lowest first: those that the target would have written itself. At
+    most one of each problem; chains without a score are left out."""
+    by_id = {problem.id: problem for problem in problems}
+    found: dict[str, tuple[float, int, Chain]] = {}
+    for chain in chains:
+        scores = [t.score for t in chain.turns if t.score is not None]
+        if scores and right(by_id[chain.problem_id], chain) is False:
+            candidate = (max(scores), chain.chain, chain)
+            found[chain.problem_id] = min(found.get(chain.problem_id, candidate), candidate, key=lambda c: c[:2])
+    ranked = sorted(found.values(), key=lambda c: (c[0], c[2].problem_index))
+    return [(by_id[chain.problem_id], chain) for _, _, chain in ranked[:most]]
 
 
 def chain_text(chain: Chain, right: bool | None, opened: bool) -> str:

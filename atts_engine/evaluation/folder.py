@@ -125,18 +125,16 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return found
 
 
-def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
-    chains, decisions, solutions = (folder / f"{name}.jsonl" for name in ("chains", "decisions", "solutions"))
-    held = chains.exists() and chains.stat().st_size > 0 or decisions.exists() and decisions.stat().st_size > 0
-    if not held:
-        return Restored()
+def check_resumed(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Whether what `folder` holds may be gone on with: `InputError` where `resume` is off, and where it was made with
+    other settings, which are named."""
     if not resume:
         raise InputError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
     try:
         before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{folder} holds chains but no settings.json, so it cannot be resumed: choose another --out"
+            f"{folder} holds a run but no settings.json, so it cannot be resumed: choose another --out"
         ) from None
     except ValueError as error:
         raise InputError(f"{folder / 'settings.json'} is not valid JSON ({error}): choose another --out") from error
@@ -144,6 +142,14 @@ def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
         raise InputError(
             f"{folder} was made with other settings ({'; '.join(found)}): repeat them, or choose another --out"
         )
+
+
+def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
+    chains, decisions, solutions = (folder / f"{name}.jsonl" for name in ("chains", "decisions", "solutions"))
+    held = chains.exists() and chains.stat().st_size > 0 or decisions.exists() and decisions.stat().st_size > 0
+    if not held:
+        return Restored()
+    check_resumed(folder, settings, resume=resume)
     for file in (chains, decisions, solutions):
         # A kill can cut a line in the middle of a character, so the torn tail goes before anything is decoded.
         JsonlWriter(file, append=True).close()

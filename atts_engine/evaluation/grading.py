@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import threading
+from collections.abc import Callable
 from fractions import Fraction
 
+from atts_engine.evaluation import gym
 from atts_engine.pipeline.task import PlainTask
 
 _TIMEOUT_S = 5
@@ -62,7 +64,27 @@ def answers_equal(gold: str, answer: str) -> bool:
             return True
         if left.denominator == right.denominator == 1:
             return False
-    return has_math_verify() and _verified(gold, answer)
+    return has_math_verify() and math_verify_equal(gold, answer)
+
+
+def is_graded(problem_id: str, gold: str | None) -> bool:
+    """Whether there is a rule that tells right answers from wrong ones: a gold answer, or a task that grades."""
+    return gold is not None or gym.is_task(problem_id)
+
+
+def is_right(problem_id: str, gold: str | None, answer: str | None, same: Callable[[str, str], bool]) -> bool | None:
+    """Whether the answer solves the problem; None without a rule (`is_graded`). No answer is a wrong one.
+
+    A reasoning-gym task grades its own answers, as they stand and without \\text{} around words; every other is right
+    if `same(gold, answer)`.
+    """
+    if not is_graded(problem_id, gold):
+        return None
+    if answer is None:
+        return False
+    if gym.is_task(problem_id):
+        return gym.right(problem_id, {answer, _TEXT.sub(r"\1", answer)})
+    return gold is not None and same(gold, answer)
 
 
 def has_math_verify() -> bool:
@@ -70,7 +92,8 @@ def has_math_verify() -> bool:
     return importlib.util.find_spec("math_verify") is not None
 
 
-def _verified(gold: str, answer: str) -> bool:
+def math_verify_equal(gold: str, answer: str) -> bool:
+    """What math-verify alone says of the two; within 5 s each for parsing and comparing, in the main thread."""
     from math_verify import parse, verify
 
     limit = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None

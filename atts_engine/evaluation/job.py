@@ -54,6 +54,22 @@ class Observer(Protocol):
     def tick(self) -> None: ...
 
 
+class Unwatched:
+    """An observer of jobs that nobody looks at."""
+
+    def started(self, problem: Problem) -> None:
+        return None
+
+    def event(self, event: TokensEvent | VerdictEvent | ChainEvent) -> None:
+        return None
+
+    def finished(self, problem: Problem, chains: Sequence[Chain], *, restored: bool) -> None:
+        return None
+
+    def tick(self) -> None:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
@@ -92,11 +108,12 @@ def job_settings(
         "models": {"draft": draft, "target": target, "dtype": dtype},
         "params": {**asdict(params), "options": dict(params.options)},
         "calibration": calibration,
-        "problems": {"count": len(problems), "sha256": _digest(problems)},
+        "problems": {"count": len(problems), "sha256": problems_digest(problems)},
     }
 
 
-def _digest(problems: Sequence[Problem]) -> str:
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """sha256 hex over ids, texts and gold answers in order."""
     text = "\n".join(json.dumps([p.id, p.problem, p.answer]) for p in problems)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -186,7 +203,10 @@ class _Work:
                 chains = {number: saved[number] for number in answered.chains}
                 self._finish(problem, chains, answered.ballot, restored=True)
             elif self._per_chain and not missing:
-                self._finish(problem, saved, self._vote(saved.values()), restored=True)
+                # Killed between its last chain and its answer.
+                ballot = self._vote(saved.values())
+                self._save(problem, saved, ballot)
+                self._finish(problem, saved, ballot, restored=True)
             else:
                 await self._solve(problem, saved, missing)
 
@@ -214,9 +234,12 @@ class _Work:
             ballot = self._vote(chains.values())
         took = None if self._per_chain and saved else solution.duration_s
         ballot = replace(ballot, extra=solution.extra, duration_s=took)
+        self._save(problem, chains, ballot)
+        self._finish(problem, chains, ballot, restored=False)
+
+    def _save(self, problem: Problem, chains: Iterable[int], ballot: Ballot) -> None:
         if self._folder is not None:
             self._folder.add_solution(SavedSolution(problem.id, tuple(sorted(chains)), ballot))
-        self._finish(problem, chains, ballot, restored=False)
 
     def _vote(self, chains: Iterable[Chain]) -> Ballot:
         votes = tally(chains, self._params.vote, self._task.equal)

@@ -19,6 +19,9 @@ COUNTED = (
     "repeated_tokens",
     "rolled_back_tokens",
     "discarded_rows",
+    "proposed_tokens",
+    "accepted_tokens",
+    "rejected_rows",
     "scored_tokens",
     "sampled_tokens",
     "preemptions",
@@ -29,11 +32,12 @@ TIMED = ("pass", "schedule", "launch", "collect", "commit", "gate", "command", "
 HOST = ("schedule", "launch", "commit", "gate", "command")
 """What T_other is made of. `collect` is waiting for the device, so it is in none of the four."""
 
-COLUMNS = ("lane", "tokens", "again", "passes", "T_c", "T_m", "T_s", "T_other", "blocked", "r", "explained")
+COLUMNS = ("lane", "tokens", "again", "passes", "T_c", "T_m", "T_s", "T_other", "blocked", "r", "explained", "KV peak")
 NOTE = (
     "T_c, T_m: operations and bytes of the steps at the rates that this device reached in a probe; passes, T_s (idle, "
     "with chains open), T_other (host) and blocked: measured. r = T_c / (T_m + T_s). explained: the larger of T_c and "
-    "T_m, to their sum, over passes. again: tokens forwarded more than once."
+    "T_m, to their sum, over passes. again: tokens forwarded more than once. KV peak: memory of the "
+    "most pages in use at once."
 )
 
 
@@ -43,11 +47,14 @@ class LaneUse:
 
     counters: Counters
     rates: Rates
+    peak_kv_bytes: int | None = None
+    """Of the most KV pages in use on the lane's device at once; None where that was not watched."""
 
     @classmethod
     def between(cls, before: Counters, after: Counters, rates: Rates) -> LaneUse:
         names = (*COUNTED, *(f"{name}_s" for name in TIMED))
-        return cls({name: after[name] - before[name] for name in names}, rates)
+        peak = after.get("peak_kv_bytes")
+        return cls({name: after[name] - before[name] for name in names}, rates, None if peak is None else int(peak))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ class Intensity:
 
 def lane_figures(use: LaneUse) -> dict[str, Any]:
     """JSON of one lane: its counters, `time_s` by what it went to, `device` (the probe's rates), T_c, T_m, T_s, T_other
-    in seconds, r, and `explained`."""
+    in seconds, r, `explained`, and peak_kv_bytes."""
     found = Intensity.of(use)
     low, high = found.explained if found.explained is not None else (None, None)
     return {
@@ -102,6 +109,7 @@ def lane_figures(use: LaneUse) -> dict[str, Any]:
         "T_other": found.other,
         "r": found.ratio,
         "explained": {"overlapped": low, "serial": high},
+        "peak_kv_bytes": use.peak_kv_bytes,
     }
 
 
@@ -131,4 +139,5 @@ def _row(name: str, lane: Mapping[str, Any]) -> tuple[str, ...]:
         *(f"{seconds:.3g} s" for seconds in times),
         "-" if lane["r"] is None else f"{lane['r']:.3g}",
         "-" if low is None else f"{100 * low:.0f} to {100 * high:.0f}%",
+        "-" if lane["peak_kv_bytes"] is None else f"{lane['peak_kv_bytes'] / 2**20:,.1f} MiB",
     )

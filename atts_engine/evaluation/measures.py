@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.detection import wrong_chains
+from atts_engine.evaluation.grading import Grader, is_graded, is_right
+from atts_engine.evaluation.intervals import (
+    Interval,
+    McNemar,
+    bootstrap,
+    bootstrap_quantile,
+    bootstrap_ratio,
+    mcnemar,
+    paired_bootstrap,
+)
 from atts_engine.evaluation.traces import has_tokens
 from atts_engine.pipeline.records import Chain
 from atts_engine.pipeline.voting import tally, winner
@@ -22,8 +31,9 @@ from atts_engine.pipeline.voting import tally, winner
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One problem, graded. correct: one per chain, in chain order; majority, weighted: whether the answer that such a
-    vote of its chains gives is right; any_of: whether any chain is right; voted: whether the answer is right that the
-    strategy gave, or a majority where that is not known."""
+    vote of its chains gives is right, equal answers being one; majority_by_spelling: the same with equal texts being
+    one; any_of: whether any chain is right; voted: whether the answer is right that the strategy gave, or a majority
+    where that is not known."""
 
     problem_id: str
     correct: tuple[bool, ...]
@@ -31,29 +41,20 @@ class Outcome:
     weighted: bool
     any_of: bool
     voted: bool
+    majority_by_spelling: bool
 
     @property
     def chain_accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean over problems and its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class McNemar:
-    """Problems that only the first strategy got right, only the second, and the exact two-sided p-value of
-    "equally often"."""
-
-    only_first: int
-    only_second: int
-    p_value: float
+    def any_of_k(self, k: int) -> float:
+        """Probability that k of the problem's n chains, drawn without replacement, hold a right one: with c right ones
+        1 - C(n-c, k) / C(n, k), which is unbiased for k fresh chains (pass@k; Chen et al., arXiv 2107.03374, eq. 1).
+        """
+        n, c = len(self.correct), sum(self.correct)
+        if not 1 <= k <= n:
+            raise InputError(f"any of {k} needs {k} chains or more of each problem; {self.problem_id} has {n}")
+        return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def by_problem(chains: Iterable[Chain]) -> dict[str, list[Chain]]:
@@ -78,14 +79,13 @@ def grade(
     outcomes = []
     for problem_id, group in by_problem(chains).items():
         gold = group[0].gold
-        if gold is None:
+        if not is_graded(problem_id, gold):
             continue
-        voted = {vote: winner(tally(group, vote, same)) for vote in ("majority", "weighted")}
-        correct = tuple(c.final_answer is not None and same(gold, c.final_answer) for c in group)
-        right = {vote: answer is not None and same(gold, answer) for vote, answer in voted.items()}
-        given = voted["majority"] if answers is None else answers[problem_id]
-        own = given is not None and same(gold, given)
-        outcomes.append(Outcome(problem_id, correct, right["majority"], right["weighted"], any(correct), own))
+        votes = (tally(group, "majority", same), tally(group, "weighted", same), tally(group, "majority"))
+        correct = tuple(bool(is_right(problem_id, gold, c.final_answer, same)) for c in group)
+        majority, weighted, spelling = (bool(is_right(problem_id, gold, winner(vote), same)) for vote in votes)
+        own = majority if answers is None else bool(is_right(problem_id, gold, answers[problem_id], same))
+        outcomes.append(Outcome(problem_id, correct, majority, weighted, any(correct), own, spelling))
     return outcomes
 
 
@@ -112,6 +112,21 @@ def takeover_rates(chains: Iterable[Chain]) -> dict[str, Any]:
     }
 
 
+def takeover_interval(rates: Mapping[str, Any], *, level: float = 0.95, seed: int = 0) -> Interval | None:
+    """The rate over all decisions of `takeover_rates`, problems drawn again with all their decisions; None
+    without any."""
+    cells = rates["by_problem"].values()
+    if not cells:
+        return None
+    taken = [cell["n"] * cell["rate"] for cell in cells]
+    return bootstrap_ratio(taken, [cell["n"] for cell in cells], level=level, seed=seed)
+
+
+def latencies(chains: Iterable[Chain]) -> list[float]:
+    """Seconds until the last chain of each problem had ended, its chains having begun together."""
+    return [max(c.duration_s for c in group) for group in by_problem(chains).values()]
+
+
 def _cell(taken: Sequence[bool]) -> dict[str, Any]:
     return {"n": len(taken), "rate": sum(taken) / len(taken)}
 
@@ -130,30 +145,81 @@ def summary(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The figures of one strategy, ready for JSON.
+    """The figures of one strategy, ready for JSON. An interval is {"mean", "low", "high"} at `level`, bootstrapped over
+    problems.
 
-    chain_accuracy, majority, weighted, any_of: {"mean", "low", "high"} over graded problems (None where none
-    has a gold answer), with bootstrap intervals at `level`; takeovers as `takeover_rates`; tokens as
-    `tokens_by_author`.
+    chain_accuracy, majority, majority_by_spelling, weighted, any_of: intervals over graded problems; any_of_k: {k:
+    interval} for k = 1, 2, 4, ... up to what every problem has; None where nothing is graded. takeovers as
+    `takeover_rates`, with its `interval`. tokens as `tokens_by_author`; tokens_per_problem: {author: interval},
+    None where tokens is. latency_s: {"mean", "p50", "p95"}: intervals of `latencies`.
+    auc_chains: `detection.wrong_chains`.
     """
-    outcomes = grade(chains, equal)
+    same = Grader().equal if equal is None else equal
+    outcomes = grade(chains, same)
+    groups = by_problem(chains)
+    tokens = tokens_by_author(chains)
+    takeovers = takeover_rates(chains)
+
+    def mean(values: Sequence[float]) -> dict[str, float]:
+        return as_json(bootstrap(values, level=level, seed=seed))
+
     measured = {
-        name: _as_json(bootstrap([float(getattr(o, name)) for o in outcomes], level=level, seed=seed))
-        if outcomes
-        else None
-        for name in ("chain_accuracy", "majority", "weighted", "any_of")
+        name: mean([float(getattr(o, name)) for o in outcomes]) if outcomes else None
+        for name in ("chain_accuracy", "majority", "majority_by_spelling", "weighted", "any_of")
     }
+    rate = takeover_interval(takeovers, level=level, seed=seed)
     return {
-        "problems": len(by_problem(chains)),
+        "problems": len(groups),
         "graded": len(outcomes),
         "chains": len(chains),
         "answered": sum(c.final_answer is not None for c in chains),
         "errors": sum(c.error is not None for c in chains),
         **measured,
-        "takeovers": takeover_rates(chains),
-        "tokens": tokens_by_author(chains),
+        "any_of_k": {str(k): mean([o.any_of_k(k) for o in outcomes]) for k in draws(outcomes)} if outcomes else None,
+        "takeovers": takeovers | {"interval": None if rate is None else as_json(rate)},
+        "tokens": tokens,
+        "tokens_per_problem": None
+        if tokens is None
+        else {
+            author: mean([sum(getattr(c, f"{author}_tokens") for c in group) for group in groups.values()])
+            for author in tokens
+        },
+        "latency_s": latency_figures(latencies(chains), level=level, seed=seed),
+        "auc_chains": wrong_chains(chains, same, level=level, seed=seed),
         "level": level,
     }
+
+
+def draws(outcomes: Sequence[Outcome]) -> list[int]:
+    """1, 2, 4, ... and the most chains that every problem has."""
+    most = min(len(o.correct) for o in outcomes)
+    return [*(2**i for i in range((most - 1).bit_length())), most]
+
+
+def latency_figures(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> dict[str, Any] | None:
+    """{"mean", "p50", "p95"} of the seconds of each problem, each with its interval; None without a problem."""
+    if not values:
+        return None
+    quantiles = {f"p{q}": bootstrap_quantile(values, q / 100, level=level, seed=seed) for q in (50, 95)}
+    return {
+        name: as_json(found)
+        for name, found in ({"mean": bootstrap(values, level=level, seed=seed)} | quantiles).items()
+    }
+
+
+def throughput(
+    chains: Sequence[Chain], wall_s: float, *, level: float = 0.95, seed: int = 0
+) -> dict[str, float] | None:
+    """Tokens of both authors a second of wall time, with its interval: problems are drawn again with their tokens and
+    their latency, and a resample's wall time is `wall_s` by its share of the latencies, as many problems being in
+    flight. None where tokens or time are not known."""
+    groups = by_problem(chains)
+    busy = latencies(chains)
+    if tokens_by_author(chains) is None or wall_s <= 0.0 or not sum(busy) > 0.0:
+        return None
+    tokens = [sum(c.draft_tokens + c.target_tokens for c in group) for group in groups.values()]
+    share = wall_s / sum(busy)
+    return as_json(bootstrap_ratio(tokens, [share * seconds for seconds in busy], level=level, seed=seed))
 
 
 def compare(
@@ -179,59 +245,15 @@ def compare(
     return {
         "measure": measure,
         "problems": len(a),
-        "difference": _as_json(paired_bootstrap(a, b, level=level, seed=seed)),
+        "difference": as_json(paired_bootstrap(a, b, level=level, seed=seed)),
         "level": level,
-        "mcnemar": None if test is None else _as_json(test),
+        "mcnemar": None if test is None else as_json(test),
     }
 
 
-def _as_json(record: Interval | McNemar) -> dict[str, float]:
+def as_json(record: Interval | McNemar) -> dict[str, float]:
+    """The record's fields."""
     return {name: getattr(record, name) for name in type(record).__slots__}
-
-
-def bootstrap(values: npt.ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of one value per problem, with the percentile interval of means of problems drawn again with
-    replacement.
-
-    `InputError` without a value, or for a level outside (0, 1). Source: Efron and Tibshirani, "An
-    Introduction to the Bootstrap" (1993), chapter 13.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or sample.size == 0:
-        raise InputError("a bootstrap needs one value per problem and at least one problem")
-    if not 0.0 < level < 1.0:
-        raise InputError(f"the level of an interval must lie strictly between 0 and 1, not {level}")
-    rng = np.random.default_rng(seed)
-    means = np.array([sample[rng.integers(0, sample.size, sample.size)].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(sample.mean()), float(low), float(high))
-
-
-def paired_bootstrap(
-    first: npt.ArrayLike,
-    second: npt.ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """mean(first - second) and its bootstrap interval, both on the same problems in the same order."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise InputError(f"a paired bootstrap needs as many values on both sides, not {a.size} and {b.size}")
-    return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
-
-
-def mcnemar(first: npt.ArrayLike, second: npt.ArrayLike) -> McNemar:
-    """Exact McNemar test on right/wrong per problem: the discordant problems against Binomial(n, 1/2),
-    two-sided."""
-    a, b = np.asarray(first, dtype=np.bool_), np.asarray(second, dtype=np.bool_)
-    if a.shape != b.shape:
-        raise InputError(f"McNemar's test needs as many problems on both sides, not {a.size} and {b.size}")
-    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
-    n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
 
 
 def comparable(strategies: Mapping[str, Sequence[Chain]]) -> dict[str, list[Outcome]]:

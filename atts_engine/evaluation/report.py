@@ -8,12 +8,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atts_engine.evaluation import chains_html, lanes, page, plots
+from atts_engine.evaluation import chains_html, lanes, page, pareto, plots
 from atts_engine.evaluation.folder import write_text
-from atts_engine.evaluation.grading import Grader
+from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
+from atts_engine.pipeline.records import Chain, Problem
 
 PROBLEMS_SHOWN = 3
+WORST_SHOWN = 6
 Section = tuple[str | None, str]
 
 
@@ -30,11 +32,13 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
         f"{figures['alpha']:g}; {figures['problems']} problems with {figures['chains_per_problem']} chains each."
     )
     sections: list[Section] = [(None, page.cards(_cards(figures)))]
-    sections += _plot_sections(lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"]))
-    sections += _chain_sections(result)
+    sections += plot_sections(
+        lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"], result.decisions)
+    )
+    sections += chain_sections(result)
     sections += _lane_sections({figures["strategy"]: figures})
     sections.append(("Problems", _problem_table(figures)))
-    sections.append(("Settings", _settings(figures["settings"])))
+    sections.append(("Settings", settings_panel(figures["settings"])))
     return page.page(f"ATTS run: {models['draft']} and {models['target']}", lead, sections)
 
 
@@ -50,16 +54,17 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
     sections: list[Section] = [(None, _strategy_table(figures))]
 
     def draw() -> list[plots.Plot]:
-        drawn = [plots.accuracy_against_tokens(each)] if first["graded"] else []
+        drawn = [plots.accuracy_against(each, cost) for cost in pareto.COSTS if pareto.placed(each, cost)]
         if "atts" in results:
-            drawn += plots.of_chains(results["atts"].chains, each["atts"]["takeovers"], each["atts"]["alpha"])
+            own, found = results["atts"], each["atts"]
+            drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.decisions)
         return drawn
 
-    sections += _plot_sections(draw)
+    sections += plot_sections(draw)
     shown = results.get("atts") or next(iter(results.values()))
-    sections += _chain_sections(shown)
+    sections += chain_sections(shown)
     sections += _lane_sections(each)
-    sections.append(("Settings", _settings(figures["settings"])))
+    sections.append(("Settings", settings_panel(figures["settings"])))
     return page.page(f"ATTS compared: {', '.join(each)}", lead, sections)
 
 
@@ -72,13 +77,21 @@ def _cards(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 (name, f"{100 * cell['mean']:.1f}%", f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}")
             )
     if takeovers["decisions"]:
+        cell = takeovers["interval"]
         rate = f"{100 * takeovers['rate']:.1f}%"
-        found.append(("taken over", rate, f"of {takeovers['decisions']:,} spans, alpha {figures['alpha']:g}"))
+        spread = f"95%: {100 * cell['low']:.1f} to {100 * cell['high']:.1f}"
+        found.append(("taken over", rate, f"of {takeovers['decisions']:,} spans, alpha {figures['alpha']:g}; {spread}"))
+    for what in ("chains", "steps"):
+        if (cell := figures[f"auc_{what}"]) is not None:
+            spread = f"AUC, 95%: {cell['low']:.3f} to {cell['high']:.3f}"
+            found.append((f"score tells wrong {what}", f"{cell['mean']:.3f}", spread))
     if tokens:
         found.append(("draft tokens", f"{tokens['draft']:,}", "generated"))
         found.append(("target tokens", f"{tokens['target']:,}", "generated; it scored the draft's besides"))
     resumed = f"{figures['restored_chains']:,} chains saved earlier" if figures["restored_chains"] else "wall time"
     found.append(("time", f"{figures['wall_s']:.1f} s", resumed))
+    slow = figures["latency_s"]["p95"]
+    found.append(("time of a problem, p95", f"{slow['mean']:.1f} s", f"95%: {slow['low']:.1f} to {slow['high']:.1f}"))
     if figures["tokens_per_s"] is not None:
         found.append(("tokens per second", f"{figures['tokens_per_s']:,.0f}", "both models"))
     if figures["errors"]:
@@ -139,14 +152,15 @@ def _against(name: str, cell: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _plot_sections(draw: Callable[[], list[plots.Plot]]) -> list[Section]:
+def plot_sections(draw: Callable[[], list[plots.Plot]], title: str = "Plots") -> list[Section]:
+    """The plots under one heading; where there is no matplotlib, a line that says so."""
     if not plots.can_plot():
-        return [("Plots", '<p class="note">Plots need matplotlib: pip install &#x27;atts-engine[eval]&#x27;</p>')]
+        return [(title, '<p class="note">Plots need matplotlib: pip install &#x27;atts-engine[eval]&#x27;</p>')]
     drawn = draw()
     if not drawn:
         return []
     figures = "".join(f"<figure>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in drawn)
-    return [("Plots", f'<div class="plots">{figures}</div>')]
+    return [(title, f'<div class="plots">{figures}</div>')]
 
 
 def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
@@ -158,26 +172,38 @@ def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     return [("Lanes", page.table(lanes.COLUMNS, rows, [lanes.NOTE, *notes]))] if rows else []
 
 
-def _chain_sections(result: JobResult) -> list[Section]:
+def chain_sections(result: JobResult) -> list[Section]:
+    """Time lines of a few problems, the worst chains, and texts worth reading."""
     same = Grader().equal
+
+    def right(problem: Problem, chain: Chain) -> bool | None:
+        return is_right(problem.id, problem.answer, chain.final_answer, same)
+
     chosen = chains_html.chosen_problems(result.problems, result.chains, PROBLEMS_SHOWN)
     if not chosen:
         return []
-    line = chains_html.timeline(chosen[0][1])
+    lines = [(problem, line) for problem, chains in chosen if (line := chains_html.timeline(chains))]
     sections: list[Section] = []
-    if line:
+    if lines:
         legend = '<p class="legend"><span class="draft">draft writes</span><span>waiting for the verdict</span>'
         legend += '<span class="target">target writes</span></p>'
-        says = f'<p class="note">Chains of problem {escape(chosen[0][0].id)}, seconds since each began.</p>'
-        sections.append((f"Timeline ({result.strategy})", f'<div class="panel">{legend}{line}{says}</div>'))
+        panels = "".join(f'<div class="panel"><b>{escape(problem.id)}</b>{line}</div><br>' for problem, line in lines)
+        says = '<p class="note">One row a chain, seconds since each began.</p>'
+        sections.append((f"Time lines ({result.strategy})", legend + panels + says))
+    worst = chains_html.worst_chains(result.problems, result.chains, right, WORST_SHOWN)
+    if worst:
+        texts = [
+            f"<b>{escape(problem.id)}</b>, gold answer {escape(problem.answer or '')}"
+            f"{chains_html.chain_text(chain, False, opened=False)}"
+            for problem, chain in worst
+        ]
+        says = (
+            '<p class="note">Wrong chains that the target found likeliest: what no test of its own scores can find.</p>'
+        )
+        sections.append((f"Worst chains ({result.strategy})", f'<div class="panel">{"".join(texts)}</div>{says}'))
     blocks = []
     for problem, chains in chosen:
-        texts = []
-        for i, chain in enumerate(chains):
-            right = None
-            if problem.answer is not None:
-                right = chain.final_answer is not None and same(problem.answer, chain.final_answer)
-            texts.append(chains_html.chain_text(chain, right, opened=i == 0))
+        texts = [chains_html.chain_text(chain, right(problem, chain), opened=i == 0) for i, chain in enumerate(chains)]
         gold = "" if problem.answer is None else f" (gold answer {escape(problem.answer)})"
         blocks.append(
             f'<div class="panel"><b>{escape(problem.id)}</b>{gold}<p class="problem">{escape(problem.problem)}</p>'
@@ -199,7 +225,7 @@ def _problem_table(figures: Mapping[str, Any]) -> str:
     return page.table(("problem", "answer", "gold", "", "taken over", "votes"), rows, [])
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def settings_panel(settings: Mapping[str, Any]) -> str:
     return (
         f'<details class="panel"><summary>JSON</summary><pre>{escape(json.dumps(settings, indent=2))}</pre></details>'
     )

@@ -47,9 +47,10 @@ def solution_to_json(solution: SavedSolution) -> dict[str, Any]:
     }
 
 
-def read_solutions(path: str | os.PathLike[str]) -> list[SavedSolution]:
-    """The solutions of a run, in the order in which problems ended. `InputError` for a malformed line."""
-    return [_from_line(line) for line in read_lines(path)]
+def read_solutions(path: str | os.PathLike[str], *, allow_torn_tail: bool = False) -> list[SavedSolution]:
+    """The solutions of a run, in the order in which problems ended. `InputError` for a malformed line, unless it is a
+    half-written last one and `allow_torn_tail`."""
+    return [_from_line(line) for line in read_lines(path, allow_torn_tail=allow_torn_tail)]
 
 
 def _from_line(line: Line) -> SavedSolution:

@@ -35,6 +35,8 @@ class PagePool:
         self._refs = [0] * num_pages
         self._tainted: set[int] = set()
         self._quarantine: list[int] = []
+        self.peak = 0
+        """The most pages that were in use at once since the beginning, or since `restart_peak`."""
 
     @property
     def free(self) -> int:
@@ -54,7 +56,11 @@ class PagePool:
         pages = [self._free.pop() for _ in range(n)]
         for page in pages:
             self._refs[page] = 1
+        self.peak = max(self.peak, self.used)
         return pages
+
+    def restart_peak(self) -> None:
+        self.peak = self.used
 
     def share(self, pages: Iterable[int]) -> None:
         for page in pages:

@@ -6,7 +6,7 @@ rotary positions and a SwiGLU MLP; Qwen2 adds biases to q, k and v, Qwen3 a norm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,19 @@ class Decoder:
         self.weights = weights
         self.cos, self.sin = rope_table(config, self.device)
         self._scratch = ops.Scratch()
+        self._whole: ops.ForwardPass | None = None
+        if self.dtype is torch.bfloat16 and self.device.type == "cpu":
+            self._whole = ops.ForwardPass(
+                weights.embed,
+                [{field.name: getattr(layer, field.name) for field in fields(layer)} for layer in weights.layers],
+                weights.norm,
+                self.cos,
+                self.sin,
+                inner=config.intermediate_size,
+                heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                eps=config.rms_norm_eps,
+            )
 
     @property
     def lm_head(self) -> torch.Tensor:
@@ -82,8 +95,10 @@ class Decoder:
         """Hidden states [N, H] after the final norm; writes the batch's keys and values into kv.
 
         kv: [L, 2, P, page, Hkv, D] in the decoder's dtype. Rows of one sequence may come in any number of
-        calls, in order.
+        calls, in order. On the CPU in bfloat16 it is one call (`ops.ForwardPass`), with the bits of the ops below.
         """
+        if self._whole is not None and self._whole.runs(kv):
+            return self._whole(batch.ids, batch.positions, batch.block_table, batch.cu_q, batch.kv_len, kv)
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [N, D/2]
         slots = ops.kv_slots(batch.positions, batch.block_table, batch.cu_q, kv.shape[3])
         eps = self.config.rms_norm_eps

@@ -8,6 +8,7 @@ from atts_engine.ops.attention import Scratch, paged_attention
 from atts_engine.ops.checks import checked
 from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
 from atts_engine.ops.dispatch import IMPLEMENTATIONS, Obstacle, available, capturable, chosen, obstacle, use
+from atts_engine.ops.forward_pass import ForwardPass
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
 from atts_engine.ops.paging import (
@@ -25,6 +26,7 @@ from atts_engine.ops.verdicts import ScoreGateResult, score_gate
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "ForwardPass",
     "GateResult",
     "Obstacle",
     "ScoreGateResult",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atts_engine.errors import InputError
 
-ABI = (0, 2)
+ABI = (0, 3)
 """Major and minor version of the header that the structs below follow."""
 
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
@@ -65,9 +65,27 @@ _Sample = _params(
     logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
     rows=_N, vocab=_N, logits_stride=_N, threads=_T,
 )  # fmt: skip
+DecoderParams = _params(
+    "decoder",
+    layer=_P, embed=_P, norm=_P, cosine=_P, sine=_P, ids=_P, positions=_P, block_table=_P, cu_q=_P, kv_len=_P, kv=_P,
+    out=_P, workspace=_P, workspace_bytes=ctypes.c_uint64,
+    rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, layers=_N, vocab=_N, hidden=_N, inner=_N, heads=_N,
+    kv_heads=_N, head_dim=_N, max_positions=_N, eps=_F, scale=_F, threads=_T,
+)  # fmt: skip
+
+
+class DecoderLayer(ctypes.Structure):
+    """atts_decoder_layer."""
+
+    _fields_ = tuple(
+        (name, _P)
+        for name in ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "mlp_norm", "gate_up", "down")
+    )
+
+
 _BFLOAT16 = 3
 """ATTS_BFLOAT16."""
-_ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample)
+_ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample, DecoderParams)
 
 
 @cache
@@ -88,6 +106,7 @@ def load(path: Path) -> ctypes.CDLL:
         loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
             getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
+        loaded.atts_decoder_cpu_workspace.argtypes = (ctypes.POINTER(DecoderParams), ctypes.POINTER(ctypes.c_uint64))
     except AttributeError as error:
         raise InputError(f"{path} was built from other sources; install again (`make setup`)") from error
     return loaded
@@ -122,13 +141,28 @@ def products_are_torchs() -> bool:
 
 def _call(kind: type[_Params], *fields: float | None, **named: float | None) -> None:
     """Fields in the struct's order or by name; those left out are 0."""
+    _run(kind.function, kind(ctypes.sizeof(kind), *fields, **named))
+
+
+def _run(function: str, params: _Params, *results: object) -> None:
     loaded = library()
     assert loaded is not None
-    params = kind(ctypes.sizeof(kind), *fields, **named)
-    status = getattr(loaded, kind.function)(ctypes.byref(params))
+    status = getattr(loaded, function)(ctypes.byref(params), *results)
     if status:
-        name = kind.function.removeprefix("atts_").removesuffix("_cpu")
+        name = params.function.removeprefix("atts_").removesuffix("_cpu")
         raise InputError(f"{name}: {loaded.atts_strerror(status).decode()}")
+
+
+def decoder_workspace(params: _Params) -> int:
+    """Bytes of `workspace` that a `DecoderParams` of these sizes asks for."""
+    needed = ctypes.c_uint64()
+    _run("atts_decoder_cpu_workspace", params, ctypes.byref(needed))
+    return needed.value
+
+
+def decoder(params: _Params) -> None:
+    """Run a `DecoderParams` whose every field is set."""
+    _run("atts_decoder_cpu", params)
 
 
 def _side_by_side(x: Tensor) -> Tensor:

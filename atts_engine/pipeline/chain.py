@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from collections.abc import Sequence
@@ -20,10 +19,8 @@ from atts_engine.pipeline.gate import Appraisal, Gate, Judged, Place
 from atts_engine.pipeline.records import Chain, ChunkScore, Turn
 from atts_engine.pipeline.scorers import Drafted, Scorer
 from atts_engine.pipeline.translation import Piece
-from atts_engine.pipeline.writer import ChainSpec, Mark, Prompts, Span, Writer, finish_of, own_words, stream
+from atts_engine.pipeline.writer import ChainSpec, Mark, Span, Writer, finish_of, stream_of
 from atts_engine.runtime.records import SpanResult
-
-__all__ = ["ChainSpec", "Prompts", "run_chain", "run_single", "unwritten"]
 
 
 async def run_chain(
@@ -81,39 +78,6 @@ async def _write(duet: Duet, gate: Gate, scorer: Scorer | None, turns: list[Turn
     return "turns"
 
 
-async def unwritten(spec: ChainSpec) -> Chain:
-    """A chain whose deadline came before its lanes were ready for it."""
-    return Writer(spec).result([], "deadline")
-
-
-async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str) -> Chain:
-    """One model alone writes the whole chain: the draft-only and target-only strategies."""
-    writer = Writer(spec)
-    words, said = own_words(writer, author)
-    span = Span()
-    finish, error = "length", None
-    sampling = spec.params.sampling(stream(spec, author))
-    try:
-        async with aclosing(lane.decode(seq, spec.params.token_limit, sampling)) as chunks:
-            async for chunk in chunks:
-                span.add(chunk)
-                writer.wrote(0, author, said.push(chunk.tokens), len(chunk.tokens))
-        writer.waited(span.wait_s)
-        finish = span.finish or finish
-    except ChainError as failure:
-        finish, error = "error", str(failure)
-    except asyncio.CancelledError:
-        if not spec.expired:
-            raise
-        finish = "deadline"
-    text, n = words.codec.decode(span.tokens), len(span.tokens)
-    if author == "draft":
-        turn = Turn(0, text, n, t_draft=writer.elapsed())
-    else:
-        turn = Turn(0, "", 0, target=text, target_tokens=n, t_target=writer.elapsed())
-    return writer.result([turn], finish, error)
-
-
 async def _draft_and_judge(
     duet: Duet, turn: int, start: Mark, gate: Gate, scorer: Scorer | None
 ) -> tuple[Span, Judged, float, bool]:
@@ -126,7 +90,7 @@ async def _draft_and_judge(
     writer, target, t, span = duet.writer, duet.target, duet.t, Span()
     spec = writer.spec
     place, most = Place(spec.problem.id, spec.chain, turn), spec.params.draft_tokens
-    sampling = spec.params.sampling(stream(spec, "draft"), logprobs=True, stop=spec.stop)
+    sampling = spec.params.sampling(stream_of(spec, "draft"), logprobs=True, stop=spec.stop)
 
     async def settled(*, wait: bool) -> int | None:
         if not spec.params.early_verdict:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.pipeline.writer import Mark, Span, Writer, stream, take_back
+from atts_engine.pipeline.writer import Mark, Span, Writer, stream_of, take_back
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class Duet:
         """The draft writes up to `most` tokens, and the target follows without scoring them. They are announced by
         `Writer.tell` once they are to stay."""
         writer, span = self.writer, Span()
-        sampling = writer.spec.params.sampling(stream(writer.spec, "draft"), stop=stop)
+        sampling = writer.spec.params.sampling(stream_of(writer.spec, "draft"), stop=stop)
         async with aclosing(self.draft.decode(self.d, most, sampling)) as chunks:
             async for chunk in chunks:
                 span.add(chunk)
@@ -76,7 +76,7 @@ class Duet:
         only a chain that goes on needs it there."""
         writer, span = self.writer, Span()
         held: tuple[int, ...] = ()
-        sampling = writer.spec.params.sampling(stream(writer.spec, "target"), stop=stop)
+        sampling = writer.spec.params.sampling(stream_of(writer.spec, "target"), stop=stop)
         async with aclosing(self.target.decode(self.t, most, sampling)) as chunks:
             async for chunk in chunks:
                 if held:

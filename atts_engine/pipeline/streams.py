@@ -8,7 +8,8 @@ import hashlib
 def stream_key(seed: int, problem_id: str, chain: int, purpose: str, index: int = 0) -> int:
     """64-bit signed key of (seed, problem, chain, purpose, index).
 
-    Purposes salt the streams apart, so draft and target never draw the same noise at one position.
+    Purposes salt the streams apart, so draft and target never draw the same noise at one position, but where it is
+    wanted (`pipeline.speculative`).
     """
     text = f"{seed}\x1f{problem_id}\x1f{chain}\x1f{purpose}\x1f{index}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -43,11 +43,13 @@ class TokenStream(Protocol):
 
 
 class Codec(Protocol):
-    """Text of token ids, specials left out, and ids of a whole text, `InputError` where it cannot be spelled."""
-
-    def encode(self, text: str) -> Sequence[int]: ...
+    """Text of token ids, specials left out, and ids of a whole text."""
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def encode(self, text: str) -> list[int]:
+        """`InputError` where the vocabulary cannot spell it."""
+        ...
 
     def detokenizer(self, skip_special: bool = True) -> TextStream: ...
 

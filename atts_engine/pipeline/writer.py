@@ -1,11 +1,11 @@
-"""The text of one chain while it is written: what it holds, where it can go back to, what it has cost."""
+"""One chain while it is written: what it is to be, its text and its spans so far, what it has cost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,6 +117,11 @@ class Writer:
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
+    def own(self, author: str) -> tuple[Words, Translation]:
+        """How the author "draft" or "target" spells, and the translation of what it writes."""
+        tongues = self.spec.tongues
+        return (tongues.draft, self.across) if author == "draft" else (tongues.target, self.back)
+
     def wrote(self, turn: int, author: str, piece: Piece, n_tokens: int) -> None:
         self.text += piece.text
         self.tell(turn, author, piece.text, n_tokens)
@@ -146,7 +151,10 @@ class Writer:
         box = last_boxed(self.text)
         return box is not None and box.end > length
 
-    def result(self, turns: list[Turn], finish: str, error: str | None = None) -> Chain:
+    def result(
+        self, turns: list[Turn], finish: str, error: str | None = None, extra: Mapping[str, Any] | None = None
+    ) -> Chain:
+        """The record of the chain. extra: see `Chain`; its costs are added to it."""
         spec = self.spec
         answer = find_answer(self.text)
         if finish == "stop" and answer is not None:
@@ -162,7 +170,7 @@ class Writer:
             strategy=spec.params.strategy,
             finish=finish,
             error=error,
-            extra={name: self.costs[name] for name in COSTS if self.costs[name]},
+            extra={**(extra or {}), **{name: self.costs[name] for name in COSTS if self.costs[name]}},
             wait_s=self.wait_s,
         )
 
@@ -188,12 +196,6 @@ async def take_back(lane: Lane, seq: Seq, tokens: int) -> None:
         await lane.truncate(seq, seq.length - tokens)
 
 
-def own_words(writer: Writer, author: str) -> tuple[Words, Translation]:
-    """How "draft" or "target" spells, and the translation of what it writes."""
-    tongues = writer.spec.tongues
-    return (tongues.draft, writer.across) if author == "draft" else (tongues.target, writer.back)
-
-
-def stream(spec: ChainSpec, author: str) -> int:
-    """The key of the chain's noise on one lane."""
+def stream_of(spec: ChainSpec, author: str) -> int:
+    """Key of the chain's noise on the lane of one author."""
     return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)

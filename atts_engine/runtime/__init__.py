@@ -1,10 +1,10 @@
 """The in-process lane's loop: schedule, run, commit."""
 
-from atts_engine.runtime.lane import LaneCore, kv_bytes_per_token
+from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.loop import EngineLoop, Mailbox
-from atts_engine.runtime.memory import available_bytes, pool_tokens
+from atts_engine.runtime.memory import available_bytes, kv_bytes_per_token, pool_tokens
 from atts_engine.runtime.probe import Rates, probe
-from atts_engine.runtime.records import GateOutcome, SamplingParams, SpanResult, TokenChunk
+from atts_engine.runtime.records import GateOutcome, Proposal, SamplingParams, SpanResult, TokenChunk
 from atts_engine.runtime.stats import LaneStats
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LaneCore",
     "LaneStats",
     "Mailbox",
+    "Proposal",
     "Rates",
     "SamplingParams",
     "SpanResult",

@@ -73,8 +73,9 @@ class StepArrays:
         return len(self.ids) == len(self.kv_len) == len(self.sample_rows) and not len(self.score_rows)
 
 
-def sampling_work(step: Step) -> list[Work]:
-    return [w for w in step.work if w.sample is not None]
+def draws_of(step: Step) -> list[Work]:
+    """For every row that gives a token, in order, the work that it belongs to."""
+    return [w for w in step.work for _ in range(w.draws)]
 
 
 def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
@@ -86,6 +87,8 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
     future_from: list[int] = []
     score_rows: list[int] = []
     score_ids: list[int] = []
+    sample_rows: list[int] = []
+    sample_positions: list[int] = []
     for w in work:
         seq, offset, end = w.seq, len(ids), w.start + w.count
         ids.extend(seq.tokens[w.start : end])
@@ -98,24 +101,25 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
             # The row that predicts position p forwards position p - 1.
             score_rows.extend(range(offset + first - 1 - w.start, offset + last - 1 - w.start))
             score_ids.extend(seq.tokens[first:last])
+        sample_rows.extend(range(len(ids) - w.draws, len(ids)))
+        sample_positions.extend(range(end + 1 - w.draws, end + 1))
     table = np.zeros((len(work), max(len(w.seq.table.pages) for w in work)), dtype=np.int32)
     for row, w in enumerate(work):
         table[row, : len(w.seq.table.pages)] = w.seq.table.pages
-    ends = list(accumulate(w.count for w in work))
-    params = [w.sample.command.sampling for w in work if w.sample is not None]
+    params = [w.sample.command.sampling for w in draws_of(step) if w.sample is not None]
     return StepArrays(
         ids=_ints(ids),
         positions=_ints(positions),
         block_table=table,
-        cu_q=np.array([0, *ends], dtype=np.int32),
+        cu_q=np.array([0, *accumulate(w.count for w in work)], dtype=np.int32),
         kv_len=np.array([w.start + w.count for w in work], dtype=np.int32),
         future_rows=_ints(future_rows),
         future_from=_ints(future_from),
         score_rows=_ints(score_rows),
         score_ids=_ints(score_ids),
-        sample_rows=_ints([end - 1 for end, w in zip(ends, work, strict=True) if w.sample is not None]),
+        sample_rows=_ints(sample_rows),
         asked=_ints([i for i, p in enumerate(params) if p.logprobs]),
-        sampling=SamplingRows.of(params, [w.start + w.count for w in work if w.sample is not None]),
+        sampling=SamplingRows.of(params, sample_positions),
     )
 
 

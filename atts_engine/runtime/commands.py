@@ -30,6 +30,18 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Propose:
+    """See `backends.protocol.Verifier.propose`; answered with a `Proposal`."""
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    written: int
+    """Tokens at the end of the sequence that belong to the span already."""
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     gate: GateRequest | None
     reply: Reply
@@ -54,4 +66,4 @@ class Truncate:
     reply: Reply
 
 
-Command = Append | Decode | Verdict | Scored | Fork | Truncate
+Command = Append | Decode | Propose | Verdict | Scored | Fork | Truncate

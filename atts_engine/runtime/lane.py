@@ -17,15 +17,17 @@ from atts_engine.conformal import GateRequest
 from atts_engine.errors import AttsError, ChainError, ContextFull, InputError, LaneError
 from atts_engine.kv import BlockTable, PagePool
 from atts_engine.models import Model
-from atts_engine.runtime.commands import Append, Command, Decode, Fork, Scored, Truncate, Verdict
+from atts_engine.runtime.commands import Append, Command, Decode, Fork, Propose, Scored, Truncate, Verdict
+from atts_engine.runtime.decoding import DecodeState
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
+from atts_engine.runtime.memory import kv_bytes_per_token
 from atts_engine.runtime.meters import CudaPasses, HostPasses, LaneMeter, ModelCost, Standing
 from atts_engine.runtime.preemption import Costs
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SpanResult
-from atts_engine.runtime.runner import Pending, Runner
-from atts_engine.runtime.scheduler import Scheduler, Step
-from atts_engine.runtime.sequence import DecodeState, Sequence
+from atts_engine.runtime.runner import Draw, Pending, Runner
+from atts_engine.runtime.scheduler import Scheduler
+from atts_engine.runtime.sequence import Sequence
 from atts_engine.runtime.stats import LaneStats
 
 DecisionListener = Callable[[GateRequest, SpanResult], None]
@@ -119,7 +121,7 @@ class LaneCore:
         elif seq is None:
             command.reply(None, ChainError(f"{self.name}: sequence {seq_id} is closed"))
         else:
-            if isinstance(command, Decode | Verdict) or (isinstance(command, Scored) and command.wait):
+            if isinstance(command, Decode | Propose | Verdict) or (isinstance(command, Scored) and command.wait):
                 seq.asked(asked_at)
             seq.pending.append(command)
             self._advance(seq)
@@ -219,12 +221,12 @@ class LaneCore:
             )
         now = self.meter.scheduled(launching=bool(step.work))
         if step.work:
-            with self._ranges(f"{self.name}.{_kinds(step)}"):
+            with self._ranges(f"{self.name}.{step.kinds}"):
                 self._flight.append(self._runner.launch(step, self._flight[-1] if self._flight else None))
             self.meter.launched(step)
             for work in step.work:
                 work.seq.served(now)
-                dropped, repeated = work.seq.launch(work.start + work.count, work.score, work.sample is not None)
+                dropped, repeated = work.seq.launch(work.start + work.count, work.score, work.draws)
                 self.stats.recomputed_tokens += dropped
                 self.stats.repeated_tokens += repeated
                 self.stats.distinct_tokens += work.count - dropped - repeated
@@ -253,11 +255,11 @@ class LaneCore:
             if not seq.flights and (seq.decode is not None or seq.pending):
                 seq.asked(now)
             if work.sample is not None:
-                token, logprob = next(sampled)
+                drawn = [next(sampled) for _ in range(work.draws)]
                 if work.sample is seq.decode:
-                    self._take_token(seq, work.sample, token, logprob)
+                    self._take(seq, work.sample, drawn)
                 else:
-                    self._discard(seq, token)
+                    self._discard(seq, drawn)
             touched.append(seq)
         for seq in touched:
             if seq in self._leaving and not seq.flights:
@@ -267,62 +269,70 @@ class LaneCore:
                 self._advance(seq)
         self.meter.committed()
 
-    def _discard(self, seq: Sequence, token: int) -> None:
-        """A row that was launched before the host knew that its sequence had ended its decode."""
-        self.stats.computed_tokens -= 1
-        self.stats.distinct_tokens -= 1
-        self.stats.discarded_rows += 1
-        if token < 0:
+    def _discard(self, seq: Sequence, drawn: list[Draw]) -> None:
+        """Rows that were launched before the host knew that their sequence had ended its decode."""
+        self.stats.computed_tokens -= len(drawn)
+        self.stats.distinct_tokens -= len(drawn)
+        self.stats.discarded_rows += len(drawn)
+        self._forget(seq, drawn)
+
+    def _forget(self, seq: Sequence, drawn: list[Draw]) -> None:
+        """Rows behind the end of their sequence are for nobody, and neither are the pages that they alone are in."""
+        poisoned = any(token < 0 for token, _ in drawn)
+        if poisoned:
             self.pool.taint(seq.table.pages)
-            if not seq.flights and not seq.closed:
-                # The NaN lies past the end, where it would never have been written without overlap.
-                seq.drop_kv()
+        if seq.flights or seq.closed:
+            return
+        if poisoned:
+            # The NaN lies past the end, where a lane that forwards one token at a time would never have written it.
+            seq.drop_kv()
+        else:
+            seq.trim()
+
+    def _take(self, seq: Sequence, state: DecodeState, drawn: list[Draw]) -> None:
+        """What was drawn for a decode, in the order of positions: one token, or several where some were proposed."""
+        state.in_flight = False
+        for n, (token, logprob) in enumerate(drawn):
+            if token < 0 and state.proposed:
+                # The proposed tokens may be the cause: the lane draws its own without them.
+                seq.retract()
+                rejected = drawn[n:]
+            else:
+                self._take_token(seq, state, token, logprob)
+                rejected = drawn[n + 1 :] if seq.decode is not state else []
+            if rejected:
+                self.stats.rejected_rows += len(rejected)
+                self._forget(seq, rejected)
+                return
 
     def _take_token(self, seq: Sequence, state: DecodeState, token: int, logprob: float | None) -> None:
         if token < 0:
             self._poisoned(seq, "logits are NaN")
             return
-        if logprob is not None:
-            if not math.isfinite(logprob):
-                self._poisoned(seq, "the log-probability of a sampled token is not finite")
-                return
-            state.logprobs.append(logprob)
+        if logprob is not None and not math.isfinite(logprob):
+            self._poisoned(seq, "the log-probability of a sampled token is not finite")
+            return
         self.stats.sampled_tokens += 1
-        seq.tokens.append(token)
-        seq.futures -= 1
-        state.produced += 1
-        state.buffer.append(token)
-        command = state.command
-        sampling = command.sampling
-        finish = None
-        ends = token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
-        if ends or (sampling.stop and self._hit_stop_string(state)):
-            finish = "stop"
-        elif state.produced >= state.limit:
-            finish = "length"
-        if finish is not None:
+        proposed = seq.place(token)
+        self.stats.accepted_tokens += proposed
+        finish = state.take(token, logprob, self._eos, self.model.tokenizer)
+        if finish is not None or (state.proposal and not proposed):
             self._end_decode(seq, finish)
-        elif len(state.buffer) >= command.chunk_tokens:
-            command.emit(state.hand_over())
-
-    def _hit_stop_string(self, state: DecodeState) -> bool:
-        # A stop string can begin before this token but must end in it, so the last few tokens' text is enough:
-        # every token holds at least one byte except specials, which hold none of a stop string.
-        stops = state.command.sampling.stop
-        reach = max(len(s.encode()) for s in stops) + 1
-        state.recent.append(state.buffer[-1])
-        del state.recent[:-reach]
-        text = self.model.tokenizer.decode(state.recent)
-        return any(s in text for s in stops)
+        elif isinstance(state.command, Decode) and len(state.buffer) >= state.command.chunk_tokens:
+            state.command.emit(state.hand_over())
 
     def _end_decode(self, seq: Sequence, finish: str | None) -> None:
         state = seq.decode
         assert state is not None
         seq.end_decode()
         waited = seq.take_wait(self.meter.clock())
-        if finish is not None:
-            state.command.emit(state.hand_over(finish, waited))
-        state.command.reply(None, None)
+        match state.command:
+            case Decode() as command:
+                if finish is not None:
+                    command.emit(state.hand_over(finish, waited))
+                command.reply(None, None)
+            case Propose() as command:
+                command.reply(state.outcome(finish, waited), None)
 
     # -- commands of one sequence --
 
@@ -333,7 +343,7 @@ class LaneCore:
             match command:
                 case Append():
                     done = self._append(seq, command)
-                case Decode():
+                case Decode() | Propose():
                     done = self._begin_decode(seq, command)
                 case Truncate():
                     done = self._truncate(seq, command)
@@ -365,15 +375,30 @@ class LaneCore:
         command.reply(None, None)
         return True
 
-    def _begin_decode(self, seq: Sequence, command: Decode) -> bool:
+    def _begin_decode(self, seq: Sequence, command: Decode | Propose) -> bool:
         if seq.total >= self.max_length:
             command.reply(
                 None,
                 ContextFull(f"{self.name}: the chain has filled the model's context of {self.max_length} tokens"),
             )
             return True
-        seq.decode = DecodeState(command, limit=min(command.max_tokens, self.max_length - seq.total))
+        state = DecodeState(command, limit=min(command.max_tokens, self.max_length - seq.total))
+        if isinstance(command, Propose):
+            state.recent = seq.tokens[max(0, seq.total - command.written) :] if command.sampling.stop else []
+            proposed = self._verifiable(seq, command.tokens, state.limit)
+            seq.tokens.extend(proposed)
+            state.proposed = len(proposed)
+            self.stats.proposed_tokens += len(proposed)
+        seq.decode = state
         return True
+
+    def _verifiable(self, seq: Sequence, tokens: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        """The first of the proposed tokens that can come to anything. The lane's own next token comes behind them; it
+        never draws what is not in its vocabulary; and a proposal is no reason to fail for want of pages."""
+        vocabulary = self.model.config.vocab_size
+        room = self.pool.capacity * self.pool.page_size - seq.total
+        known = next((i for i, t in enumerate(tokens) if not 0 <= t < vocabulary), len(tokens))
+        return tokens[: max(0, min(limit - 1, room, known))]
 
     def _truncate(self, seq: Sequence, command: Truncate) -> bool:
         if seq.flights:
@@ -473,15 +498,3 @@ class LaneCore:
             seq.decode = None
         while seq.pending:
             seq.pending.popleft().reply(None, error)
-
-
-def _kinds(step: Step) -> str:
-    """What a step does, for a profiler: some of "append", "score" and "decode"."""
-    parts = {"decode" if w.sample is not None else "score" if w.score else "append" for w in step.work}
-    return "+".join(sorted(parts))
-
-
-def kv_bytes_per_token(model: Model) -> int:
-    """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
-    c = model.config
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize

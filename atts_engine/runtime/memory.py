@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from atts_engine.errors import InputError
+from atts_engine.models import Model
 
 FRACTION = {"cuda": 0.85, "cpu": 0.25}
 """Share of a device's free memory that its KV pools take when nothing else is said: a GPU keeps room for activations
@@ -19,6 +20,12 @@ _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+def kv_bytes_per_token(model: Model) -> int:
+    """Bytes of KV one token takes: 2 x layers x kv_heads x head_dim x bytes of the dtype."""
+    c = model.config
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.decoder.lm_head.dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:

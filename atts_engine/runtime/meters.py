@@ -47,7 +47,7 @@ class StepRows:
             cached += end
             for first, last in work.score:
                 scored += last - first
-            sampled += work.sample is not None
+            sampled += work.draws
         return cls(rows, attended, cached, scored, sampled)
 
 

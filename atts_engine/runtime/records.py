@@ -56,6 +56,19 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """What became of proposed tokens. tokens: the first `accepted` of them, which are those that the lane drew itself,
+    then the lane's own next token, unless the last of these ended the span. finish, logprobs, wait_s: as in
+    `TokenChunk`; finish is None where the span may go on."""
+
+    tokens: tuple[int, ...]
+    accepted: int
+    finish: str | None = None
+    logprobs: tuple[float, ...] = ()
+    wait_s: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class GateOutcome:
     """What the gate found: greater = #{calibration > score}, ties = #{calibration == score} among n calibration scores,
     p_value = (greater + U (1 + ties)) / (n + 1), takeover = p_value <= alpha (decided in integers).

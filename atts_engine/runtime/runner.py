@@ -18,31 +18,35 @@ import torch
 from atts_engine import ops
 from atts_engine.errors import InputError
 from atts_engine.models import Decoder, ForwardBatch
-from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, sampling_work
+from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, draws_of
 from atts_engine.runtime.graphs import MAX_GRAPH_BATCH, Capture, CudaCapture, DecodeGraphs
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.scheduler import Step
-from atts_engine.runtime.transfer import HostCopy, fill_futures, to_device
+from atts_engine.runtime.transfer import HostCopy, fill_futures, take_rows, to_device
 
 _ALIGNMENT = 64
 GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
 
+Draw = tuple[int, float | None]
+"""A token, -1 where the logits held NaN, and its log-probability (temperature 1, no filters, float32) where the decode
+asks for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """logprobs: float32 on the host, for every position of every `Work.score` in order; sampled: for every
-    `Work.sample` in order the token id, -1 where the logits held NaN, and its log-probability (temperature 1, no
-    filters, float32) where the decode asks for it."""
+    """logprobs: float32 on the host, for every position of every `Work.score` in order; sampled: for every row that
+    gives a token (`Work.draws`), in order."""
 
     logprobs: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-    sampled: list[tuple[int, float | None]]
+    sampled: list[Draw]
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A step in flight. sampled: int64 [S] on the device, -1 where the logits held NaN; rows: which of them belongs
-    to which sequence (by id). The next step takes its ids from there before the host has seen them."""
+    """A step in flight. sampled: int64 [S] on the device, -1 where the logits held NaN; rows: which of them is the last
+    of which sequence (by id). The next step takes its ids from there before the host has seen them."""
 
     step: Step
     sampled: torch.Tensor | None = None
@@ -134,7 +138,7 @@ class Runner:
                 logits, scores = self._graphs.run(arrays, futures), None
             else:
                 logits, scores = self._forward(arrays, futures)
-            rows = {w.seq.id: i for i, w in enumerate(sampling_work(step))}
+            rows = {w.seq.id: i for i, w in enumerate(draws_of(step))}
             arrived = HostCopy([scores]) if scores is not None else None
             if logits is None:
                 return Pending(step, scores=arrived)
@@ -211,8 +215,11 @@ class Runner:
         )  # fmt: skip
         fill_futures(ids, late, source, futures)
         hidden = self.decoder.forward(ForwardBatch(ids, positions, table, cu_q, kv_len), self.kv)
-        scores = ops.score_tokens(hidden[score_rows], self.decoder.lm_head, score_ids) if len(score_rows) else None
-        logits = self.decoder.logits(hidden[sample_rows]) if len(sample_rows) else None
+        scores = logits = None
+        if len(score_rows):
+            scores = ops.score_tokens(take_rows(hidden, score_rows), self.decoder.lm_head, score_ids)
+        if len(sample_rows):
+            logits = self.decoder.logits(take_rows(hidden, sample_rows))
         return logits, scores
 
     def _sample(self, arrays: StepArrays, logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from atts_engine.kv import PagePool
+from atts_engine.runtime.decoding import DecodeState
 from atts_engine.runtime.fairness import ServiceCounters
 from atts_engine.runtime.preemption import Costs
-from atts_engine.runtime.sequence import DecodeState, Sequence
+from atts_engine.runtime.sequence import Sequence
 
 PREFILL_SHARE = 8
 """One row in this many is kept for prefill while there is any; see `Scheduler`."""
@@ -20,8 +21,8 @@ PREFILL_SHARE = 8
 class Work:
     """Forward positions [start, start + count) of a sequence.
 
-    `score`: position ranges whose log-probability is wanted. `sample`: the decode whose next token the last row gives;
-    when the row's token becomes known and the sequence decodes something else by then, the token is for nobody.
+    `score`: position ranges whose log-probability is wanted. `sample`: the decode whose next tokens the last `draws`
+    rows give; when they become known and the sequence decodes something else by then, they are for nobody.
     """
 
     seq: Sequence
@@ -29,6 +30,7 @@ class Work:
     count: int
     score: tuple[tuple[int, int], ...]
     sample: DecodeState | None
+    draws: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,12 @@ class Step:
     swapped: int = 0
     dropped: int = 0
     """Sequences preempted in this step: their KV moved to the host pool, or dropped."""
+
+    @property
+    def kinds(self) -> str:
+        """What the step does, for a profiler: some of "append", "score" and "decode"."""
+        parts = {"decode" if w.sample is not None else "score" if w.score else "append" for w in self.work}
+        return "+".join(sorted(parts))
 
 
 @dataclass(slots=True)
@@ -79,9 +87,9 @@ class Scheduler:
     """Gives out the rows of a step and the pages of the pool.
 
     Rows: a lower `priority` number goes first, without exception. Within one, sequences that are one row from their
-    goal (decoding) come before longer work (prompts, spans to score), so that no long prompt stalls a running chain;
-    longer work has an eighth of the rows, saved up while it has had less. Within either, the group that was served
-    least goes first (`ServiceCounters`), in it the sequence that was served longest ago.
+    goal, proposed tokens not counted (decoding), come before longer work (prompts, spans to score), so that no long
+    prompt stalls a running chain; longer work has an eighth of the rows, saved up while it has had less. Within either,
+    the group that was served least goes first (`ServiceCounters`), in it the sequence that was served longest ago.
 
     Pages: a running sequence may take those of lower priority, of idle sequences, of younger ones of its own group and
     of groups that would still hold more than its own. One that holds none, because it is new or was preempted, comes in
@@ -131,8 +139,8 @@ class Scheduler:
     def _serve(self, level: int, wanted: list[Sequence], plan: _Plan) -> None:
         """Give rows to the sequences of one priority."""
         running = [s for s in wanted if s.computed and not s.preempted]
-        rows = [s for s in running if s.remaining == 1]
-        long = [s for s in running if s.remaining > 1] if len(rows) < len(running) else []
+        rows = [s for s in running if s.nearly_there]
+        long = [s for s in running if not s.nearly_there] if len(rows) < len(running) else []
         entering = [s for s in wanted if not s.computed or s.preempted] if len(running) < len(wanted) else []
         if long or entering:
             self._owed[level] = min(self._owed[level] + self._budget, PREFILL_SHARE * self._budget)
@@ -151,7 +159,7 @@ class Scheduler:
                 return
             # It may have been preempted for one before it.
             if not seq.preempted:
-                self._place(seq, plan, self._may_take(seq, plan))
+                self._place(seq, plan, self._may_take(seq, plan), keep)
 
     def _admit(self, sequences: Iterable[Sequence], plan: _Plan) -> None:
         for seq in self._service.order(sequences, lambda s: (s.id,)):
@@ -171,10 +179,11 @@ class Scheduler:
             if not plan.work:
                 self._place(seq, plan, lambda victim: True)
 
-    def _place(self, seq: Sequence, plan: _Plan, may_take: Callable[[Sequence], bool]) -> None:
-        """Give the sequence as much work as the budget allows, unless it cannot have the pages for it."""
+    def _place(self, seq: Sequence, plan: _Plan, may_take: Callable[[Sequence], bool], keep: int = 0) -> None:
+        """Give the sequence as much work as the budget allows, but for `keep` rows of it, unless it cannot have the
+        pages for it."""
         start = seq.computed
-        count = min(seq.remaining, plan.budget)
+        count = min(seq.remaining, plan.budget - keep)
         while seq.table.needed(start, start + count) > self._pool.free:
             # Nobody gives up pages for a row that may turn out to be for nobody.
             victim = None if seq.futures else self._victim([s for s in self._holders(seq, plan) if may_take(s)])
@@ -189,8 +198,9 @@ class Scheduler:
         self._service.charge(seq.group, count)
         seq.last_step = self._step
         seq.preempted = False
-        sample = seq.decode if start + count == seq.total else None
-        plan.work.append(Work(seq, start, count, tuple(seq.score_ranges(start, count)), sample))
+        draws = seq.draws(start, count)
+        sample = seq.decode if draws else None
+        plan.work.append(Work(seq, start, count, tuple(seq.score_ranges(start, count)), sample, draws))
 
     def _holders(self, seq: Sequence, plan: _Plan) -> list[Sequence]:
         """Who else holds pages that neither this step nor one in flight needs."""

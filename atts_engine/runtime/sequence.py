@@ -9,32 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atts_engine.kv import BlockTable
-from atts_engine.runtime.commands import Command, Decode
-from atts_engine.runtime.records import TokenChunk
+from atts_engine.runtime.commands import Command
+from atts_engine.runtime.decoding import DecodeState
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-
-
-@dataclass(slots=True)
-class DecodeState:
-    """Progress of the decode command at the head of a sequence."""
-
-    command: Decode
-    limit: int
-    """Tokens it may produce: `max_tokens`, or fewer where the context ends."""
-    produced: int = 0
-    buffer: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    """Of the tokens in `buffer`, where they are asked for."""
-    recent: list[int] = field(default_factory=list)
-    """The last tokens, as far back as a stop string can reach."""
-
-    def hand_over(self, finish: str | None = None, wait_s: float | None = None) -> TokenChunk:
-        """The tokens since the last chunk."""
-        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s)
-        self.buffer.clear()
-        self.logprobs.clear()
-        return chunk
 
 
 @dataclass(slots=True, eq=False)
@@ -87,12 +65,26 @@ class Sequence:
     def goal(self) -> int:
         """`computed` when the work at hand is done."""
         state = self.decode
+        if state is not None and state.proposal:
+            return self.computed if state.in_flight else self.total
         more = state is not None and state.produced + self.futures < state.limit
         return self.total if more else self.total - 1
 
     @property
     def remaining(self) -> int:
         return self.goal - self.computed
+
+    @property
+    def nearly_there(self) -> bool:
+        """One row is left to compute, or a row for each proposed token and one."""
+        return self.remaining == 1 + (self.decode.proposed if self.decode is not None else 0)
+
+    def draws(self, start: int, count: int) -> int:
+        """How many of the last rows give a token of the decode when positions [start, start + count) are forwarded."""
+        if self.decode is None:
+            return 0
+        first = self.total - 1 - self.decode.proposed
+        return max(0, start + count - max(start, first))
 
     @property
     def settled(self) -> bool:
@@ -133,7 +125,7 @@ class Sequence:
         waited, self.waited = self.waited, 0.0
         return waited
 
-    def launch(self, end: int, score: tuple[tuple[int, int], ...], sample: bool) -> tuple[int, int]:
+    def launch(self, end: int, score: tuple[tuple[int, int], ...], draws: int) -> tuple[int, int]:
         """Take rows up to position `end` as computed: a step that does so was launched.
 
         Returns how many tokens were computed before and dropped, and how many others were computed before.
@@ -150,18 +142,52 @@ class Sequence:
                 self.to_score.popleft()
             if self.to_score and self.to_score[0][0] < done:
                 self.to_score[0] = (done, self.to_score[0][1])
-        if sample:
-            self.futures += 1
+        if draws:
+            assert self.decode is not None
+            if self.decode.proposal:
+                self.decode.in_flight = True
+            else:
+                self.futures += 1
         return dropped, repeated
 
-    def end_decode(self) -> None:
-        """Leave the decode where the host knows it to be. Rows in flight for it are for nobody: the KV that they
-        write stays uncounted, and the last token is forwarded again like that of any sequence at rest."""
-        self.decode = None
-        self.futures = 0
+    def place(self, token: int) -> bool:
+        """Put the token that the lane drew in its place. True: it stands there, as it was proposed. Otherwise it is the
+        last of the sequence now: what was proposed from there on is forgotten."""
+        state = self.decode
+        assert state is not None
+        if state.proposed and self.tokens[-state.proposed] == token:
+            state.proposed -= 1
+            state.accepted += 1
+            return True
+        self._drop_proposed(state)
+        self.tokens.append(token)
+        if not state.proposal:
+            self.futures -= 1
+        return False
+
+    def retract(self) -> None:
+        """Forget what is still only proposed; the decode goes on without it."""
+        assert self.decode is not None
+        self._drop_proposed(self.decode)
         self.computed = min(self.computed, self.total - 1)
         self.furthest = min(self.furthest, self.total - 1)
         self.known = min(self.known, self.total - 1)
+
+    def _drop_proposed(self, state: DecodeState) -> None:
+        del self.tokens[len(self.tokens) - state.proposed :]
+        state.proposed = 0
+
+    def end_decode(self) -> None:
+        """Leave the decode where the host knows it to be; what is still only proposed is forgotten. Rows in flight for
+        it are for nobody: the KV that they write stays uncounted, and the last token is forwarded again like that of
+        any sequence at rest."""
+        self.futures = 0
+        self.retract()
+        self.decode = None
+
+    def trim(self) -> None:
+        """Let go of pages behind what is computed. For a sequence without a step in flight."""
+        self.table.truncate(self.computed)
 
     def truncate(self, length: int) -> int:
         """Forget tokens from `length` on; returns how many of them were computed."""
@@ -173,7 +199,7 @@ class Sequence:
         self.known = min(self.known, length)
         self.to_score = deque((a, min(b, length)) for a, b in self.to_score if a < length)
         self.scored = [(p, s[: length - p]) for p, s in self.scored if p < length]
-        self.table.truncate(self.computed)
+        self.trim()
         return rolled_back
 
     def park_kv(self) -> list[tuple[int, int]]:
@@ -188,4 +214,4 @@ class Sequence:
         # What others hold as well stays for nothing, unless it is all that there is: then the last to let go frees it.
         kept = self.table.shared if self.table.private else 0
         self.computed = min(self.computed, kept * self.table.page_size)
-        self.table.truncate(self.computed)
+        self.trim()

@@ -11,6 +11,9 @@ class LaneStats:
     preemptions: of which preemptions_swap moved the sequence's KV to host memory and preemptions_recompute dropped it.
     discarded_rows: forward passes of one token, not in computed_tokens, that were launched before the host knew that
     their sequence had ended.
+    proposed_tokens: given to this lane to be verified, of which accepted_tokens were what it drew itself.
+    rejected_rows: of computed_tokens, those of a proposal behind the first token that was not, or behind the end of
+    the span.
 
     computed_tokens = distinct_tokens + recomputed_tokens + repeated_tokens. distinct_tokens: tokens forwarded for the
     first time in their sequence, where forks share what their parent has computed (all but its last token).
@@ -33,4 +36,7 @@ class LaneStats:
     swapped_out_pages: int = 0
     swapped_in_pages: int = 0
     discarded_rows: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_rows: int = 0
     busy_s: float = 0.0

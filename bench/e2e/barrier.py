@@ -4,8 +4,8 @@
 
 FILE: a trace file (docs/formats.md). A schedule that ranks a problem's chains cannot judge any of them before the last
 has drafted; one that judges each alone can. The lengths of the recorded spans and the recorded takeovers say what that
-costs: for the recorded job on two GPUs by `bench.e2e.simulate` alone, and for an excerpt of it, cut down in scale, by
-`simulate` with step times measured here first, and then by running it. Both schedules write the same tokens, which is
+costs: for the recorded job on two GPUs by `evaluation.simulation` alone, and for an excerpt of it, cut down in scale,
+by the same with step times measured here first, and then by running it. Both schedules write the same tokens, which is
 checked, and take turns.
 """
 
@@ -29,19 +29,20 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import Lane, Seq
 from atts_engine.config import SamplingParams, dtype_of
+from atts_engine.evaluation.simulation import Job, LaneModel, LinearCost, Machine, Rules, Scope, TurnWork, simulate
+from atts_engine.evaluation.simulation.work import estimated_tokens
 from atts_engine.evaluation.traces import read_chains
 from atts_engine.models import load_model
 from atts_engine.pipeline import Chain, Pair
 from atts_engine.pipeline.streams import stream_key
 from bench.e2e.pair import open_pair, prompt_of
-from bench.e2e.simulate import Job, LaneModel, Scope, TurnWork, simulate
 from bench.provenance import provenance
 
 SCOPES: tuple[Scope, ...] = ("none", "problem", "all")
 PROMPT_TOKENS = 32
 HBM_BYTES_S = 3.35e12
 """Of an H100 SXM: a decode step reads the weights once, so it takes weight bytes / this, whatever rows it has."""
-GPU_DRAFT, GPU_TARGET = LaneModel(2 * 8.03e9 / HBM_BYTES_S), LaneModel(2 * 32.8e9 / HBM_BYTES_S)
+GPU_DRAFT, GPU_TARGET = LinearCost(2 * 8.03e9 / HBM_BYTES_S), LinearCost(2 * 32.8e9 / HBM_BYTES_S)
 """bf16 weights of the recorded pair, R1-Distill-Llama-8B and QwQ-32B, each on a GPU of its own."""
 
 
@@ -51,13 +52,12 @@ def job_of(chains: Sequence[Chain], chars_per_token: float, problems: int, width
     for chain in chains:
         found = by_problem.setdefault(chain.problem_id, [])
         if len(found) < width:
-            found.append([_work(len(t.draft), len(t.target or ""), chars_per_token) for t in chain.turns[:turns]])
+            lengths = [
+                [estimated_tokens(len(text or ""), chars_per_token) for text in (t.draft, t.target)]
+                for t in chain.turns[:turns]
+            ]
+            found.append([TurnWork(max(1, draft), target) for draft, target in lengths])
     return list(by_problem.values())[:problems]
-
-
-def _work(draft_chars: int, target_chars: int, chars_per_token: float) -> TurnWork:
-    target = max(1, round(target_chars / chars_per_token)) if target_chars else 0
-    return TurnWork(max(1, round(draft_chars / chars_per_token)), target)
 
 
 class Barrier:
@@ -197,14 +197,14 @@ async def _span(
     return tokens
 
 
-async def calibrate(pair: Pair, rows: Sequence[int], tokens: int) -> tuple[LaneModel, LaneModel]:
+async def calibrate(pair: Pair, rows: Sequence[int], tokens: int) -> tuple[LinearCost, LinearCost]:
     """Step times of either lane by least squares over jobs of 1 problem with as many chains as `rows` says: one turn of
     draft tokens, scored, and the same with as many target tokens after them, in which the draft follows."""
 
     async def seconds(n: int, work: TurnWork) -> float:
         return statistics.median([(await run_job(pair, [[[work]] * n], 1, "none")).seconds for _ in range(3)])
 
-    models: list[LaneModel] = []
+    models: list[LinearCost] = []
     for author in ("draft", "target"):
         step_s = []
         for n in rows:
@@ -215,23 +215,20 @@ async def calibrate(pair: Pair, rows: Sequence[int], tokens: int) -> tuple[LaneM
             step_s.append((await seconds(n, long) - await seconds(n, short)) / tokens)
         # Where noise is more than what rows cost, they are taken to cost nothing.
         row_s = max(0.0, statistics.linear_regression(rows, step_s).slope)
-        models.append(LaneModel(statistics.mean(step_s) - row_s * statistics.mean(rows), row_s))
+        models.append(LinearCost(statistics.mean(step_s) - row_s * statistics.mean(rows), row_s))
     return models[0], models[1]
 
 
-def predict(job: Job, draft: LaneModel, target: LaneModel, in_flight: int, one_device: bool) -> dict[str, Any]:
+def predict(job: Job, machine: Machine, in_flight: int) -> dict[str, Any]:
     """For each scope the job's seconds, how many times the asynchronous schedule's that is, and the share of the
-    chains' time that is spent at barriers and before a slot."""
-    found = {
-        scope: simulate(job, draft, target, in_flight=in_flight, barrier=scope, one_device=one_device, score_steps=1)
-        for scope in SCOPES
-    }
+    chains' time that is spent at barriers and before a step holds what they wait for."""
+    found = {scope: simulate(job, machine, Rules(scope, in_flight, verification="step")) for scope in SCOPES}
     return {
         scope: {
             "seconds": o.seconds,
             "times_async": o.seconds / found["none"].seconds,
             "barrier_share": o.barrier_s / o.chain_s,
-            "slot_share": o.slot_s / o.chain_s,
+            "queued_share": o.queued_s / o.chain_s,
         }
         for scope, o in found.items()
     }
@@ -244,8 +241,8 @@ def predict_recorded(chains: Sequence[Chain], chars_per_token: float) -> list[di
     found = []
     for in_flight in (1, 4, 16):
         for slots in (None, 32):
-            lanes = [LaneModel(m.base_s, m.row_s, slots) for m in (GPU_DRAFT, GPU_TARGET)]
-            scopes = predict(job, lanes[0], lanes[1], in_flight, one_device=False)
+            machine = Machine(LaneModel(GPU_DRAFT, slots=slots), LaneModel(GPU_TARGET, slots=slots))
+            scopes = predict(job, machine, in_flight)
             found.append({"in_flight": in_flight, "slots": slots, "scopes": scopes})
     return found
 
@@ -266,7 +263,8 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         most = args.chains * args.in_flight
         await run_job(pair, [[[TurnWork(2, 2)]] * most], 1, "none")
         draft, target = await calibrate(pair, sorted({1, max(2, most // 2), most}), args.calibration_tokens)
-        predicted = predict(job, draft, target, args.in_flight, one_device=True)
+        machine = Machine(LaneModel(draft), LaneModel(target), shared=True)
+        predicted = predict(job, machine, args.in_flight)
         print(table("predicted", predicted), flush=True)
         first: dict[tuple[int, int], Written] | None = None
         for round_ in range(args.rounds):

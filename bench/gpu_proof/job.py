@@ -16,9 +16,10 @@ from typing import Any
 
 from atts_engine.backends import InProcessLane
 from atts_engine.evaluation.lanes import LaneUse, lane_figures
+from atts_engine.evaluation.simulation import Job, LaneModel, LinearCost, Machine, Rules, TurnWork, simulate
+from atts_engine.evaluation.simulation.work import alone, cut, load_turns, tokens_of
 from atts_engine.runtime import Rates, available_bytes, kv_bytes_per_token, pool_tokens
 from bench.e2e.barrier import run_job
-from bench.e2e.simulate import Job, LaneModel, TurnWork, simulate
 from bench.gpu_proof import turns
 from bench.gpu_proof.context import Context, Found, Line
 from bench.gpu_proof.engine import make
@@ -33,8 +34,8 @@ ALONE, SYNC, ATTS, FEWER = "target alone", "synchronous ranking", "ATTS", "ATTS,
 
 
 def measure(ctx: Context, found: Found) -> None:
-    recorded = turns.load()
-    job = turns.cut(recorded.job, problems=2, chains=2, turns=2, scale=100.0) if ctx.dry else recorded.job
+    recorded = load_turns()
+    job = cut(recorded.job, problems=2, chains=2, turns=2, scale=100.0) if ctx.dry else recorded.job
     found |= {
         "paper": PAPER,
         "takeover_rate": recorded.takeover_rate,
@@ -53,7 +54,7 @@ async def _measure(ctx: Context, job: Job, found: Found) -> None:
         lanes = open_(64 if not ctx.dry else 2)
         draft, target = [await _lane_model(lane, sum(map(len, job)), ctx.dry) for lane in lanes]
         job, scale = _fitted(job, draft, target, ctx.left())
-        work = turns.tokens_of(job)
+        work = tokens_of(job)
         found |= {
             "scale": scale,
             "kv_tokens": room,
@@ -61,7 +62,7 @@ async def _measure(ctx: Context, job: Job, found: Found) -> None:
             "target_tokens": work[1],
             "ceiling": {
                 ATTS: turns.ceiling(*work),
-                FEWER: turns.ceiling(*turns.tokens_of(turns.fewer_takeovers(job))),
+                FEWER: turns.ceiling(*tokens_of(turns.fewer_takeovers(job))),
             },
             "lane_models": {"draft": asdict(draft), "target": asdict(target)},
             "predicted_s": _predicted(job, draft, target),
@@ -75,40 +76,38 @@ async def _measure(ctx: Context, job: Job, found: Found) -> None:
                 _ratios(found)
             for chains, most in GRID:
                 ctx.check()
-                part = turns.cut(job, problems=len(job), chains=chains, turns=most)
+                part = cut(job, problems=len(job), chains=chains, turns=most)
                 if chains <= len(job[0]) and most <= max(len(c) for p in job for c in p):
                     cell = {"chains": chains, "turns": most}
                     found["grid"].append(cell | await _run(lanes, part, ATTS, ctx))
 
 
-async def _lane_model(lane: InProcessLane, rows: int, dry: bool) -> LaneModel:
+async def _lane_model(lane: InProcessLane, rows: int, dry: bool) -> LinearCost:
     """Step times at one row and at as many as the job has chains, and a line between."""
     one, many = [median(await step_seconds(lane, n, PROMPT_TOKENS, 2 if dry else 32, 1)) for n in (1, max(2, rows))]
     row_s = max(0.0, (many - one) / (max(2, rows) - 1))
-    return LaneModel(max(0.0, one - row_s), row_s)
+    return LinearCost(max(0.0, one - row_s), row_s)
 
 
-def _alone(job: Job) -> Job:
-    """The same chains with all their tokens written by one model in one span."""
-    return [[[TurnWork(sum(w.draft + w.target for w in chain))] for chain in problem] for problem in job]
+def _predicted(job: Job, draft: LinearCost, target: LinearCost) -> dict[str, float]:
+    """Seconds by `evaluation.simulation` from step times alone; verification is taken to cost one step a span."""
+    both = Machine(LaneModel(draft), LaneModel(target), shared=True)
+    free, sync = (Rules(scope, verification="step") for scope in ("none", "problem"))
+    outcomes = {
+        ALONE: simulate(alone(job), Machine(LaneModel(target)), Rules()),
+        SYNC: simulate(job, both, sync),
+        ATTS: simulate(job, both, free),
+        FEWER: simulate(turns.fewer_takeovers(job), both, free),
+    }
+    return {name: outcome.seconds for name, outcome in outcomes.items()}
 
 
-def _predicted(job: Job, draft: LaneModel, target: LaneModel) -> dict[str, float]:
-    """Seconds by `bench.e2e.simulate` from step times alone; verification is taken to cost one step a span."""
-    many = {"in_flight": len(job), "one_device": True}
-    alone = simulate(_alone(job), target, LaneModel(0.0), barrier="none", in_flight=len(job), one_device=False)
-    sync = simulate(job, draft, target, barrier="problem", score_steps=1, **many)  # type: ignore[arg-type]
-    free = simulate(job, draft, target, barrier="none", score_steps=1, **many)  # type: ignore[arg-type]
-    fewer = simulate(turns.fewer_takeovers(job), draft, target, barrier="none", score_steps=1, **many)  # type: ignore[arg-type]
-    return {ALONE: alone.seconds, SYNC: sync.seconds, ATTS: free.seconds, FEWER: fewer.seconds}
-
-
-def _fitted(job: Job, draft: LaneModel, target: LaneModel, seconds: float) -> tuple[Job, float]:
+def _fitted(job: Job, draft: LinearCost, target: LinearCost, seconds: float) -> tuple[Job, float]:
     """The job, with spans cut to 1/scale where its runs would take more than two thirds of the time left."""
     wanted = 1.5 * sum(_predicted(job, draft, target).values())
     scale = max(1.0, wanted / max(seconds, 1e-9))
     most = max(len(chain) for problem in job for chain in problem)
-    return turns.cut(job, problems=len(job), chains=len(job[0]), turns=most, scale=scale), scale
+    return cut(job, problems=len(job), chains=len(job[0]), turns=most, scale=scale), scale
 
 
 async def _run(lanes: Sequence[InProcessLane], job: Job, name: str, ctx: Context) -> dict[str, Any]:
@@ -128,7 +127,7 @@ async def _run(lanes: Sequence[InProcessLane], job: Job, name: str, ctx: Context
         )
         for lane, old in zip(lanes, before, strict=True)
     }
-    tokens = sum(turns.tokens_of(job))
+    tokens = sum(tokens_of(job))
     return {
         "seconds": seconds,
         "latency_s": latency,
@@ -158,7 +157,7 @@ async def _target_alone(target: InProcessLane, job: Job) -> tuple[float, float]:
             await closed(target, seqs)
 
     began = time.perf_counter()
-    await asyncio.gather(*(problem(i, chains) for i, chains in enumerate(_alone(job))))
+    await asyncio.gather(*(problem(i, chains) for i, chains in enumerate(alone(job))))
     return time.perf_counter() - began, sum(took) / len(took)
 
 

@@ -9,29 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from atts_engine.evaluation.simulation.catalogue import MODELS
 from atts_engine.models import Decoder, Model, ModelConfig, Tokenizer
 from atts_engine.models.decoder import DecoderWeights, LayerWeights
 
-_QWEN = ModelConfig(
-    family="qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128,
-    intermediate_size=8960, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, max_positions=32768,
-    tie_embeddings=True, eos_token_ids=(151645,), qkv_bias=True, qk_norm=False,
-)  # fmt: skip
-CONFIGS = {
-    "1.5B": _QWEN,
-    "7B": replace(
-        _QWEN, vocab_size=152064, hidden_size=3584, num_heads=28, num_kv_heads=4, intermediate_size=18944,
-        tie_embeddings=False,
-    ),
-    "14B": replace(
-        _QWEN, vocab_size=152064, hidden_size=5120, num_layers=48, num_heads=40, num_kv_heads=8,
-        intermediate_size=13824, tie_embeddings=False,
-    ),
-}  # fmt: skip
+CONFIGS = {name: MODELS[f"qwen2.5-{name.lower()}"] for name in ("1.5B", "7B", "14B")}
 """config.json of Qwen/Qwen2.5-1.5B-Instruct, -7B-Instruct and -14B-Instruct on the Hugging Face hub."""
 TINY = {
     name: replace(
-        _QWEN, vocab_size=41000, hidden_size=16, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=8,
+        CONFIGS["1.5B"], vocab_size=41000, hidden_size=16, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=8,
         intermediate_size=32, max_positions=512, eos_token_ids=(0,),
     )
     for name, layers in (("1.5B", 1), ("7B", 1), ("14B", 2))

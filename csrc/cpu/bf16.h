@@ -19,32 +19,43 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int kTileRows = 12;  // 12 x 2 sums, two columns' words and one of the input fill the registers
 
-// to[w * stride + c] = word w of row c, for sixteen words and sixteen rows.
-ATTS_INLINE void transpose(const __m512i* rows, int64_t words, uint32_t* to, int64_t stride) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  // b[4 i + j]: word j of every quarter, of rows 4 i .. 4 i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
+// take(w, words): word w of sixteen rows side by side, for w = 0 .. 15 in order.
+template <class Take>
+ATTS_INLINE void transpose(const __m512i* rows, Take take) {
+  __m512i quarter[4][4];  // [i][j]: quarter i of rows j, 4 + j, 8 + j and 12 + j
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i even01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i even23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88),
-                  odd23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    const __m512i word[4] = {_mm512_shuffle_i32x4(even01, even23, 0x88), _mm512_shuffle_i32x4(odd01, odd23, 0x88),
-                             _mm512_shuffle_i32x4(even01, even23, 0xdd), _mm512_shuffle_i32x4(odd01, odd23, 0xdd)};
+    const __m512i low01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x44),
+                  low23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x44),
+                  high01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xee),
+                  high23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xee);
+    quarter[0][j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    quarter[1][j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    quarter[2][j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    quarter[3][j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
 #pragma GCC unroll 4
-    for (int quarter = 0; quarter < 4; ++quarter)
-      if (4 * quarter + j < words) _mm512_store_si512(to + (4 * quarter + j) * stride, word[quarter]);
+  for (int i = 0; i < 4; ++i) {
+    const __m512i* q = quarter[i];
+    const __m512i even01 = _mm512_unpacklo_epi32(q[0], q[1]), odd01 = _mm512_unpackhi_epi32(q[0], q[1]),
+                  even23 = _mm512_unpacklo_epi32(q[2], q[3]), odd23 = _mm512_unpackhi_epi32(q[2], q[3]);
+    take(4 * i, _mm512_unpacklo_epi64(even01, even23));
+    take(4 * i + 1, _mm512_unpackhi_epi64(even01, even23));
+    take(4 * i + 2, _mm512_unpacklo_epi64(odd01, odd23));
+    take(4 * i + 3, _mm512_unpackhi_epi64(odd01, odd23));
+  }
+}
+
+// Elements at .. at + 31 of sixteen columns of n elements, 0 behind the last.
+ATTS_INLINE void read_columns(const uint16_t* const* column, int64_t n, int64_t at, __m512i* read) {
+  const int64_t left = n - at;
+  if (left >= 2 * kLanes) {
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_loadu_si512(column[c] + at);
+  } else {
+    const __mmask32 live = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_maskz_loadu_epi16(live, column[c] + at);
   }
 }
 
@@ -52,17 +63,11 @@ ATTS_INLINE void transpose(const __m512i* rows, int64_t words, uint32_t* to, int
 ATTS_INLINE void transpose_columns(const uint16_t* const* column, int64_t n, int64_t first, int64_t words, uint32_t* to,
                                    int64_t stride) {
   for (int64_t w = 0; w < words; w += kLanes) {
-    const int64_t at = first + 2 * w, left = n - at;
     __m512i read[kLanes];
-    if (left >= 2 * kLanes) {
-#pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_loadu_si512(column[c] + at);
-    } else {
-      const __mmask32 live = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-#pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) read[c] = _mm512_maskz_loadu_epi16(live, column[c] + at);
-    }
-    transpose(read, words - w, to + w * stride, stride);
+    read_columns(column, n, first + 2 * w, read);
+    transpose(read, [&](int i, __m512i word) {
+      if (w + i < words) _mm512_store_si512(to + (w + i) * stride, word);
+    });
   }
 }
 

@@ -1,6 +1,7 @@
 // Dense layers by the processor's own products of bfloat16.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/bf16.h"
 #include "cpu/kernels.h"
@@ -20,6 +21,44 @@ void prepare(const uint16_t* x, int64_t rows, int64_t n, float* out) {
 namespace {
 
 constexpr int64_t kWords = 384;  // of a block: 48 KiB for two groups of columns
+constexpr int64_t kAhead = 192;  // elements of a column between what is read and what is fetched
+
+// Few rows use a column too little for a block to pay: each word is multiplied as it comes out of the transposition, and
+// what bounds the loop is memory, which is asked a few lines ahead of itself. next: as below.
+template <int R>
+void dot_few(const uint32_t* x, const uint16_t* weight, int64_t columns, int64_t next, int64_t n, float* out,
+             int64_t out_stride) {
+  const int64_t all = (n + 1) / 2;
+  const int64_t wraps = std::min(next, kLanes) * n - n;  // from behind a column's end to the column that follows it
+  const uint16_t* column[kLanes];                        // those beyond the last repeat it
+  for (int64_t i = 0; i < kLanes; ++i) column[i] = weight + std::min(i, columns - 1) * n;
+  __m512 sum[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
+  for (int64_t w = 0; w < all; w += kLanes) {
+    __m512i read[kLanes];
+    read_columns(column, n, 2 * w, read);
+    const int64_t then = 2 * w + std::min(kAhead, n), ahead = then < n ? then : then + wraps;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) _mm_prefetch(column[i] + ahead, _MM_HINT_T0);
+    transpose(read, [&](int64_t i, __m512i word) {
+      if (w + i >= all) return;
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const __m512i own = _mm512_set1_epi32(static_cast<int>(x[r * n + w + i]));
+        sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)word, (__m512bh)own);
+      }
+    });
+  }
+  const __mmask16 live = static_cast<__mmask16>((1u << columns) - 1);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) _mm512_mask_storeu_ps(out + r * out_stride, live, sum[r]);
+}
+
+using DotFew = void (*)(const uint32_t*, const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t);
+constexpr DotFew kDotFew[] = {dot_few<1>, dot_few<2>, dot_few<3>, dot_few<4>,  dot_few<5>,  dot_few<6>,
+                              dot_few<7>, dot_few<8>, dot_few<9>, dot_few<10>, dot_few<11>, dot_few<12>};
+constexpr int64_t kFewRows = std::size(kDotFew);
 
 // next: columns that follow these and will be asked for next.
 template <int C>
@@ -51,11 +90,15 @@ void dot_columns(const uint32_t* x, int64_t rows, const uint16_t* weight, int64_
 void dot(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
          int64_t out_stride) {
   const auto* words = reinterpret_cast<const uint32_t*>(x);
-  for (int64_t column = 0; column < columns;) {
-    const int64_t left = columns - column, here = std::min(left, 2 * kLanes), next = std::min(left - here, 2 * kLanes);
-    (here > kLanes ? dot_columns<2> : dot_columns<1>)(words, rows, weight + column * n, here, next, n, out + column,
-                                                      out_stride);
-    column += here;
+  const int64_t most = (rows <= kFewRows ? 1 : 2) * kLanes;
+  for (int64_t column = 0, here; column < columns; column += here) {
+    here = std::min(columns - column, most);
+    const int64_t next = std::min(columns - column - here, most);
+    const uint16_t* const first = weight + column * n;
+    if (rows <= kFewRows)
+      kDotFew[rows - 1](words, first, here, next, n, out + column, out_stride);
+    else
+      (here > kLanes ? dot_columns<2> : dot_columns<1>)(words, rows, first, here, next, n, out + column, out_stride);
   }
 }
 

@@ -19,12 +19,22 @@ from atts_engine.pipeline.settings import (
     RewardGuided,
     Settings,
     SpecReason,
+    Speculative,
     SpeculativeThinking,
     Synchronous,
     TargetAlone,
 )
+from atts_engine.pipeline.settings.sampling import (
+    AdaptiveConsistency,
+    BestOfN,
+    EarlyStoppingConsistency,
+    SelfConsistency,
+)
 from atts_engine.pipeline.strategies.alone import write_alone
+from atts_engine.pipeline.strategies.best_of_n import best_of_n
+from atts_engine.pipeline.strategies.consistency import until_majority, until_unanimous, vote_of_all
 from atts_engine.pipeline.strategies.lookahead import look_ahead
+from atts_engine.pipeline.strategies.speculative import propose_and_verify
 from atts_engine.pipeline.strategies.speculative_thinking import think_speculatively
 from atts_engine.pipeline.strategies.takeover import judge_alone, judge_by_rank
 from atts_engine.pipeline.strategies.work import Pair, Work
@@ -39,6 +49,11 @@ _SOLVERS: Mapping[type[Settings], Callable[[Work, Any], Awaitable[Solution]]] = 
     Synchronous: judge_by_rank,
     DraftAlone: write_alone,
     TargetAlone: write_alone,
+    Speculative: propose_and_verify,
+    SelfConsistency: vote_of_all,
+    BestOfN: best_of_n,
+    AdaptiveConsistency: until_majority,
+    EarlyStoppingConsistency: until_unanimous,
 }
 
 

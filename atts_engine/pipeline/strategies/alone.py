@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
-from atts_engine.pipeline.chain import run_single, unwritten
 from atts_engine.pipeline.events import Solution
 from atts_engine.pipeline.settings import Alone
+from atts_engine.pipeline.single import run_single, unwritten
 from atts_engine.pipeline.strategies.work import Work
 
 

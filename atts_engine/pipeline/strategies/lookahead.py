@@ -19,7 +19,7 @@ from atts_engine.pipeline.settings import Lookahead
 from atts_engine.pipeline.strategies.takeover import in_pairs
 from atts_engine.pipeline.strategies.work import Work
 from atts_engine.pipeline.translation import Words
-from atts_engine.pipeline.writer import STEP_END, ChainSpec, Mark, Span, Writer, finish_of, stream
+from atts_engine.pipeline.writer import STEP_END, ChainSpec, Mark, Span, Writer, finish_of, stream_of
 
 SAME_PROMPT = (
     "\n\nHere are two versions of the next step.\n\nVersion A: {draft}\n\nVersion B: {target}\n\nDo both say the same "
@@ -189,7 +189,7 @@ class _Lookahead:
 
     async def _own_step(self, seq: Seq) -> Own:
         span, params = Span(), self._spec.params
-        sampling = params.sampling(stream(self._spec, "target"), stop=(STEP_END,))
+        sampling = params.sampling(stream_of(self._spec, "target"), stop=(STEP_END,))
         async with aclosing(self._duet.target.decode(seq, params.target_tokens, sampling)) as chunks:
             async for chunk in chunks:
                 span.add(chunk)

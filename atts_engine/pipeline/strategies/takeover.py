@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from atts_engine.backends import Seq
-from atts_engine.pipeline.chain import run_chain, unwritten
+from atts_engine.pipeline.chain import run_chain
 from atts_engine.pipeline.events import Solution
 from atts_engine.pipeline.gate import Gate
 from atts_engine.pipeline.records import Chain
 from atts_engine.pipeline.scorers import Scorer, make_scorer
 from atts_engine.pipeline.settings import Gated, Synchronous
+from atts_engine.pipeline.single import unwritten
 from atts_engine.pipeline.strategies.work import Work
 from atts_engine.pipeline.uncalibrated import RankingGate, ThresholdGate
 from atts_engine.pipeline.writer import ChainSpec

@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 #define ATTS_VERSION_MAJOR 0
-#define ATTS_VERSION_MINOR 2
+#define ATTS_VERSION_MINOR 3
 #define ATTS_VERSION_PATCH 0
 #define ATTS_VERSION (ATTS_VERSION_MAJOR * 10000 + ATTS_VERSION_MINOR * 100 + ATTS_VERSION_PATCH)
 
@@ -238,6 +238,51 @@ typedef struct atts_rope_params {
   int32_t threads;       /* 1 or more */
 } atts_rope_params;
 
+/* Weights of one block of a decoder, in bfloat16, dense. */
+typedef struct atts_decoder_layer {
+  const uint16_t* attn_norm; /* [hidden] */
+  const uint16_t* qkv;       /* [(heads + 2 kv_heads) head_dim, hidden]: rows of q, then of k, then of v */
+  const uint16_t* qkv_bias;  /* optional: [(heads + 2 kv_heads) head_dim] */
+  const uint16_t* q_norm;    /* optional: [head_dim], for each head of q */
+  const uint16_t* k_norm;    /* [head_dim]; NULL where q_norm is */
+  const uint16_t* out;       /* [hidden, heads head_dim] */
+  const uint16_t* mlp_norm;  /* [hidden] */
+  const uint16_t* gate_up;   /* [2 inner, hidden]: rows of the gate, then those that it is multiplied with */
+  const uint16_t* down;      /* [hidden, inner] */
+} atts_decoder_layer;
+
+/* A forward pass of a decoder in bfloat16, from token ids to hidden states behind the last norm: a Llama block as the ops
+ * of this header compute it one by one (rms_norm, linear, rope, kv_append, attention, silu_mul), with the same bits. Rows
+ * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens; the key and value of a row at position
+ * t go to slot t % page of page block_table[b, t / page]. No two rows share a slot. */
+typedef struct atts_decoder_params {
+  uint64_t struct_size;             /* sizeof(atts_decoder_params) */
+  const atts_decoder_layer* layer;  /* [layers] */
+  const uint16_t* embed;            /* [vocab, hidden] */
+  const uint16_t* norm;             /* [hidden], behind the last block */
+  const float* cosine;              /* [max_positions, head_dim / 2] */
+  const float* sine;                /* [max_positions, head_dim / 2] */
+  const int64_t* ids;               /* [rows], 0..vocab-1 */
+  const int64_t* positions;         /* [rows], 0..max_positions-1 */
+  const int32_t* block_table;       /* [batch, table_width] */
+  const int32_t* cu_q;              /* [batch + 1], ascending from 0 to rows */
+  const int32_t* kv_len;            /* [batch], the new tokens included */
+  uint16_t* kv;                     /* [layers, 2, pages, page, kv_heads, head_dim], changed */
+  uint16_t* out;                    /* [rows, hidden], written */
+  void* workspace;                  /* see atts_decoder_cpu_workspace */
+  uint64_t workspace_bytes;
+  int64_t rows, batch, table_width; /* 0 or more */
+  int64_t pages, page;              /* 1 or more */
+  int64_t layers, vocab, hidden;    /* 1 or more */
+  int64_t inner;                    /* width of the MLP, 1 or more */
+  int64_t heads, kv_heads;          /* heads is a multiple of kv_heads */
+  int64_t head_dim;                 /* a multiple of 16 */
+  int64_t max_positions;            /* 1 or more */
+  float eps;
+  float scale;                      /* of attention's scores: head_dim^-1/2 */
+  int32_t threads;                  /* 1 or more */
+} atts_decoder_params;
+
 /* k and v of `rows` tokens to their slots of one layer's cache; where cosine is given, k, and q where it is given, are
  * turned on the way: elements i and i + head_dim / 2 of a head together, in fp32, each operation rounded. Exact.
  *
@@ -374,6 +419,7 @@ ATTS_API int atts_rms_norm_cpu(const atts_rms_norm_params* params);
 ATTS_API int atts_silu_mul_cpu(const atts_silu_mul_params* params);
 ATTS_API int atts_rope_cpu(const atts_rope_params* params);
 ATTS_API int atts_sample_cpu(const atts_sample_params* params);
+ATTS_API int atts_decoder_cpu(const atts_decoder_params* params);
 
 /* On the current device; ATTS_ERROR_NO_CUDA from a library without CUDA. */
 ATTS_API int atts_gate(const atts_gate_params* params, void* stream);
@@ -389,6 +435,10 @@ ATTS_API int atts_kv_swap(const atts_kv_swap_params* params, void* stream);
  * and gives it to one op only and to one call at a time, in stream order; every call leaves it ready for the next. */
 ATTS_API int atts_gate_workspace(const atts_gate_params* params, uint64_t* bytes);
 ATTS_API int atts_score_logits_workspace(const atts_score_logits_params* params, uint64_t* bytes);
+
+/* Bytes of host memory that atts_decoder_cpu works in with these sizes; arrays need not be set. More rows need more. The
+ * caller aligns it to 16 bytes and gives it to one call at a time; what it holds before and after means nothing. */
+ATTS_API int atts_decoder_cpu_workspace(const atts_decoder_params* params, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

@@ -1,55 +1,13 @@
-"""Strategies by name, each with its settings, its source and its defaults."""
+"""Settings of the strategies in which the draft writes and a gate says whether the target takes over."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from atts_engine.errors import InputError
 from atts_engine.pipeline.scorers import SCORERS
-
-Options = tuple[tuple[str, int | float | str | bool], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Settings of one strategy. Values are checked when they are made; `InputError` names the one that cannot be.
-
-    per_chain: every chain is written for itself, so that an interrupted problem can be finished chain by chain, and the
-    problem's answer is the vote of `ATTSParams.vote`. Otherwise chains depend on one another: an interrupted problem is
-    begun anew, and the strategy says what the answer is.
-    """
-
-    per_chain: ClassVar[bool] = True
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether verdicts come from the request's calibrator at `ATTSParams.alpha`."""
-        return False
-
-    @property
-    def score(self) -> str:
-        """What is scored and how, as a calibration names it (`conformal.Meta.score`)."""
-        return "mean-nll"
-
-
-@dataclass(frozen=True, slots=True)
-class Alone(Settings):
-    """One model alone writes every chain."""
-
-    author: ClassVar[str]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftAlone(Alone):
-    author: ClassVar[str] = "draft"
-
-
-@dataclass(frozen=True, slots=True)
-class TargetAlone(Alone):
-    author: ClassVar[str] = "target"
-
+from atts_engine.pipeline.settings.base import Settings
 
 SPANS = ("tokens", "step")
 GATES = ("threshold", "conformal")
@@ -205,102 +163,6 @@ class LatestTurns(Gated):
         return "turn-number"
 
 
-@dataclass(frozen=True, slots=True)
-class Synchronous(Settings):
-    """The baseline that the paper argues against: a barrier per turn, softmax ranking of the problem's chains, and the
-    worst alpha of them are taken over."""
-
-    per_chain: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculativeThinking(Settings):
-    """Speculative Thinking (arXiv 2504.12329): behind a blank line the words of the draft's next tokens say whether the
-    target is to think there in its place.
-
-    propose: tokens that are looked at, and that the target writes where they affirm, reflect or verify; verify: tokens
-    more where they verify; reflections: so many spans that reflect bring a recap, 0 for never; recap: tokens of the
-    target behind the first one.
-    """
-
-    propose: int = 20
-    verify: int = 125
-    reflections: int = 15
-    recap: int = 125
-
-    def __post_init__(self) -> None:
-        _check_count("propose", self.propose, 1)
-        for name in ("verify", "reflections"):
-            _check_count(name, getattr(self, name), 0)
-        _check_count("recap", self.recap, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Lookahead(Settings):
-    """Lookahead Reasoning (arXiv 2506.19830): the draft runs ahead by steps, while the target writes its own step
-    behind each of them; the draft's stay as far as a judge finds them to be the target's, whose step follows.
-
-    depth: steps of the draft ahead. judge: "target" is asked whether two steps say the same, "task": both are right by
-    the task's checker or the same text, "exact": the same text.
-    """
-
-    depth: int = 4
-    judge: str = "target"
-
-    def __post_init__(self) -> None:
-        _check_count("depth", self.depth, 1)
-        _check_choice("judge", self.judge, ("target", "task", "exact"))
-
-
-SETTINGS: Mapping[str, type[Settings]] = {
-    "atts": Asynchronous,
-    "atts-sync": Synchronous,
-    "coin": CoinToss,
-    "draft": DraftAlone,
-    "lookahead": Lookahead,
-    "rsd": RewardGuided,
-    "span-length": LongestSpans,
-    "spec-reason": SpecReason,
-    "speculative-thinking": SpeculativeThinking,
-    "target": TargetAlone,
-    "turn-number": LatestTurns,
-}
-
-STRATEGIES = tuple(SETTINGS)
-
-
-def make_settings(name: str, options: Options = ()) -> Settings:
-    """The settings of a strategy by its name; options that are left out keep their defaults."""
-    if name not in SETTINGS:
-        raise InputError(f"strategy must be one of {', '.join(STRATEGIES)}, not {name!r}")
-    kind = SETTINGS[name]
-    known = [f.name for f in fields(kind)]
-    values: dict[str, Any] = dict(options)
-    for option in values:
-        if option not in known:
-            there = f"it has {', '.join(known)}" if known else "it has none"
-            raise InputError(f"the strategy {name} has no option {option!r}; {there}")
-    return kind(**values)
-
-
-def parse_strategy(text: str) -> tuple[str, Options]:
-    """`NAME` or `NAME:option=value:option=value`, as it is written on the command line, into name and options."""
-    name, *pairs = text.split(":")
-    options = []
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not option or not equals:
-            raise InputError(f"a strategy is written NAME or NAME:option=value:..., not {text!r}")
-        options.append((option.replace("-", "_"), _value(value)))
-    make_settings(name, tuple(options))
-    return name, tuple(options)
-
-
-def strategy_text(name: str, options: Options) -> str:
-    """What `parse_strategy` reads."""
-    return ":".join([name, *(f"{option.replace('_', '-')}={value}" for option, value in options)])
-
-
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
@@ -311,22 +173,6 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
 
 
-def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"{name} must be a whole number, {low} or more, not {value!r}")
-
-
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, not {value!r}")
-
-
-def _value(text: str) -> int | float | str | bool:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

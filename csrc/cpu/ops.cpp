@@ -1,0 +1,99 @@
+// Work of the bfloat16 ops cut for the threads.
+#include "cpu/ops.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace atts {
+namespace {
+
+constexpr int64_t kColumns = 128;  // weight rows handed to a thread at a time, at most
+constexpr int64_t kShares = 4;     // of them for each thread, at least
+constexpr int64_t kRows = 256;     // input rows whose results lie in a thread's scratch
+
+// Weight rows of a thread's share: large, for what one block leaves the next to read on; many, so that no thread waits long.
+int64_t columns_of(int64_t all, int64_t threads) {
+  const int64_t even = (all / (kShares * threads) + 31) / 32 * 32;
+  return std::clamp<int64_t>(even, 32, kColumns);
+}
+
+}  // namespace
+
+const float* prepared(const uint16_t* x, int64_t rows, int64_t n) {
+  thread_local std::vector<float> held;
+  held.resize(static_cast<size_t>(rows * n));
+  kernels().prepare(x, rows, n, held.data());
+  return held.data();
+}
+
+void linear(const atts_linear_params& p) {
+  const float* x = prepared(p.x, p.rows, p.in_features);
+  const int64_t width = columns_of(p.out_features, p.threads);
+  parallel((p.out_features + width - 1) / width, p.threads, [&](int64_t block) {
+    const int64_t first = block * width, columns = std::min(p.out_features - first, width);
+    float* sums = scratch(kRows * kColumns);
+    for (int64_t at = 0; at < p.rows; at += kRows) {
+      const int64_t rows = std::min(p.rows - at, kRows);
+      kernels().dot(x + at * p.in_features, rows, p.weight + first * p.in_features, columns, p.in_features, sums,
+                    kColumns);
+      for (int64_t row = 0; row < rows; ++row)
+        kernels().narrow(sums + row * kColumns, p.bias == nullptr ? nullptr : p.bias + first, columns,
+                         p.out + (at + row) * p.out_features + first);
+    }
+  });
+}
+
+void rms_norm(const atts_rms_norm_params& p) {
+  parallel_rows(p.rows, p.width, p.threads, [&](int64_t first, int64_t last) { kernels().rms_norm(p, first, last); });
+}
+
+void silu_mul(const atts_silu_mul_params& p) {
+  parallel_rows(p.rows, p.width, p.threads, [&](int64_t first, int64_t last) { kernels().silu_mul(p, first, last); });
+}
+
+void rope(const atts_rope_params& p) {
+  parallel_rows(p.rows, p.heads * p.head_dim, p.threads,
+                [&](int64_t first, int64_t last) { kernels().rope(p, first, last); });
+}
+
+atts_status check_attention_batch(const atts_attention_params& p) {
+  if (p.cu_q[0] != 0 || p.cu_q[p.batch] != p.rows) return ATTS_ERROR_BATCH;
+  if (p.rows == 0) return ATTS_OK;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = p.cu_q[b + 1] - static_cast<int64_t>(p.cu_q[b]), length = p.kv_len[b];
+    if (rows < 0 || rows > length || length > p.table_width * p.page) return ATTS_ERROR_BATCH;
+    for (int64_t i = 0; rows > 0 && i * p.page < length; ++i) {
+      const int32_t page = p.block_table[b * p.table_width + i];
+      if (page < 0 || page >= p.pages) return ATTS_ERROR_BATCH;
+    }
+  }
+  return ATTS_OK;
+}
+
+void attention(const atts_attention_params& p) {
+  struct Unit {
+    int64_t sequence, first, last;
+  };
+  std::vector<Unit> units;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = p.cu_q[b + 1] - p.cu_q[b];
+    if (rows > 0) longest = std::max<int64_t>(longest, p.kv_len[b]);
+    for (int64_t first = 0; first < rows; first += kAttentionRows)
+      units.push_back({b, first, std::min(first + kAttentionRows, rows)});
+  }
+  const int64_t floats = kernels().attention_scratch(p, longest);
+  // A thread that has all heads of a unit finds the next head's keys in the lines beside the last one's.
+  const auto all = static_cast<int64_t>(units.size()), apart = all < 4 * p.threads ? p.kv_heads : 1;
+  parallel(all * apart, p.threads, [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i / apart)];
+    const int64_t heads = p.kv_heads / apart;
+    for (int64_t h = i % apart * heads; h < (i % apart + 1) * heads; ++h)
+      kernels().attend(p, unit.sequence, h, unit.first, unit.last, scratch(floats));
+  });
+}
+
+}  // namespace atts

@@ -1,0 +1,24 @@
+// The host's bfloat16 ops behind their checks: what each entry point runs, and the decoder one after the other. Rows are 1
+// or more. Included by files that are compiled once only.
+#ifndef ATTS_CPU_OPS_H_
+#define ATTS_CPU_OPS_H_
+
+#include "atts/atts.h"
+
+namespace atts {
+
+// x[rows, n] in the form in which the products read it; the calling thread's, until its next call.
+const float* prepared(const uint16_t* x, int64_t rows, int64_t n);
+
+void linear(const atts_linear_params& p);
+void rms_norm(const atts_rms_norm_params& p);
+void silu_mul(const atts_silu_mul_params& p);
+void rope(const atts_rope_params& p);
+
+// cu_q, kv_len and the block table, which are there, against each other and the pool.
+atts_status check_attention_batch(const atts_attention_params& p);
+void attention(const atts_attention_params& p);
+
+}  // namespace atts
+
+#endif  // ATTS_CPU_OPS_H_
