@@ -31,6 +31,7 @@ from atts_engine.pipeline.settings.sampling import (
     SelfConsistency,
 )
 from atts_engine.pipeline.settings.speculative import Speculative
+from atts_engine.pipeline.settings.stepwise import Lookahead, SpeculativeThinking
 
 __all__ = [
     "SETTINGS",

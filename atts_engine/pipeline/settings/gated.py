@@ -163,45 +163,6 @@ class LatestTurns(Gated):
         return "turn-number"
 
 
-@dataclass(frozen=True, slots=True)
-class SpeculativeThinking(Settings):
-    """Speculative Thinking (arXiv 2504.12329): behind a blank line the words of the draft's next tokens say whether the
-    target is to think there in its place.
-
-    propose: tokens that are looked at, and that the target writes where they affirm, reflect or verify; verify: tokens
-    more where they verify; reflections: so many spans that reflect bring a recap, 0 for never; recap: tokens of the
-    target behind the first one.
-    """
-
-    propose: int = 20
-    verify: int = 125
-    reflections: int = 15
-    recap: int = 125
-
-    def __post_init__(self) -> None:
-        _check_count("propose", self.propose, 1)
-        for name in ("verify", "reflections"):
-            _check_count(name, getattr(self, name), 0)
-        _check_count("recap", self.recap, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Lookahead(Settings):
-    """Lookahead Reasoning (arXiv 2506.19830): the draft runs ahead by steps, while the target writes its own step
-    behind each of them; the draft's stay as far as a judge finds them to be the target's, whose step follows.
-
-    depth: steps of the draft ahead. judge: "target" is asked whether two steps say the same, "task": both are right by
-    the task's checker or the same text, "exact": the same text.
-    """
-
-    depth: int = 4
-    judge: str = "target"
-
-    def __post_init__(self) -> None:
-        _check_count("depth", self.depth, 1)
-        _check_choice("judge", self.judge, ("target", "task", "exact"))
-
-
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
@@ -210,11 +171,6 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-
-
-def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"{name} must be a whole number, {low} or more, not {value!r}")
 
 
 def _check_flag(name: str, value: object) -> None:
