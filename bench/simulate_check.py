@@ -7,6 +7,9 @@ of torch, which leaves other work of the machine least to disturb. Lanes are fit
 4 and 16 chains counted (`evaluation.simulation.fit`). Two predictions of the wall time of the others, which differ in
 what is known of their work:
 
+Of the rounds at each number of chains the one that took least time a token is used throughout, as the one that the rest
+of the machine disturbed least; every run is in the file.
+
 own lengths    the turns that the predicted run itself recorded: is its time right, given its work?
 drawn lengths  chains drawn from the runs at 4 and 16, the mean of several seeds: nothing of the predicted run is known.
 """
@@ -19,7 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import torch
 from atts_engine.cli.main import main as atts
 from atts_engine.evaluation.simulation import Job, LaneModel, Machine, Outcome, Rules, simulate
 from atts_engine.evaluation.simulation.fit import FittedLanes, RunRecord, fit, pooled
-from atts_engine.evaluation.simulation.work import resample
+from atts_engine.evaluation.simulation.work import resample, tokens_of
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "simulate_cpu.json"
@@ -78,12 +81,21 @@ def of_run(record: RunRecord, lanes: FittedLanes) -> dict[str, Any]:
     }
 
 
-def summary(chains: int, problems: int, records: Sequence[RunRecord], lanes: FittedLanes) -> dict[str, Any]:
-    """The runs at one number of chains, medians over rounds, and both predictions of them."""
-    measured = statistics.median(r.wall_s for r in records if r.chains == chains)
-    own = statistics.median(predicted(r.recorded.job, lanes).seconds for r in records if r.chains == chains)
-    turns = max(len(chain) for r in records for problem in r.recorded.job for chain in problem)
-    pool = pooled([r for r in records if r.chains in FITTED]).job
+def least_disturbed(records: Sequence[RunRecord]) -> dict[int, RunRecord]:
+    """Of each number of chains the run with the least time a token."""
+
+    def per_token(record: RunRecord) -> float:
+        return record.wall_s / sum(tokens_of(record.recorded.job))
+
+    return {n: min((r for r in records if r.chains == n), key=per_token) for n in sorted({r.chains for r in records})}
+
+
+def summary(chains: int, used: Mapping[int, RunRecord], lanes: FittedLanes) -> dict[str, Any]:
+    """The run at one number of chains, and both predictions of it."""
+    measured, problems = used[chains].wall_s, len(used[chains].recorded.job)
+    own = predicted(used[chains].recorded.job, lanes).seconds
+    pool = pooled([used[n] for n in FITTED]).job
+    turns = max(len(chain) for problem in pool for chain in problem)
     drawn = [
         predicted(resample(pool, problems=problems, chains=chains, turns=turns, seed=seed), lanes).seconds
         for seed in SEEDS
@@ -123,8 +135,9 @@ def main() -> int:
             # The order turns about, so that a drift of the machine's speed favours no number of chains.
             for chains in list(problems)[:: 1 if number % 2 == 0 else -1]:
                 records.append(run(Path(folder) / f"{number}-{chains}", chains, problems[chains]))
-    lanes = fit([record for record in records if record.chains in FITTED])
-    rows = [summary(chains, problems[chains], records, lanes) for chains in sorted(problems)]
+    used = least_disturbed(records)
+    lanes = fit([used[chains] for chains in FITTED])
+    rows = [summary(chains, used, lanes) for chains in used]
     print(table(rows))
     found = {
         "provenance": provenance("python -m bench.simulate_check"),
