@@ -15,7 +15,7 @@ from atts_engine.runtime.graphs import DecodeGraphs, batch_sizes
 from atts_engine.runtime.ranges import make_ranges, no_ranges
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.runner import Runner
-from atts_engine.runtime.transfer import HostCopy, Layout, to_device
+from atts_engine.runtime.transfer import HostCopy, Layout, take_rows, to_device
 from tests.fakes import fake_model
 from tests.late import fake_capture
 
@@ -98,6 +98,16 @@ def test_ids_that_the_host_does_not_know_come_from_the_step_before() -> None:
     want = step.ids.copy()
     want[step.future_rows] = [0, 70]  # -1 is no token: logits held NaN, and the row will be dropped
     assert np.array_equal(found[:, 0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_taken_as_torch_takes_them(dtype: torch.dtype) -> None:
+    x = torch.randn(9, 13).to(dtype)
+    for rows in ([0], [2, 3, 8], [], list(range(8))):
+        index = torch.tensor(rows, dtype=torch.int64)
+        assert torch.equal(take_rows(x, index), x[index])
+        assert torch.equal(take_rows(x[:, ::2], index), x[:, ::2][index])
+    assert take_rows(x, torch.arange(9)) is x
 
 
 def test_arrays_cross_in_one_block_and_come_out_as_they_were() -> None:

@@ -80,8 +80,9 @@ def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         return x[rows]
     # torch gathers even a few rows with all its threads: a barrier, behind which they poll beside those of csrc/.
-    taken = x.contiguous().view(torch.uint8).numpy().take(rows.numpy(), axis=0)
-    return torch.from_numpy(taken).view(x.dtype)
+    taken = x.new_empty(len(rows), x.shape[1])
+    x.contiguous().view(torch.uint8).numpy().take(rows.numpy(), axis=0, out=taken.view(torch.uint8).numpy())
+    return taken
 
 
 class HostCopy:
