@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from atts_engine.evaluation.plan import stands_in
+from atts_engine.evaluation.suite_table import TITLES, terms
 from bench.gpu_proof.report import newest
 from bench.gpu_proof.report import section as gpu_section
 from bench.provenance import ROOT
@@ -20,6 +22,8 @@ from bench.provenance import ROOT
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "registers.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+STRATEGIES = ROOT / "bench" / "results" / "strategies_cpu.json"
+STRATEGIES_BEGIN, STRATEGIES_END = "<!-- strategies:begin -->\n", "<!-- strategies:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->\n", "<!-- gpu:end -->"
 GPU_PAGES = {
     "README.md": (".", ("facts", "correctness", "engine", "job")),
@@ -63,6 +67,54 @@ def section(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def strategies_section(record: dict[str, Any]) -> str:
+    """Every strategy as Markdown: one table a block."""
+    where, lines = record["provenance"], []
+    first = record["blocks"][0]["rows"][0]
+    lines.append(
+        f"{first['problems']} held-out problems of 6 steps, {first['chains_cap']} chains unless the row says otherwise; "
+        f"calibrations are frozen, from {record['pilot_problems']} other problems. Tokens are those of a problem."
+    )
+    for block in record["blocks"]:
+        lines += [
+            "",
+            f"*{TITLES[block['equal']].capitalize()}.*",
+            "",
+            f"| | | chain | answer | taken over | draft tokens | target tokens | against {block['against']}, points |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in block["rows"]:
+            rate, tokens = row["takeovers"]["rate"], row["tokens_per_problem"]
+            d = row["difference"] and row["difference"]["difference"]
+            cells = [
+                f"`{row['label']}`" + (" ¹" if stands_in(row["label"]) else ""),
+                terms(row),
+                f"{100 * row['chain_accuracy']['mean']:.1f}%",
+                _share(row["voted"]),
+                "–" if rate is None else f"{rate:.3f}",
+                *(f"{tokens[author]['mean']:,.0f}" for author in ("draft", "target")),
+                "–" if d is None else f"{100 * d['mean']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f})",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    took = "" if record["wall_s"] is None else f" {record['wall_s'] / 60:.0f} minutes ·"
+    lines += [
+        "",
+        "¹ The task's checker, which knows the solution, stands in for a judge or a reward model: an upper end of the method.",
+        "",
+        f"`{where['command']}` ·{took} {where['date']} · {where['cpu']}, {where['cores']} cores, torch {where['torch']} · "
+        "[bench/results/strategies_cpu.json](bench/results/strategies_cpu.json), written by "
+        "`python -m bench.strategies`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def strategies_updated(readme: str, record: dict[str, Any]) -> str:
+    head, rest = readme.split(STRATEGIES_BEGIN)
+    _, tail = rest.split(STRATEGIES_END)
+    return f"{head}{STRATEGIES_BEGIN}\n{strategies_section(record)}\n{STRATEGIES_END}{tail}"
+
+
 def _share(interval: dict[str, float]) -> str:
     return f"{100 * interval['mean']:.1f}% ({100 * interval['low']:.1f}–{100 * interval['high']:.1f})"
 
@@ -91,6 +143,7 @@ def main(check: bool) -> int:
         new = gpu_updated(page, old, results)
         if path == README:
             new = updated(new, json.loads(RESULTS.read_text(encoding="utf-8")))
+            new = strategies_updated(new, json.loads(STRATEGIES.read_text(encoding="utf-8")))
         stale += old != new
         if not check:
             path.write_text(new, encoding="utf-8")

@@ -33,7 +33,7 @@ def measure(problems: int, pilot: int, chains: int, folder: Path, out: Path) -> 
     flags = [
         *("eval", "--suite", "--task", "registers", "--steps", "6", "--problems-count", str(problems)),
         *("--pilot-problems", str(pilot), "--chains", str(chains), "--alpha", "0.4", "--seed", "1"),
-        *("--concurrency", "16"),
+        *("--concurrency", "16", "--threads", "1"),
     ]
     resume = ["--resume"] if folder.is_dir() and any(folder.iterdir()) else []
     began = time.perf_counter()

@@ -66,7 +66,7 @@ def table_rows(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             row["label"],
-            _terms(row),
+            terms(row),
             _percent(row["chain_accuracy"]),
             _interval(row["voted"]),
             _percent(row["any_of"]),
@@ -86,7 +86,8 @@ def note(block: Mapping[str, Any]) -> str:
     return said if against is None else f"{said}; difference: points of the answer against {against}, paired"
 
 
-def _terms(row: Mapping[str, Any]) -> str:
+def terms(row: Mapping[str, Any]) -> str:
+    """How a row was run, in a few words."""
     chains = row["chains_per_problem"]
     cap = row["chains_cap"]
     written = f"{cap} chains" if chains == cap else f"{chains:.1f} of {cap} chains"
