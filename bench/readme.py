@@ -72,8 +72,9 @@ def strategies_section(record: dict[str, Any]) -> str:
     where, lines = record["provenance"], []
     first = record["blocks"][0]["rows"][0]
     lines.append(
-        f"{first['problems']} held-out problems of 6 steps, {first['chains_cap']} chains unless the row says otherwise; "
-        f"calibrations are frozen, from {record['pilot_problems']} other problems. Tokens are those of a problem."
+        f"{first['problems']} held-out problems of 6 steps, {first['chains_cap']} chains where the row says no other. "
+        f"Calibrations are frozen, from {record['pilot_problems']} other problems; calibrated strategies stand at the "
+        "level (shown) at which these problems come to the rate 0.4, or to the tokens. Tokens are those of a problem."
     )
     for block in record["blocks"]:
         lines += [
@@ -99,10 +100,11 @@ def strategies_section(record: dict[str, Any]) -> str:
     took = "" if record["wall_s"] is None else f" {record['wall_s'] / 60:.0f} minutes ·"
     lines += [
         "",
-        "¹ The task's checker, which knows the solution, stands in for a judge or a reward model: an upper end of the method.",
+        "¹ The task's checker, which knows the solution, stands in for a judge or a reward model: an upper end of the "
+        "method.",
         "",
-        f"`{where['command']}` ·{took} {where['date']} · {where['cpu']}, {where['cores']} cores, torch {where['torch']} · "
-        "[bench/results/strategies_cpu.json](bench/results/strategies_cpu.json), written by "
+        f"`{where['command']}` ·{took} {where['date']} · {where['cpu']}, {where['cores']} cores, torch "
+        f"{where['torch']} · [bench/results/strategies_cpu.json](bench/results/strategies_cpu.json), written by "
         "`python -m bench.strategies`.",
         "",
     ]

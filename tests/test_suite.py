@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,37 +49,41 @@ def test_each_pass_is_judged_by_the_scores_of_the_one_before() -> None:
         found = tuple(decision(i, i / 10, 0) for i in range(10 * len(seen)))
         return JobResult("atts", (), (), found, 1.0, 0)
 
-    calibrator, last = asyncio.run(settle(run, META, PARAMS, 3, "x"))
+    last = asyncio.run(settle(run, META, PARAMS, 3, "x"))
     assert seen == [("x-pass-0", 0), ("x-pass-1", 10), ("x-pass-2", 20)]
     assert len(last.decisions) == 30
-    assert calibrator.decide(0.0, 0, 1, "p").assessment.n == 30
+
+
+def matched(reach: Callable[[float], float], wanted: float, **options: Any) -> tuple[float, list[float]]:
+    """The level that was found from 0.4 on, and those that were tried."""
+    tried: list[float] = []
+
+    async def reached(level: float) -> float:
+        tried.append(level)
+        return reach(level)
+
+    return asyncio.run(match_level(reached, 0.4, wanted, **options)), tried
 
 
 @pytest.mark.parametrize(("slope", "wanted"), [(100.0, 40.0), (100.0, 70.0), (10.0, 2.0)])
-def test_a_level_is_found_at_once_where_tokens_rise_in_proportion(slope: float, wanted: float) -> None:
-    asked = []
-
-    async def spent(params: ATTSParams) -> float:
-        asked.append(params.alpha)
-        return slope * params.alpha
-
-    found = asyncio.run(match_level(spent, PARAMS, wanted))
-    assert found == replace(PARAMS, alpha=round(wanted / slope, 3))
-    assert asked[0] == PARAMS.alpha and len(asked) <= 2
+def test_a_level_is_found_at_once_where_what_is_wanted_rises_in_proportion(slope: float, wanted: float) -> None:
+    found, tried = matched(lambda level: slope * level, wanted)
+    assert found == tried[-1] == pytest.approx(wanted / slope, abs=5e-4)
+    assert tried[0] == 0.4 and len(tried) <= 2
 
 
-def test_a_level_stays_inside_its_range_and_comes_near_on_a_bent_curve() -> None:
-    async def bent(params: ATTSParams) -> float:
-        return 100.0 * params.alpha**1.5
+def test_a_rate_is_found_between_its_known_ends() -> None:
+    found, tried = matched(lambda level: level**0.5, 0.4, full=1.0, runs=6)
+    assert found**0.5 == pytest.approx(0.4, rel=0.02)
+    assert len(tried) <= 6 and all(0.0 < level < 1.0 for level in tried)
 
-    found = asyncio.run(match_level(bent, PARAMS, 50.0, steps=4))
-    assert asyncio.run(bent(found)) == pytest.approx(50.0, rel=0.02)
-    assert asyncio.run(match_level(bent, PARAMS, 1e9)).alpha == 0.995
 
-    async def nothing(params: ATTSParams) -> float:
-        return 0.0
-
-    assert asyncio.run(match_level(nothing, PARAMS, 5.0)).alpha == PARAMS.alpha
+def test_the_nearest_of_a_few_runs_counts() -> None:
+    found, tried = matched(lambda level: 100.0 * level**3, 20.0, runs=2)
+    assert len(tried) == 2
+    assert found == min(tried, key=lambda level: abs(100.0 * level**3 - 20.0))
+    assert matched(lambda level: level, 1e9)[0] == 0.995
+    assert matched(lambda level: 0.0, 5.0) == (0.4, [0.4])
 
 
 def test_every_strategy_is_in_the_table_and_the_reference_in_each_block() -> None:

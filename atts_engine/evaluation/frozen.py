@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 
 from atts_engine.conformal import Calibrator, ColdStart, Meta, make_calibrator
 from atts_engine.evaluation.job import JobResult
@@ -27,10 +26,8 @@ def of_decisions(meta: Meta, alpha: float, decisions: Iterable[Decision]) -> Cal
     return found
 
 
-async def settle(
-    run: RunFrozen, meta: Meta, params: ATTSParams, passes: int, name: str
-) -> tuple[Calibrator, JobResult]:
-    """A frozen calibration at `params.alpha`, and the last run that its scores come from.
+async def settle(run: RunFrozen, meta: Meta, params: ATTSParams, passes: int, name: str) -> JobResult:
+    """The last of the runs whose decisions make a calibration at `params.alpha` (`of_decisions`).
 
     A chain's scores after its first turn depend on the verdicts before them. The first pass therefore takes over by
     coins of probability alpha, and each further one by the scores of the pass before: after k passes the scores of the
@@ -41,27 +38,38 @@ async def settle(
     for number in range(1, passes):
         calibrator = of_decisions(meta, params.alpha, result.decisions)
         result = await run(params, calibrator, f"{name}-pass-{number}")
-    return of_decisions(meta, params.alpha, result.decisions), result
+    return result
 
 
 async def match_level(
-    spent: Callable[[ATTSParams], Awaitable[float]], params: ATTSParams, wanted: float, steps: int = 2
-) -> ATTSParams:
-    """`params` at the level at which a run spends `wanted`, where what it spends rises with the level from 0 at 0.
+    reached: Callable[[float], Awaitable[float]],
+    level: float,
+    wanted: float,
+    *,
+    full: float | None = None,
+    tolerance: float = 0.02,
+    runs: int = 3,
+) -> float:
+    """The level, three digits in 0.005 .. 0.995, at which a run reaches `wanted`, by secant steps from `level`.
 
-    Secant steps from alpha itself; the level is rounded to three digits and kept within 0.005 and 0.995.
+    reached: what a run at a level comes to; it rises with the level from 0 at level 0, to `full` at level 1 where that
+    is known. At most `runs` runs; the one that comes nearest counts, and one within the share `tolerance` of `wanted`
+    ends the search.
     """
+    points = [(0.0, 0.0)] if full is None else [(0.0, 0.0), (1.0, full)]
+    tried: dict[float, float] = {}
 
-    def level(value: float) -> float:
-        return round(min(0.995, max(0.005, value)), 3)
+    def off(point: tuple[float, float]) -> float:
+        return abs(point[1] - wanted)
 
-    points = [(0.0, 0.0)]
-    alpha = params.alpha
-    for _ in range(steps):
-        points.append((alpha, await spent(replace(params, alpha=alpha))))
-        (a0, s0), (a1, s1) = sorted(points, key=lambda p: abs(p[1] - wanted))[:2]
-        guess = level(a0 + (wanted - s0) * (a1 - a0) / (s1 - s0)) if s1 != s0 else alpha
-        if guess == alpha:
+    while len(tried) < runs and level not in tried:
+        tried[level] = await reached(level)
+        points.append((level, tried[level]))
+        if off(points[-1]) <= tolerance * wanted:
             break
-        alpha = guess
-    return replace(params, alpha=alpha)
+        below = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
+        above = min((p for p in points if p[1] > wanted), key=lambda p: p[1], default=None)
+        (a0, r0), (a1, r1) = (below, above) if below and above else sorted(points, key=off)[:2]
+        if r1 != r0:
+            level = round(min(0.995, max(0.005, a0 + (wanted - r0) * (a1 - a0) / (r1 - r0))), 3)
+    return min(tried.items(), key=off)[0]

@@ -15,8 +15,9 @@ from typing import Any
 
 from atts_engine.conformal import Calibrator
 from atts_engine.errors import InputError
+from atts_engine.evaluation import measures
 from atts_engine.evaluation.folder import RunFolder, check_resumed, write_json
-from atts_engine.evaluation.frozen import match_level, settle
+from atts_engine.evaluation.frozen import match_level, of_decisions, settle
 from atts_engine.evaluation.job import JobResult, Unwatched, job_settings
 from atts_engine.evaluation.metered import Metered, run_metered
 from atts_engine.pipeline.params import ATTSParams
@@ -32,8 +33,9 @@ REFERENCE = "atts"
 class Block:
     """Rows of the table that are to be read against each other. strategies: as `parse_strategy` reads them.
 
-    equal: None (every strategy as its authors run it), "rate" (calibrated strategies at alpha), or "tokens" (at the
-    target tokens of the reference: calibrated strategies by their level, others by their number of chains).
+    equal: None (every strategy as its authors run it), "rate" (the same takeover rate), or "tokens" (the target tokens
+    of the reference: calibrated strategies by their level, others by their number of chains). A calibrated strategy
+    has the rate `ATTSParams.alpha` unless its tokens are matched.
     """
 
     name: str
@@ -53,8 +55,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the whole suite has in common. pilot: problems that calibrations and matched levels come from, none of which
-    is among `problems`; passes: see `frozen.settle`."""
+    """What the whole suite has in common. pilot: problems that calibration scores come from, none of which is among
+    `problems`; passes: see `frozen.settle`."""
 
     models: tuple[str, str, str]
     params: ATTSParams
@@ -104,7 +106,8 @@ class Suite:
             write_json(folder / "settings.json", settings)
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
-        self._calibrations: dict[ATTSParams, tuple[Calibrator, JobResult]] = {}
+        self._pilots: dict[ATTSParams, JobResult] = {}
+        self._levels: dict[tuple[ATTSParams, Callable[[JobResult], float], float], float] = {}
         # What stands in several blocks is run once.
         self._results: dict[ATTSParams, JobResult] = {}
 
@@ -117,42 +120,69 @@ class Suite:
 
     async def _row(self, block: Block, text: str) -> Row:
         params = self._setting.of(text)
-        if block.equal == "tokens" and text != REFERENCE:
-            params = await self._at_tokens(params, text)
+        if not params.settings.calibrated:
+            if block.equal == "tokens":
+                params = await self._as_many_chains(params, text)
+        elif block.equal == "tokens" and text != REFERENCE:
+            wanted = target_tokens(await self._at_rate(REFERENCE))
+            params = await self._matched(params, text, target_tokens, wanted)
+        else:
+            params = await self._matched(params, text, takeover_rate, params.alpha, full=1.0)
+        return Row(block.name, text, params, await self._result(params, text))
+
+    async def _at_rate(self, text: str) -> JobResult:
+        """A calibrated strategy at the suite's rate of takeovers."""
+        params = self._setting.of(text)
+        return await self._result(await self._matched(params, text, takeover_rate, params.alpha, full=1.0), text)
+
+    async def _matched(
+        self,
+        params: ATTSParams,
+        text: str,
+        measure: Callable[[JobResult], float],
+        wanted: float,
+        full: float | None = None,
+    ) -> ATTSParams:
+        """The parameters at the level at which the table's problems come to what is wanted. No answer is looked at."""
+        key = params, measure, wanted
+        if key not in self._levels:
+
+            async def reached(level: float) -> float:
+                return measure(await self._result(replace(params, alpha=level), text))
+
+            self._levels[key] = await match_level(reached, params.alpha, wanted, full=full)
+        return replace(params, alpha=self._levels[key])
+
+    async def _as_many_chains(self, params: ATTSParams, text: str) -> ATTSParams:
+        """The parameters with as many chains as come nearest to the reference's target tokens."""
+        wanted = target_tokens(await self._at_rate(REFERENCE))
+        each = target_tokens(await self._result(params, text)) / params.chains
+        if not each:
+            raise InputError(f"{text} asks nothing of the target, so it cannot be held to a number of its tokens")
+        return replace(params, chains=max(1, round(wanted / each)))
+
+    async def _result(self, params: ATTSParams, text: str) -> JobResult:
+        """The table's problems at these parameters."""
         if params not in self._results:
             calibrator, terms = None, f"{params.chains}"
             if params.settings.calibrated:
-                calibrator, terms = (await self._calibrated(params, text))[0], f"{params.alpha:g}"
+                calibrator, terms = await self._calibrator(params, text), f"{params.alpha:g}"
             name = f"rows/{_file_name(text)}-{terms}"
             self._results[params] = await self._job(name, self._setting.problems, params, calibrator)
-        return Row(block.name, text, params, self._results[params])
+        return self._results[params]
 
-    async def _at_tokens(self, params: ATTSParams, text: str) -> ATTSParams:
-        """The parameters at which the pilot problems take as many target tokens as by the reference."""
-        reference = self._setting.of(REFERENCE)
-        wanted = target_tokens((await self._calibrated(reference, REFERENCE))[1])
-        if params.settings.calibrated:
-
-            async def spent(at: ATTSParams) -> float:
-                return target_tokens((await self._calibrated(at, text))[1])
-
-            return await match_level(spent, params, wanted)
-        result = await self._job(f"pilot/{_file_name(text)}", self._setting.pilot, params, None)
-        spent_each = target_tokens(result) / params.chains
-        if not spent_each:
-            raise InputError(f"{text} asks nothing of the target, so it cannot be held to a number of its tokens")
-        return replace(params, chains=max(1, round(wanted / spent_each)))
-
-    async def _calibrated(self, params: ATTSParams, text: str) -> tuple[Calibrator, JobResult]:
-        if params not in self._calibrations:
+    async def _calibrator(self, params: ATTSParams, text: str) -> Calibrator:
+        """The pilot's scores, settled at the suite's own level, tested at that of the parameters."""
+        settled = self._setting.of(text)
+        meta = self._engine.calibration_meta(settled)
+        if settled not in self._pilots:
 
             async def run(own: ATTSParams, calibrator: Calibrator, name: str) -> JobResult:
                 return await self._job(name, self._setting.pilot, own, calibrator)
 
-            name = f"pilot/{_file_name(text)}-{params.alpha:g}"
-            meta = self._engine.calibration_meta(params)
-            self._calibrations[params] = await settle(run, meta, params, self._setting.passes, name)
-        return self._calibrations[params]
+            name = f"pilot/{_file_name(text)}"
+            self._pilots[settled] = await settle(run, meta, settled, self._setting.passes, name)
+        return of_decisions(meta, params.alpha, self._pilots[settled].decisions)
 
     async def _job(
         self, name: str, problems: Sequence[Problem], params: ATTSParams, calibrator: Calibrator | None
@@ -177,6 +207,11 @@ class Suite:
             )
         finally:
             folder.close()
+
+
+def takeover_rate(result: JobResult) -> float:
+    """Of the judged spans, how many were taken over; 0 where none was judged."""
+    return measures.takeover_rates(result.chains)["rate"] or 0.0
 
 
 def target_tokens(result: JobResult) -> float:
