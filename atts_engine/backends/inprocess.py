@@ -30,12 +30,10 @@ class InProcessLane:
     """Implements `backends.protocol.Lane`. All methods belong to the event loop the lane was made on."""
 
     def __init__(self, core: LaneCore, loop: EngineLoop, mailbox: Mailbox, *, chunk_tokens: int = 64) -> None:
-        if chunk_tokens < 1:
-            raise InputError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
         self.core = core
         self._loop = loop
         self._mailbox = mailbox
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = _checked_chunk(chunk_tokens)
         self._ids = itertools.count()
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> InProcessSeq:
@@ -70,10 +68,13 @@ class InProcessLane:
             raise
         return list(children)
 
-    async def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncGenerator[TokenChunk, None]:
+    async def decode(
+        self, seq: Seq, max_tokens: int, sampling: SamplingParams, *, chunk_tokens: int | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
         own = self._own(seq)
         if max_tokens < 1:
             raise InputError(f"max_tokens must be 1 or more, not {max_tokens}")
+        chunk_tokens = _checked_chunk(self._chunk_tokens if chunk_tokens is None else chunk_tokens)
         chunks: asyncio.Queue[TokenChunk | BaseException | None] = asyncio.Queue()
 
         def emit(chunk: TokenChunk) -> None:
@@ -82,7 +83,7 @@ class InProcessLane:
         def reply(_: Any, error: BaseException | None) -> None:
             self._mailbox.post(lambda: chunks.put_nowait(error))
 
-        command = Decode(max_tokens, sampling, self._chunk_tokens, emit, reply)
+        command = Decode(max_tokens, sampling, chunk_tokens, emit, reply)
         asked_at = self.core.meter.clock()
         self._post(lambda: self.core.command(own.id, command, asked_at))
         running = True
@@ -151,3 +152,9 @@ class InProcessLane:
         asked_at = self.core.meter.clock()
         self._post(lambda: self.core.command(own.id, command, asked_at))
         return await answer
+
+
+def _checked_chunk(chunk_tokens: int) -> int:
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
+    return chunk_tokens

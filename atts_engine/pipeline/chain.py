@@ -46,6 +46,9 @@ class ChainSpec:
     emit: Callable[[Event], None]
     deadline: float | None = None
 
+    def place(self, turn: int) -> Place:
+        return Place(self.problem.id, self.chain, turn, self.problem.stream)
+
     @property
     def expired(self) -> bool:
         # A timer may fire early by the resolution of the clock.
@@ -161,7 +164,7 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
     try:
         for turn in range(params.turns):
             start = writer.mark(d, t)
-            gate.enter(Place(spec.problem.id, spec.chain, turn))
+            gate.enter(spec.place(turn))
             span, judged, drafted_at, early = await _draft_and_judge(writer, turn, start, draft, d, target, t, gate)
             record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed(), early)
             turns.append(record)
@@ -199,7 +202,7 @@ async def run_chain(spec: ChainSpec, draft: Lane, d: Seq, target: Lane, t: Seq, 
             raise
         finish = "deadline"
     finally:
-        gate.leave(Place(spec.problem.id, spec.chain, len(turns)))
+        gate.leave(spec.place(len(turns)))
     return writer.result(turns, finish, error)
 
 
@@ -246,7 +249,7 @@ async def _draft_and_judge(
     heard of it is taken back, so that chunks and the target's pace decide only how much work is spared.
     """
     spec, span = writer.spec, _Span()
-    place, most = Place(spec.problem.id, spec.chain, turn), spec.params.draft_tokens
+    place, most = spec.place(turn), spec.params.draft_tokens
     sampling = spec.params.sampling(_stream(spec, "draft"), logprobs=True)
 
     async def settled(*, wait: bool) -> int | None:
@@ -285,7 +288,11 @@ async def _draft_and_judge(
         judged = await gate.ask(target, t, place, spec.params.seed)
         early, said = False, None
     writer.waited(judged.wait_s)
-    spec.emit(VerdictEvent(*place, judged.score, judged.p_value, judged.takeover, judged.decision, said))
+    spec.emit(
+        VerdictEvent(
+            spec.problem.id, spec.chain, turn, judged.score, judged.p_value, judged.takeover, judged.decision, said
+        )
+    )
     return span, judged, drafted_at, early
 
 
@@ -372,7 +379,7 @@ def _own_words(writer: _Writer, author: str) -> tuple[Words, Translation]:
 
 
 def _stream(spec: ChainSpec, author: str) -> int:
-    return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)
+    return stream_key(spec.params.seed, spec.problem.stream_name, spec.chain, author)
 
 
 def _turn_record(

@@ -54,7 +54,7 @@ async def run_problem(
 
     async def forks(stack: AsyncExitStack, lane: Lane, prompt: Sequence[int]) -> list[Seq]:
         async with asyncio.timeout_at(deadline):
-            return await stack.enter_async_context(_forks(lane, prompt, len(numbers), priority))
+            return await stack.enter_async_context(forked(lane, prompt, len(numbers), priority))
 
     async with AsyncExitStack() as stack:
         runs: list[Coroutine[Any, Any, Chain]]
@@ -105,7 +105,7 @@ async def _gather(
 
 
 @asynccontextmanager
-async def _forks(lane: Lane, prompt: Sequence[int], n: int, priority: int) -> AsyncIterator[list[Seq]]:
+async def forked(lane: Lane, prompt: Sequence[int], n: int, priority: int) -> AsyncIterator[list[Seq]]:
     """`n` sequences that share the prompt's pages, closed at the end whatever happens."""
     root = await lane.open(prompt, priority=priority)
     try:

@@ -140,6 +140,11 @@ class LaneCore:
                 self.meter.emptied()
 
     @property
+    def pool_tokens(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self.pool.capacity * self.pool.page_size
+
+    @property
     def open_sequences(self) -> int:
         return len(self._sequences) + len(self._leaving)
 
