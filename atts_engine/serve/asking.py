@@ -101,13 +101,19 @@ def atts_ask(
     operation: str,
     prompts: Prompts,
     limit: int | None,
+    logprobs: bool,
 ) -> Ask:
     """Chains by both models. limit: tokens that a chain may write, which bounds its turns."""
-    for name in ("stop", "stop_token_ids", "logprobs", "n"):
-        if getattr(body, name, None) not in (None, False, [], 1):
+    plain_only = {
+        "n": body.n not in (None, 1),
+        "logprobs": logprobs,
+        "stop": bool(body.stops),
+        "stop_token_ids": bool(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+    }
+    for name, asked in plain_only.items():
+        if asked:
             raise bad_request(f"{name} belongs to plain requests, not to one with atts", name)
-    if body.ignore_eos:
-        raise bad_request("ignore_eos belongs to plain requests, not to one with atts", "ignore_eos")
     params = _atts_params(service, body, options, limit)
     service.check_calibration(params)
     room = service.engine.context_tokens

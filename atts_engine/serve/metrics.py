@@ -88,6 +88,8 @@ class ServerMetrics:
         info.labels(model, engine.draft_model.name, engine.target_model.name).set(1)
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(reason)
+        for reason in ("overloaded", "draining", "too_large"):
+            self._refused.labels(reason)
         self.lanes = LaneCollector(engine, admission, self.monitor)
         self.registry.register(self.lanes)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from atts_engine.config import ATTSParams
-from atts_engine.conformal import Calibrator
+from atts_engine.conformal import Calibrator, Meta
 from atts_engine.engine import AsyncEngine
 from atts_engine.errors import LaneError
 from atts_engine.pipeline import VerdictEvent
@@ -97,9 +97,9 @@ class Service:
         """`ApiError` 400 where the server's calibration holds under other conditions than the request asks for."""
         if self.calibrator is None:
             return
-        wanted = replace(self.engine.calibration_meta(params), alpha=params.alpha)
-        have = replace(self.calibrator.meta or wanted, alpha=self.calibrator.alpha, keys=None)
-        if differences := have.differences(wanted):
+        asked = replace(self.engine.calibration_meta(params), alpha=params.alpha)
+        known = replace(self.calibrator.meta or Meta(), alpha=self.calibrator.alpha, keys=None)
+        if differences := asked.differences(known):
             raise bad_request(
                 f"the server's calibration holds under other conditions ({'; '.join(differences)})", "atts"
             )

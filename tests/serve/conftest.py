@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-
-pytest.importorskip("fastapi", reason="the server is not installed (extra: serve)")
-pytest.importorskip("httpx", reason="the tests of the server need httpx (extra: dev)")
-
 import httpx
+import pytest
 
 from tests.serve.running import Running, serving, until
 

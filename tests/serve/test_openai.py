@@ -6,9 +6,8 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
+import openai
 import pytest
-
-openai = pytest.importorskip("openai", reason="the client of these tests is openai (extra: dev)")
 
 from atts_engine.runtime import SamplingParams
 from tests.serve.running import MODEL, QUESTION, Running, until
@@ -55,7 +54,14 @@ def test_a_chat_is_the_targets_greedy_text(server: Running, client: Any) -> None
 
 
 def test_a_stream_says_the_same_piece_by_piece(client: Any) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 7, "n": 3, "temperature": 5.0, "logprobs": True}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "seed": 7,
+        "n": 3,
+        "temperature": 5.0,
+        "logprobs": True,
+    }
     whole = client.chat.completions.create(**asked, max_completion_tokens=30)
     stream = client.chat.completions.create(
         **asked, max_completion_tokens=30, stream=True, stream_options={"include_usage": True}
@@ -104,7 +110,9 @@ def test_a_stop_string_ends_the_text_before_it(client: Any) -> None:
 def test_completions_take_texts_tokens_and_lists_of_them(server: Running, client: Any) -> None:
     texts = ["Q: a = 85; b = a-43; b?\n\n", "a = 3; "]
     ids = [server.engine.target_model.tokenizer.encode(text) for text in texts]
-    alone = [client.completions.create(model=MODEL, prompt=text, temperature=0, max_tokens=9).choices[0] for text in texts]
+    alone = [
+        client.completions.create(model=MODEL, prompt=text, temperature=0, max_tokens=9).choices[0] for text in texts
+    ]
     for text, choice in zip(ids, alone, strict=True):
         assert choice.text == greedy(server, tuple(text), 9)[0]
     for prompt in (texts, ids):
@@ -114,8 +122,12 @@ def test_completions_take_texts_tokens_and_lists_of_them(server: Running, client
         assert reply.usage.prompt_tokens == len(ids[0]) + len(ids[1])
         for choice in reply.choices:
             told = choice.logprobs
-            assert [choice.text[at : at + len(t)] for at, t in zip(told.text_offset, told.tokens, strict=True)] == told.tokens
-    assert len(client.completions.create(model=MODEL, prompt="a", extra_body={"ignore_eos": True}).choices[0].text) >= 16
+            assert [
+                choice.text[at : at + len(t)] for at, t in zip(told.text_offset, told.tokens, strict=True)
+            ] == told.tokens
+    assert (
+        len(client.completions.create(model=MODEL, prompt="a", extra_body={"ignore_eos": True}).choices[0].text) >= 16
+    )
 
 
 def test_models(client: Any) -> None:

@@ -38,4 +38,4 @@ async def _ask(service: Service, body: ChatRequest, ask_id: str) -> Ask:
     plain = [message.plain() for message in body.messages]
     size = sum(len(message["content"]) for message in plain)
     prompts = await service.off_loop(size, lambda: service.engine.prompts(plain))
-    return atts_ask(service, body, body.atts, ask_id, "chat", prompts, body.limit)
+    return atts_ask(service, body, body.atts, ask_id, "chat", prompts, body.limit, bool(body.logprobs))

@@ -38,12 +38,13 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 async def _ask(service: Service, body: CompletionRequest, ask_id: str) -> Ask:
+    logprobs = body.logprobs is not None
     if body.atts is None:
         ids = [await text_ids(service, prompt) for prompt in body.prompts]
         limit = body.max_tokens if body.max_tokens is not None else DEFAULT_TOKENS
-        return plain_ask(service, body, ask_id, "text_completion", ids, limit, body.logprobs is not None)
+        return plain_ask(service, body, ask_id, "text_completion", ids, limit, logprobs)
     if not isinstance(body.prompt, str):
         raise bad_request("with atts the prompt must be one text: each model has tokens of its own", "prompt")
     text = body.prompt
     prompts = await service.off_loop(len(text), lambda: service.engine.prompts(text))
-    return atts_ask(service, body, body.atts, ask_id, "text_completion", prompts, body.max_tokens)
+    return atts_ask(service, body, body.atts, ask_id, "text_completion", prompts, body.max_tokens, logprobs)
