@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=10.0)
     made.add_argument("--warm-up-s", type=float, default=20.0)
     made.add_argument("--clients", type=int, default=64)
-    made.add_argument("--kv-tokens", type=int, default=8192, help="small, so that sequences are preempted")
+    made.add_argument("--kv-tokens", type=int, default=3072, help="small, so that sequences are preempted")
     made.add_argument("--max-chains", type=int, default=96, help="few, so that requests are refused")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, help="write the figures here as JSON")

@@ -59,12 +59,19 @@ class InProcessLane:
     async def fork(self, seq: Seq, n: int) -> list[Seq]:
         """`n` sequences that share every page of `seq` until they write."""
         children = [InProcessSeq(next(self._ids), seq.length) for _ in range(n)]
+        forked = self._send(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+
+        def abandon(answer: asyncio.Future[Any]) -> None:
+            if not answer.cancelled() and answer.exception() is None:
+                for child in children:
+                    self._loop.post(lambda child=child: self.core.close(child.id))  # type: ignore[misc]
+
         try:
-            await self._ask(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+            await asyncio.shield(forked)
         except asyncio.CancelledError:
-            # The fork may happen after its caller is gone; nobody else knows the children.
-            for child in children:
-                await self.close(child)
+            # The fork may still happen when its caller is gone, and nobody else knows the children: they are closed
+            # when they are there, for before that there is nothing to close.
+            forked.add_done_callback(abandon)
             raise
         return list(children)
 
@@ -134,6 +141,9 @@ class InProcessLane:
             raise LaneError(f"{self.core.name}: the engine is closed")
 
     async def _ask(self, seq: Seq, make: Callable[[Reply], Command]) -> Any:
+        return await self._send(seq, make)
+
+    def _send(self, seq: Seq, make: Callable[[Reply], Command]) -> asyncio.Future[Any]:
         own = self._own(seq)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -151,7 +161,7 @@ class InProcessLane:
         command = make(reply)
         asked_at = self.core.meter.clock()
         self._post(lambda: self.core.command(own.id, command, asked_at))
-        return await answer
+        return answer
 
 
 def _checked_chunk(chunk_tokens: int) -> int:

@@ -31,8 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser = subparsers.add_parser("serve", help="serve the pair over HTTP", description=text)
     options.add_models(parser)
-    options.add_sampling(parser)
-    options.add_calibration(parser)
+    options.add_sampling(parser, strategy=False)
+    options.add_calibration(parser, monitor=False)
     _add_server(parser)
 
 

@@ -44,9 +44,9 @@ class Admission:
 
     @contextmanager
     def admit(self, demand: dict[str, Demand]) -> Iterator[None]:
-        """Count a request in while it lasts. `ApiError` 400 for one that could never be had, 503 for one that cannot be
-        had now."""
-        self._check(demand)
+        """Count a request in while the block runs. `ApiError` 400 for one that could never be had, 503 for one that
+        cannot be had now."""
+        self.check(demand)
         began = self._clock()
         self._move(demand, 1)
         try:
@@ -56,7 +56,8 @@ class Admission:
             # A moving mean of how long requests hold their place: when it may be worth to ask again.
             self._held_s += 0.2 * (self._clock() - began - self._held_s)
 
-    def _check(self, demand: dict[str, Demand]) -> None:
+    def check(self, demand: dict[str, Demand]) -> None:
+        """As `admit`, without counting anything in."""
         for wanted in demand.values():
             for unit in ("chains", "tokens"):
                 if getattr(wanted, unit) > getattr(self._max, unit):

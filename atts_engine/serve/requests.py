@@ -71,7 +71,7 @@ class Sampling(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool = False
-    priority: int = Field(0, ge=-1000, le=1000, description="lower numbers are served first")
+    priority: int = Field(0, ge=0, le=1000, description="requests with a higher number are served after those of 0")
     timeout_s: float | None = Field(None, gt=0.0, le=86400.0, description="ends with what there is by then")
 
     # At the value that changes nothing.

@@ -18,7 +18,7 @@ from atts_engine.engine import AsyncEngine
 from atts_engine.errors import LaneError
 from atts_engine.pipeline import VerdictEvent
 from atts_engine.serve.admission import LANES, Admission, Demand
-from atts_engine.serve.errors import ApiError, ClientGone, bad_request
+from atts_engine.serve.errors import ApiError, bad_request
 from atts_engine.serve.generation import Counts, Delta
 from atts_engine.serve.metrics import ServerMetrics
 from atts_engine.serve.settings import ServerSettings
@@ -131,26 +131,25 @@ class Service:
     ) -> Iterator[Account]:
         """Admit a request, and write down how it went. `ApiError` 503 or 400 where it is not admitted."""
         try:
-            admitted = self.admission.admit(demand)
-            admitted.__enter__()
+            self.admission.check(demand)
         except ApiError as error:
             self.metrics.refused(error.body.code or "too_large")
             raise
-        trace = self._tracing.begin(operation, self.settings.model, headers, attributes)
-        account = Account(request_id, operation, trace, time.perf_counter())
-        self.metrics.waiting(1)
-        failure: str | None = None
-        try:
-            yield account
-        except (asyncio.CancelledError, GeneratorExit, ClientGone):
-            account.reason = "abort"
-            raise
-        except Exception as error:
-            account.reason, failure = "error", type(error).__name__
-            raise
-        finally:
-            admitted.__exit__(None, None, None)
-            self._closed(account, failure)
+        with self.admission.admit(demand):
+            trace = self._tracing.begin(operation, self.settings.model, headers, attributes)
+            account = Account(request_id, operation, trace, time.perf_counter())
+            self.metrics.waiting(1)
+            failure: str | None = None
+            try:
+                yield account
+            except (asyncio.CancelledError, GeneratorExit):
+                account.reason = "abort"
+                raise
+            except Exception as error:
+                account.reason, failure = "error", type(error).__name__
+                raise
+            finally:
+                self._closed(account, failure)
 
     async def watched(self, account: Account, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
         """The deltas, with their times taken."""
@@ -175,7 +174,7 @@ class Service:
             self.metrics.first_token(now - account.began)
             self.metrics.waiting(-1)
             self.metrics.running(1)
-            account.trace.event("gen_ai.first_token", {})
+            account.trace.event("first_token", {})
         elif delta.index in account.last_token:
             self.metrics.between_tokens((now - account.last_token[delta.index]) / delta.n_tokens)
         account.last_token[delta.index] = now

@@ -55,6 +55,9 @@ def test_a_device_fault_is_seen_at_once_and_stays(lane: str, monkeypatch: pytest
             assert failed.status_code == 500
             assert failed.json()["error"]["code"] == "lane_failed"
             assert f"{lane} lane failed" in failed.json()["error"]["message"]
+        if lane == "target":
+            failed = http.post("/v1/score", json={"model": MODEL, "prompt": "a", "spans": ["b", "c"]})
+            assert (failed.status_code, failed.json()["error"]["code"]) == (500, "lane_failed")
         red = http.get("/health")
         assert red.status_code == 503
         lanes = red.json()["lanes"]

@@ -112,6 +112,16 @@ def test_fields_that_clients_send_unasked_are_taken(http: httpx.Client) -> None:
     assert found[0] == found[1]
 
 
+def test_a_request_ends_with_what_it_has_when_its_time_is_up(server: Running, http: httpx.Client) -> None:
+    body = CHAT | {"max_tokens": 400, "ignore_eos": True, "timeout_s": 1e-4, "n": 2}
+    reply = http.post("/v1/chat/completions", json=body).json()
+    assert [(c["finish_reason"], c["stop_reason"]) for c in reply["choices"]] == [("length", "deadline")] * 2
+    assert reply["usage"]["completion_tokens"] < 800
+    reply = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": None, "timeout_s": 1e-4, "atts": {}}).json()
+    assert {c["finish"] for c in reply["atts"]["chains"]} == {"deadline"}
+    assert reply["choices"][0]["stop_reason"] == "deadline"
+
+
 def test_tokens_there_and_back(server: Running, http: httpx.Client) -> None:
     told = http.post("/tokenize", json={"model": MODEL, "prompt": QUESTION, "return_token_strs": True}).json()
     assert told["tokens"] == server.engine.target_model.tokenizer.encode(QUESTION)

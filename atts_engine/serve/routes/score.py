@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,6 +19,7 @@ from atts_engine.serve.service import Service
 from atts_engine.serve.streaming import unless_gone
 
 router = APIRouter(tags=["scoring"])
+T = TypeVar("T")
 
 
 @router.post(
@@ -54,11 +57,9 @@ async def _score(
     demand = {"target": Demand(len(spans), tokens)}
     with service.account(ask_id, "score", demand, request.headers, {}) as account:
         account.counts.prompt = tokens
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(service.engine.score(prefix, span)) for span in spans]
+        scores = await _all([service.engine.score(prefix, span) for span in spans])
     data = []
-    for index, found in enumerate(task.result() for task in tasks):
-        more = {"logprobs": list(found.logprobs)} if body.logprobs else {}
+    for index, found in enumerate(scores):
         data.append(
             SpanReply(
                 index=index,
@@ -66,9 +67,20 @@ async def _score(
                 sum_logprob=found.sum_logprob,
                 n_tokens=found.n_tokens,
                 cached_tokens=found.cached_tokens,
-                **more,
+                logprobs=list(found.logprobs) if body.logprobs else None,
             )
         )
     usage = Usage(prompt_tokens=tokens, completion_tokens=0, total_tokens=tokens)
     reply = ScoreReply(id=ask_id, object="score", model=service.settings.model, data=data, usage=usage)
     return Response(reply.json_bytes(), media_type="application/json")
+
+
+async def _all(works: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all; the first failure ends the others, and is raised when they have ended."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

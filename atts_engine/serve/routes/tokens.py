@@ -24,8 +24,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     else:
         assert body.messages is not None
         ids = await chat_ids(service, body.messages)
-    more = {"token_strs": [service.token_text(i) for i in ids]} if body.return_token_strs else {}
-    reply = TokenizeReply(count=len(ids), max_model_len=service.engine.context_tokens, tokens=ids, **more)
+    reply = TokenizeReply(
+        count=len(ids),
+        max_model_len=service.engine.context_tokens,
+        tokens=ids,
+        token_strs=[service.token_text(i) for i in ids] if body.return_token_strs else None,
+    )
     return Response(reply.json_bytes(), media_type="application/json")
 
 
