@@ -2,9 +2,9 @@
 
     python -m bench.serve_clients --guidellm path/to/guidellm --vllm path/to/vllm --out FILE
 
-Starts `atts serve` with the built-in pair, runs each program that is named against it, and keeps what it counted: requests
-that ended well and others, tokens, and its own figures of latency (of a tiny model on a CPU: they show that the programs
-understand the server, not how fast it is). Exit code 1 if any request failed.
+Starts `atts serve` with the built-in pair, runs each program that is named against it, and keeps what it counted:
+requests that ended well and others, tokens, and its own figures of latency (of a tiny model on a CPU: they show that
+the programs understand the server, not how fast it is). Exit code 1 if any request failed.
 """
 
 from __future__ import annotations

@@ -117,10 +117,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before the models are loaded: a port that is taken should not cost minutes."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port must be 0 to 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port}: no such address ({error})") from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise InputError(f"--host {host}: no such address ({error})") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

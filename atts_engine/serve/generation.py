@@ -185,7 +185,10 @@ async def atts_deltas(
                         counts.draft += event.n_tokens
                     else:
                         counts.target += event.n_tokens
-                    if job.streamed and event.chain == LEAD and (delta := lead.tokens(event)) is not None:
+                    if event.chain == LEAD and not job.streamed:
+                        # Told for the clocks alone; the text comes with the vote.
+                        yield Delta(0, "", event.n_tokens)
+                    elif event.chain == LEAD and (delta := lead.tokens(event)) is not None:
                         yield delta
                 case VerdictEvent():
                     job.on_verdict(event, job.params.alpha)
@@ -258,7 +261,7 @@ def _ending(job: AttsJob, solution: Solution) -> list[Delta]:
     )
     deltas = []
     if not job.streamed:
-        deltas.append(Delta(0, chain_text(shown, replaces), shown.draft_tokens + shown.target_tokens))
+        deltas.append(Delta(0, chain_text(shown, replaces)))
     elif solution.answer is not None and shown.final_answer != solution.answer:
         piece = Piece(chain=spoken.chain, turn=len(spoken.turns), author="vote")
         deltas.append(Delta(0, f"\n\n\\boxed{{{solution.answer}}}", atts=AttsChunk(piece=piece)))

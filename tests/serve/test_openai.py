@@ -159,7 +159,7 @@ def test_leaving_a_stream_frees_its_pages(server: Running, client: Any) -> None:
 
 
 def test_the_async_client_many_at_a_time_and_some_that_give_up(server: Running) -> None:
-    async def work() -> None:
+    async def work() -> int:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
             async def ask(seed: int, **more: Any) -> str:
@@ -183,7 +183,17 @@ def test_the_async_client_many_at_a_time_and_some_that_give_up(server: Running) 
             for task in doomed:
                 task.cancel()
             ended = await asyncio.gather(*doomed, return_exceptions=True)
-            assert any(isinstance(e, asyncio.CancelledError) for e in ended)
+            return sum(isinstance(e, asyncio.CancelledError) for e in ended)
 
-    asyncio.run(work())
+    def aborted() -> float:
+        value = server.service.metrics.registry.get_sample_value(
+            "vllm:request_success_total", {"finished_reason": "abort"}
+        )
+        assert value is not None
+        return value
+
+    before = aborted()
+    cancelled = asyncio.run(work())
+    assert cancelled > 0
+    assert until(lambda: aborted() - before == cancelled)
     assert until(lambda: not any(server.open_sequences().values()))
