@@ -23,11 +23,12 @@ DEMO_PROBLEMS ?= 48
 DEMO_CHAINS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format check-gpu-code check-cuda-code results clean
+.PHONY: help setup demo test test-long lint format check-gpu-code check-cuda-code results clean
 
 help:
 	@echo "make demo            draft, target, ATTS and its synchronous form on held-out problems; report in $(DEMO_OUT)/"
 	@echo "make test            the test suite"
+	@echo "make test-long       what takes minutes: the server under load, malformed requests by the thousand"
 	@echo "make setup           everything for development into $(VENV) (demo and test do what they need themselves)"
 	@echo "make lint            ruff, mypy, import-linter"
 	@echo "make format          ruff's formatter and import order"
@@ -64,6 +65,9 @@ demo: $(RUN_READY)
 
 test: $(DEV_READY)
 	$(PY) -m pytest -q
+
+test-long: $(DEV_READY)
+	$(PY) -m pytest -q -m long
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .

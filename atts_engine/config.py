@@ -44,6 +44,7 @@ class EngineConfig:
     process; None: each device's own choice. check_ops: ops look into their tensors for values out of range, which on a
     GPU waits for the device at each of them (`ops.checked`).
     tuning: file of a tuning table for the kernels; None: the device's own file where there is one (`ops.tuning.find`).
+    score_cache_tokens: tokens of prefixes that `AsyncEngine.score` keeps open; None: an eighth of the target's pool.
     prompt: user message with `{problem}` in it; None: the problem alone for the built-in pair, `MATH_PROMPT` otherwise.
     Raises `InputError` for a value outside its range.
     """
@@ -69,6 +70,7 @@ class EngineConfig:
     ops: str | None = None
     check_ops: bool = False
     tuning: str | None = None
+    score_cache_tokens: int | None = None
     prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class EngineConfig:
         for name in ("page_size", "max_batch_tokens", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("kv_tokens", "max_sequences", "threads"):
+        for name in ("kv_tokens", "max_sequences", "threads", "score_cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {value}")

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
-from atts_engine import ops
-from atts_engine.backends import InProcessLane
-from atts_engine.config import MATH_PROMPT, EngineConfig, dtype_of, fill_prompt, prompt_hash
+from atts_engine import assembly, ops
+from atts_engine.backends import InProcessLane, Lane
+from atts_engine.config import EngineConfig, fill_prompt, prompt_hash
 from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored, Policy, TopB, make_policy
-from atts_engine.errors import InputError, QueueFull
-from atts_engine.models import Decoder, Model, load_model, resolve_device
-from atts_engine.ops import tuning
+from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
+from atts_engine.models import Model
 from atts_engine.pipeline import (
     ATTSParams,
+    CompletionEvent,
     ConformalGate,
     Decision,
     Event,
     Pair,
+    PrefixStore,
     Problem,
     Prompts,
     Solution,
+    SpanScore,
     Task,
-    Tongues,
-    Words,
+    complete,
     run_problem,
 )
 from atts_engine.pipeline.events import SolutionEvent
@@ -40,15 +42,20 @@ from atts_engine.runtime import (
     LaneCore,
     Mailbox,
     Rates,
+    SamplingParams,
     SpanResult,
-    available_bytes,
     kv_bytes_per_token,
-    pool_tokens,
     probe,
 )
 
 DecisionListener = Callable[[Decision], None]
 T = TypeVar("T")
+
+MAX_DEFAULT_CALIBRATORS = 64
+"""Settings that keep a calibration of their own at a time; that of the one unused for longest is forgotten."""
+
+FIRST = -(1 << 31)
+"""Priority of the engine's own questions."""
 
 
 class AsyncEngine:
@@ -67,12 +74,12 @@ class AsyncEngine:
         self.target_model = target
         self._cores = cores
         self._calibrator = calibrator
-        self._defaults: dict[tuple[object, ...], Calibrator] = {}
+        self._defaults: OrderedDict[tuple[object, ...], Calibrator] = OrderedDict()
         self._gates: dict[tuple[int, str], ConformalGate] = {}
         self._listeners: list[DecisionListener] = []
         self._rates: dict[tuple[torch.device, torch.dtype], Rates] = {}
         self._open_chains = 0
-        self._prompt = config.prompt if config.prompt is not None else _default_prompt(draft, target)
+        self._prompt = config.prompt if config.prompt is not None else assembly.default_prompt(draft, target)
         mailbox = Mailbox(asyncio.get_running_loop())
 
         def decided(request: GateRequest, result: SpanResult) -> None:
@@ -84,7 +91,8 @@ class AsyncEngine:
             InProcessLane(core, loop, mailbox, chunk_tokens=config.chunk_tokens)
             for core, loop in zip(cores, (self._loops[0], self._loops[-1]), strict=True)
         ]
-        self._pair = Pair(lanes[0], lanes[1], _tongues(draft, target))
+        self._pair = Pair(lanes[0], lanes[1], assembly.tongues(draft, target))
+        self._prefixes = PrefixStore(lanes[1], config.score_cache_tokens or cores[1].pool.tokens // 8)
         for loop in self._loops:
             loop.start()
 
@@ -101,9 +109,9 @@ class AsyncEngine:
             ops.use(config.ops)
         if config.check_ops:
             ops.checked()
-        await asyncio.to_thread(_tune, config)
-        draft, target = await asyncio.to_thread(_load_pair, config)
-        cores = await asyncio.to_thread(_cores, config, draft, target)
+        await asyncio.to_thread(assembly.tune, config)
+        draft, target = await asyncio.to_thread(assembly.load_pair, config)
+        cores = await asyncio.to_thread(assembly.cores, config, draft, target)
         return cls(config, draft, target, cores, calibrator)
 
     async def generate(
@@ -116,6 +124,7 @@ class AsyncEngine:
         priority: int = 0,
         deadline_s: float | None = None,
         task: Task | None = None,
+        prompts: Prompts | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of a problem's chains as they happen; `SolutionEvent` is the last.
 
@@ -125,7 +134,8 @@ class AsyncEngine:
         priority: requests with a lower number are served first and preempted last, without exception; among equals,
         problems get equal shares. deadline_s: seconds from now after which chains that still run end where they are
         (`finish` "deadline"), and what there is takes the vote. task: says when two answers are one, and judges steps
-        where a strategy asks for that; None: answers are compared as texts.
+        where a strategy asks for that; None: answers are compared as texts. prompts: what the chains go on from (see
+        `prompts`); None: the problem's text in the engine's prompt.
         Raises `InputError` for a prompt that does not fit, `QueueFull` when there are too many chains already,
         `LaneError` when a lane has failed.
         """
@@ -134,7 +144,7 @@ class AsyncEngine:
             raise InputError(f"deadline_s must be more than 0 seconds, not {deadline_s}")
         problem = problem if isinstance(problem, Problem) else Problem("0", problem)
         gate = self._gate(params, calibrator)
-        prompts = self._prompts(problem)
+        prompts = self._prompts(problem) if prompts is None else prompts
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
 
         async def work() -> None:
@@ -171,16 +181,107 @@ class AsyncEngine:
         priority: int = 0,
         deadline_s: float | None = None,
         task: Task | None = None,
+        prompts: Prompts | None = None,
     ) -> Solution:
         """Run a problem to its end and return the vote; errors and settings as in `generate`."""
         stream = self.generate(
-            problem, params, calibrator=calibrator, priority=priority, deadline_s=deadline_s, task=task
+            problem,
+            params,
+            calibrator=calibrator,
+            priority=priority,
+            deadline_s=deadline_s,
+            task=task,
+            prompts=prompts,
         )
         async with aclosing(stream) as events:
             async for event in events:
                 if isinstance(event, SolutionEvent):
                     return event.solution
         raise AssertionError("generate() ended without a solution")
+
+    async def complete(
+        self,
+        prompt: Sequence[int],
+        samplings: Sequence[SamplingParams],
+        max_tokens: int,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        chunk_tokens: int | None = None,
+    ) -> AsyncGenerator[CompletionEvent, None]:
+        """The target alone: a sample of `prompt` (its token ids) for each of `samplings`, at most `max_tokens` each.
+
+        Events as they happen; every sample's last one says how it finished. Leaving the iterator frees the pages of
+        all. chunk_tokens: handed over at a time; None: as configured. Errors, priority and deadline as in `generate`;
+        `ChainError` where a sample cannot go on, which ends the others.
+        """
+        self._admit(len(samplings))
+        self._open_chains += len(samplings)
+        stream = complete(
+            self._pair.target,
+            self.target_model.tokenizer,
+            prompt,
+            samplings,
+            max_tokens,
+            priority=priority,
+            deadline_s=deadline_s,
+            chunk_tokens=chunk_tokens,
+        )
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._open_chains -= len(samplings)
+
+    async def score(self, prefix: Sequence[int], span: Sequence[int]) -> SpanScore:
+        """How likely the target finds the tokens of `span` after those of `prefix`, one or more of each.
+
+        A prefix stays open for as long as `score_cache_tokens` has room: the next span of it, or of one that begins
+        with it, computes nothing of it again. Raises `InputError` for tokens that do not fit, `LaneError`.
+        """
+        vocab, context = self.target_model.config.vocab_size, self.context_tokens
+        bad = next((t for t in span if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise InputError(f"token id {bad} of the span is outside the vocabulary of {vocab}")
+        if len(prefix) + len(span) > context:
+            raise InputError(f"prefix and span have {len(prefix) + len(span)} tokens, and there is room for {context}")
+        return await self._prefixes.score(prefix, span)
+
+    async def forget_prefixes(self) -> None:
+        """Give back the pages of every prefix that `score` keeps."""
+        await self._prefixes.clear()
+
+    def prompts(self, content: str | Sequence[Mapping[str, str]]) -> Prompts:
+        """Both models' tokens of a text as it stands, or of chat messages through each model's own template."""
+        codecs = self.draft_model.tokenizer, self.target_model.tokenizer
+        made = [c.encode(content) if isinstance(content, str) else c.chat_prompt(content) for c in codecs]
+        return Prompts(tuple(made[0]), tuple(made[1]))
+
+    async def check(self, lane: str, timeout_s: float = 10.0) -> float:
+        """Have the lane ("draft" or "target") compute a token ahead of all other work; returns the seconds it took.
+        `LaneError` for a lane that has failed, or says nothing for `timeout_s` seconds."""
+        began = time.perf_counter()
+        asked = self._pair.draft if lane == "draft" else self._pair.target
+        try:
+            async with asyncio.timeout(timeout_s):
+                await _one_token(asked)
+        except TimeoutError as error:
+            raise LaneError(f"{lane} lane: no answer within {timeout_s:g} seconds") from error
+        except ChainError as error:
+            raise LaneError(f"{lane} lane: {error}") from error
+        return time.perf_counter() - began
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that one sequence of the target may hold: its context, or the KV pool where that is smaller."""
+        target = self._cores[1]
+        return min(target.max_length, target.pool.tokens)
+
+    @property
+    def pool_tokens(self) -> dict[str, int]:
+        """Tokens that each lane's KV pool holds."""
+        return {core.name: core.pool.tokens for core in self._cores}
 
     def add_decision_listener(self, listener: DecisionListener) -> Callable[[], None]:
         """Have `listener` called with every verdict in decision_seq order, those of cancelled chains too;
@@ -225,6 +326,11 @@ class AsyncEngine:
         """Let `peak_kv_bytes` of each lane count from now on."""
         for core in self._cores:
             core.pool.restart_peak()
+
+    def prefix_stats(self) -> dict[str, int]:
+        """Of `score`: prefix tokens asked for and found since the engine began, and those held open now."""
+        kept = self._prefixes
+        return {"queried": kept.queried_tokens, "hit": kept.hit_tokens, "held": kept.held_tokens}
 
     async def rates(self) -> dict[str, Rates]:
         """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a
@@ -309,6 +415,10 @@ class AsyncEngine:
                params.min_p, params.takeover, params.settings.score)  # fmt: skip
         if key not in self._defaults:
             self._defaults[key] = Adaptive(params.alpha, meta=self.calibration_meta(params))
+        self._defaults.move_to_end(key)
+        if len(self._defaults) > MAX_DEFAULT_CALIBRATORS:
+            _, forgotten = self._defaults.popitem(last=False)
+            self._gates = {name: gate for name, gate in self._gates.items() if gate.calibrator is not forgotten}
         return self._defaults[key]
 
     def _decided(self, request: GateRequest, result: SpanResult) -> None:
@@ -369,84 +479,10 @@ class Engine:
         return self._runner.run(work)
 
 
-def _tune(config: EngineConfig) -> None:
-    """Put the tuning table of --tuning in force, or that of the target's GPU where there is one. The table is the
-    process's: two kinds of GPU share the target's."""
-    device = resolve_device(config.target_device)
-    path = Path(config.tuning) if config.tuning is not None else None
-    if path is None and device.type == "cuda":
-        path = tuning.find(torch.cuda.get_device_name(device))
-    if path is not None:
-        tuning.put_in_force(tuning.load(path), path)
-
-
-def _load_pair(config: EngineConfig) -> tuple[Model, Model]:
-    dtype = dtype_of(config.dtype)
-    # Both before anything is loaded: a large draft should not be read for a target device that is not there.
-    places = resolve_device(config.draft_device), resolve_device(config.target_device)
-    draft = load_model(config.draft, places[0], dtype)
-    if config.target == config.draft and places[0] == places[1]:
-        # One copy of the weights, two decoders: a decoder's buffers belong to one lane's thread and stream.
-        return draft, replace(draft, decoder=Decoder(draft.config, draft.decoder.weights))
-    return draft, load_model(config.target, places[1], dtype)
-
-
-def _tongues(draft: Model, target: Model) -> Tongues:
-    ends = [frozenset(m.tokenizer.eos_token_ids) | frozenset(m.config.eos_token_ids) for m in (draft, target)]
-    if draft.tokenizer.fingerprint == target.tokenizer.fingerprint:
-        words = Words(target.tokenizer, ends[0] | ends[1])
-        return Tongues(words, words)
-    for model in (draft, target):
-        if model.tokenizer.eos_token_id is None:
-            raise InputError(
-                f"{model.name}: the tokenizer has no end-of-text token, which a pair with two tokenizers needs; "
-                "name one as `eos_token` in its tokenizer_config.json"
-            )
-        try:
-            model.tokenizer.encoder()
-        except InputError as error:
-            raise InputError(f"{model.name}: {error}; choose a pair that shares a tokenizer") from error
-    codecs = draft.tokenizer, target.tokenizer
-    own = [Words(codec, end, codec.eos_token_id) for codec, end in zip(codecs, ends, strict=True)]
-    return Tongues(own[0], own[1], codecs)
-
-
-def _cores(config: EngineConfig, draft: Model, target: Model) -> tuple[LaneCore, LaneCore]:
-    models, devices = (draft, target), (draft.decoder.device, target.decoder.device)
-    token_bytes = [kv_bytes_per_token(model) for model in models]
-    if config.kv_tokens is not None:
-        tokens = [config.kv_tokens, config.kv_tokens]
-    else:
-        free = [available_bytes(device) for device in devices]
-        tokens = pool_tokens(devices, token_bytes, free, config.kv_memory_fraction)
-    cpu = torch.device("cpu")
-    room = pool_tokens((cpu, cpu), token_bytes, [available_bytes(cpu)] * 2, None)
-
-    def core(name: str, lane: int, stream_priority: int) -> LaneCore:
-        host = config.host_kv_tokens
-        if host is None:
-            moves = config.preemption == "swap" or (config.preemption == "auto" and devices[lane].type != "cpu")
-            host = min(tokens[lane], room[lane]) if moves else 0
-        made = LaneCore(
-            name,
-            models[lane],
-            kv_tokens=tokens[lane],
-            page_size=config.page_size,
-            max_batch_tokens=config.max_batch_tokens,
-            device=devices[lane],
-            host_kv_tokens=host,
-            preemption=config.preemption,
-            overlap=config.overlap,
-            graphs=config.graphs,
-            stream_priority=stream_priority,
-            profile=config.profile,
-        )
-        made.warm_up()
-        return made
-
-    # Where both lanes share a GPU, drafting goes first: many short steps, and every chain waits for them.
-    return core("draft", 0, -1), core("target", 1, 0)
-
-
-def _default_prompt(draft: Model, target: Model) -> str:
-    return "{problem}" if {draft.name, target.name} <= {"tiny-draft", "tiny-target"} else MATH_PROMPT
+async def _one_token(lane: Lane) -> None:
+    seq = await lane.open([0], priority=FIRST)
+    try:
+        async for _ in lane.decode(seq, 1, SamplingParams(temperature=0.0)):
+            pass
+    finally:
+        await lane.close(seq)

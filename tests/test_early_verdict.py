@@ -104,7 +104,7 @@ def test_what_is_settled_is_taken_over_whatever_follows(
     calibrator.frozen = True
     gate, most, place = ConformalGate(calibrator), len(span) + room, Place("p", 0, turn)
     span, other = [float(np.float32(x)) for x in span], [float(np.float32(x)) for x in other]
-    key, u = calibrator.key_of(turn), gate_uniform(seed, *place)
+    key, u = calibrator.key_of(turn), gate_uniform(seed, "p", 0, turn)
 
     def taken(score: float) -> bool:
         return calibrator.decide(score, key, u, "p").takeover

@@ -62,6 +62,37 @@ def test_one_model_in_both_lanes_shares_weights_and_no_buffers() -> None:
     with_engine(work, replace(CONFIG, target=CONFIG.draft))
 
 
+@pytest.mark.parametrize("parent_fails", [False, True])
+def test_a_fork_that_happens_when_its_caller_has_gone_leaves_no_children(parent_fails: bool) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        lane = engine._pair.target
+        held, free = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            held.set()
+            free.wait(60)
+
+        # The scheduler's thread stands still until the caller is gone; only then is the parent computed and forked.
+        engine._loops[-1].post(stand_still)
+        await asyncio.to_thread(held.wait, 60)
+        parent = await lane.open([1] * 300)
+        fork = asyncio.create_task(lane.fork(parent, 3))
+        await asyncio.sleep(0)
+        fork.cancel()
+        await asyncio.gather(fork, return_exceptions=True)
+        assert fork.cancelled()
+        if parent_fails:
+            await lane.close(parent)
+        free.set()
+        if not parent_fails:
+            (other,) = await lane.fork(parent, 1)
+            await lane.close(other)
+            await lane.close(parent)
+
+    # It looks whether any sequence is open when the work is done.
+    with_engine(work)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 @pytest.mark.parametrize("name", ["cuda", "cuda:7", "gpu", "mps", "meta"])
 def test_a_device_that_is_not_there_is_named_with_what_there_is(name: str) -> None:

@@ -39,7 +39,7 @@ def test_free_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: p
 
 
 def test_an_engine_takes_its_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atts_engine.engine.available_bytes", lambda device: 100 << 20)
+    monkeypatch.setattr("atts_engine.assembly.available_bytes", lambda device: 100 << 20)
 
     async def sizes(config: EngineConfig) -> list[tuple[int, int]]:
         async with await AsyncEngine.create(config) as engine:

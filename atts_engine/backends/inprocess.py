@@ -30,12 +30,10 @@ class InProcessLane:
     """Implements `backends.protocol.Verifier`. All methods belong to the event loop the lane was made on."""
 
     def __init__(self, core: LaneCore, loop: EngineLoop, mailbox: Mailbox, *, chunk_tokens: int = 64) -> None:
-        if chunk_tokens < 1:
-            raise InputError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
         self.core = core
         self._loop = loop
         self._mailbox = mailbox
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = _checked_chunk(chunk_tokens)
         self._ids = itertools.count()
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> InProcessSeq:
@@ -61,19 +59,29 @@ class InProcessLane:
     async def fork(self, seq: Seq, n: int) -> list[Seq]:
         """`n` sequences that share every page of `seq` until they write."""
         children = [InProcessSeq(next(self._ids), seq.length) for _ in range(n)]
+        forked = self._send(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+
+        def abandon(answer: asyncio.Future[Any]) -> None:
+            if not answer.cancelled() and answer.exception() is None:
+                for child in children:
+                    self._loop.post(lambda child=child: self.core.close(child.id))  # type: ignore[misc]
+
         try:
-            await self._ask(seq, lambda reply: Fork(tuple(c.id for c in children), reply))
+            await asyncio.shield(forked)
         except asyncio.CancelledError:
-            # The fork may happen after its caller is gone; nobody else knows the children.
-            for child in children:
-                await self.close(child)
+            # The fork may still happen when its caller is gone, and nobody else knows the children: they are closed
+            # when they are there, for before that there is nothing to close.
+            forked.add_done_callback(abandon)
             raise
         return list(children)
 
-    async def decode(self, seq: Seq, max_tokens: int, sampling: SamplingParams) -> AsyncGenerator[TokenChunk, None]:
+    async def decode(
+        self, seq: Seq, max_tokens: int, sampling: SamplingParams, *, chunk_tokens: int | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
         own = self._own(seq)
         if max_tokens < 1:
             raise InputError(f"max_tokens must be 1 or more, not {max_tokens}")
+        chunk_tokens = _checked_chunk(self._chunk_tokens if chunk_tokens is None else chunk_tokens)
         chunks: asyncio.Queue[TokenChunk | BaseException | None] = asyncio.Queue()
 
         def emit(chunk: TokenChunk) -> None:
@@ -82,7 +90,7 @@ class InProcessLane:
         def reply(_: Any, error: BaseException | None) -> None:
             self._mailbox.post(lambda: chunks.put_nowait(error))
 
-        command = Decode(max_tokens, sampling, self._chunk_tokens, emit, reply)
+        command = Decode(max_tokens, sampling, chunk_tokens, emit, reply)
         asked_at = self.core.meter.clock()
         self._post(lambda: self.core.command(own.id, command, asked_at))
         running = True
@@ -144,6 +152,9 @@ class InProcessLane:
             raise LaneError(f"{self.core.name}: the engine is closed")
 
     async def _ask(self, seq: Seq, make: Callable[[Reply], Command]) -> Any:
+        return await self._send(seq, make)
+
+    def _send(self, seq: Seq, make: Callable[[Reply], Command]) -> asyncio.Future[Any]:
         own = self._own(seq)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -161,4 +172,10 @@ class InProcessLane:
         command = make(reply)
         asked_at = self.core.meter.clock()
         self._post(lambda: self.core.command(own.id, command, asked_at))
-        return await answer
+        return answer
+
+
+def _checked_chunk(chunk_tokens: int) -> int:
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
+    return chunk_tokens

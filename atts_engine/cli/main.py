@@ -16,7 +16,7 @@ from atts_engine.cli.interrupt import Interrupted
 from atts_engine.errors import AttsError, InputError
 
 # One module a command; each has add_parser(subparsers) and run(args) -> int, and imports torch only inside run.
-COMMANDS = ("run", "calibrate", "eval", "replay", "simulate", "tune", "bench", "doctor")
+COMMANDS = ("run", "calibrate", "eval", "serve", "replay", "simulate", "tune", "bench", "doctor")
 MODULES = {"eval": "evaluate"}
 
 

@@ -169,16 +169,17 @@ def add_decoding(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Which calibrator, and from which state it starts."""
+def add_calibration(parser: argparse.ArgumentParser, *, monitor: bool = True) -> None:
+    """Which calibrator, and from which state it starts. monitor: whether the user is asked about the drift monitor."""
     group = parser.add_argument_group("calibration")
     add_calibrator(group)
     group.add_argument(
         "--policy", default="threshold", metavar="NAME", help="threshold (default) or exact-count (per problem)"
     )
-    group.add_argument(
-        "--monitor", action="store_true", help="watch the p-values for drift and say so when it is found"
-    )
+    if monitor:
+        group.add_argument(
+            "--monitor", action="store_true", help="watch the p-values for drift and say so when it is found"
+        )
     group.add_argument("--calibration", metavar="FILE", help="state to start from, as `atts calibrate` saves it")
     group.add_argument(
         "--frozen", action="store_true", help="do not learn from this run's scores (needs --calibration)"

@@ -43,6 +43,11 @@ class PagePool:
         return len(self._free)
 
     @property
+    def tokens(self) -> int:
+        """What all pages hold when they are full."""
+        return self.capacity * self.page_size
+
+    @property
     def used(self) -> int:
         return self.capacity - self.free
 

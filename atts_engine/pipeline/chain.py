@@ -35,7 +35,7 @@ async def run_chain(
     try:
         finish, error = await finish_of(spec, _write(duet, gate, scorer, turns))
     finally:
-        gate.leave(Place(spec.problem.id, spec.chain, len(turns)))
+        gate.leave(spec.place(len(turns)))
     return duet.writer.result(turns, finish, error)
 
 
@@ -45,7 +45,7 @@ async def _write(duet: Duet, gate: Gate, scorer: Scorer | None, turns: list[Turn
     params = spec.params
     for turn in range(params.turns):
         start = duet.mark()
-        gate.enter(Place(spec.problem.id, spec.chain, turn))
+        gate.enter(spec.place(turn))
         span, judged, drafted_at, early = await _draft_and_judge(duet, turn, start, gate, scorer)
         record = _turn_record(spec, turn, span, judged, drafted_at, writer.elapsed(), early)
         turns.append(record)
@@ -89,7 +89,7 @@ async def _draft_and_judge(
     """
     writer, target, t, span = duet.writer, duet.target, duet.t, Span()
     spec = writer.spec
-    place, most = Place(spec.problem.id, spec.chain, turn), spec.params.draft_tokens
+    place, most = spec.place(turn), spec.params.draft_tokens
     sampling = spec.params.sampling(stream_of(spec, "draft"), logprobs=True, stop=spec.stop)
 
     async def settled(*, wait: bool) -> int | None:
@@ -130,7 +130,7 @@ async def _draft_and_judge(
         early, said = False, None
     writer.waited(judged.wait_s)
     tested = judged.score if judged.tested is None else judged.tested
-    spec.emit(VerdictEvent(*place, tested, judged.p_value, judged.takeover, judged.decision, said))
+    spec.emit(VerdictEvent(*place[:3], tested, judged.p_value, judged.takeover, judged.decision, said))
     return span, judged, drafted_at, early
 
 

@@ -21,11 +21,21 @@ from atts_engine.runtime.records import SpanResult
 
 
 class Place(NamedTuple):
-    """Which span is judged."""
+    """Which span is judged. stream: as in `Problem`."""
 
     problem_id: str
     chain: int
     turn: int
+    stream: str = ""
+
+    @property
+    def stream_name(self) -> str:
+        """As `Problem.stream_name`."""
+        return self.stream or self.problem_id
+
+    def uniform(self, seed: int) -> int:
+        """The tie-breaking draw of the span's verdict; see `gate_uniform`."""
+        return gate_uniform(seed, self.stream_name, self.chain, self.turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +174,7 @@ class ConformalGate:
         *,
         appraisal: Appraisal | None = None,
     ) -> Judged:
-        u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
+        u = place.uniform(seed)
         key = self.calibrator.key_of(place.turn if appraisal is None or appraisal.by_turn else 0)
         if self._policy is None and self.calibrator.on_device and appraisal is None:
             decision, result = await self._ask_lane(lane, seq, place, key, u, most)
@@ -191,7 +201,7 @@ class ConformalGate:
     def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
         """For a frozen calibrator without a policy, whose answer does not depend on when it is asked. The test is
         monotone in the score, and so is `lowest_score` in the number of tokens."""
-        u = gate_uniform(seed, place.problem_id, place.chain, place.turn)
+        u = place.uniform(seed)
         key = self.calibrator.key_of(place.turn)
         level = self.calibrator.level(key)
         sums = list(accumulate(logprobs, initial=0.0))

@@ -15,12 +15,21 @@ tokens that the target wrote to judge; tokens that it read for that alone."""
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One line of a problem file: `id`, `problem`, optional gold `answer`."""
+    """One line of a problem file: `id`, `problem`, optional gold `answer`.
+
+    id: no two problems that run at a time may share one. stream: names the random streams of its chains in the id's
+    place, for problems that must come out alike under ids that differ; empty: the id does.
+    """
 
     id: str
     problem: str
     answer: str | None = None
     index: int = 0
+    stream: str = ""
+
+    @property
+    def stream_name(self) -> str:
+        return self.stream or self.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,8 @@ class Coin:
     by_turn = True
 
     async def score(self, drafted: Drafted, lane: Lane, seq: Seq, result: SpanResult) -> Score:
-        problem, chain, turn = drafted.place
-        bits = stream_key(drafted.seed, problem, chain, "coin", turn) & 0xFFFFFFFF
+        place = drafted.place
+        bits = stream_key(drafted.seed, place.stream_name, place.chain, "coin", place.turn) & 0xFFFFFFFF
         return Score(bits / 2**32)
 
 

@@ -13,6 +13,7 @@ from atts_engine.backends import Lane, Seq
 from atts_engine.errors import ChainError, ContextFull
 from atts_engine.pipeline.answers import find_answer, last_boxed
 from atts_engine.pipeline.events import Event, TokensEvent
+from atts_engine.pipeline.gate import Place
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import COSTS, Chain, Problem, Turn
 from atts_engine.pipeline.streams import stream_key
@@ -48,6 +49,9 @@ class ChainSpec:
     def stop(self) -> tuple[str, ...]:
         """Strings that end a span."""
         return (STEP_END,) if self.step else ()
+
+    def place(self, turn: int) -> Place:
+        return Place(self.problem.id, self.chain, turn, self.problem.stream)
 
     @property
     def expired(self) -> bool:
@@ -198,4 +202,4 @@ async def take_back(lane: Lane, seq: Seq, tokens: int) -> None:
 
 def stream_of(spec: ChainSpec, author: str) -> int:
     """Key of the chain's noise on the lane of one author."""
-    return stream_key(spec.params.seed, spec.problem.id, spec.chain, author)
+    return stream_key(spec.params.seed, spec.problem.stream_name, spec.chain, author)

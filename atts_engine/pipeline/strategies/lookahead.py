@@ -13,7 +13,6 @@ from atts_engine.errors import InputError
 from atts_engine.pipeline.asking import Question
 from atts_engine.pipeline.duet import Duet
 from atts_engine.pipeline.events import Solution, VerdictEvent
-from atts_engine.pipeline.gate import Place
 from atts_engine.pipeline.records import Chain, Turn
 from atts_engine.pipeline.settings import Lookahead
 from atts_engine.pipeline.strategies.takeover import in_pairs
@@ -202,8 +201,8 @@ class _Lookahead:
             Turn(turn, step.text, n, takeover=takeover, t_draft=step.drafted_at, t_verdict=at, tested=tested)
         )
         writer.tell(turn, "draft", step.text, n)
-        place = Place(self._spec.problem.id, self._spec.chain, turn)
-        self._spec.emit(VerdictEvent(*place, tested, None, takeover, None))
+        place = self._spec.place(turn)
+        self._spec.emit(VerdictEvent(*place[:3], tested, None, takeover, None))
 
     def _discard(self, ahead: Sequence[Ahead], runs: Sequence[asyncio.Task[Own]]) -> None:
         ended = [run for run in runs if run.done() and not run.cancelled() and run.exception() is None]

@@ -87,7 +87,7 @@ def boxed(text: str) -> str | None:
 async def _ask(solo: Solo, opening: Sequence[int], settings: Probing, index: int) -> Probe:
     """Box an answer on a sequence of its own, which is closed again. A context that is full gives an empty one."""
     spec, tokens = solo.spec, list[int]()
-    key = stream_key(spec.params.seed, spec.problem.id, spec.chain, f"probe-{solo.author}", index)
+    key = stream_key(spec.params.seed, spec.problem.stream_name, spec.chain, f"probe-{solo.author}", index)
     sampling = SamplingParams(TEMPERATURE if spec.params.temperature else 0.0, top_p=TOP_P, seed=key)
     (fork,) = await solo.lane.fork(solo.seq, 1)
     try:

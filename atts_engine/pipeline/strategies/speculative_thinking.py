@@ -10,7 +10,6 @@ from atts_engine.backends import Seq
 from atts_engine.errors import ChainError, InputError
 from atts_engine.pipeline.duet import Duet
 from atts_engine.pipeline.events import Solution, VerdictEvent
-from atts_engine.pipeline.gate import Place
 from atts_engine.pipeline.records import Chain, Turn
 from atts_engine.pipeline.settings import SpeculativeThinking
 from atts_engine.pipeline.strategies.takeover import in_pairs
@@ -94,8 +93,8 @@ class _Thought:
             else:
                 await duet.back_to(before)
                 writer.costs["discarded_draft_tokens"] += len(proposal)
-            place = Place(self._spec.problem.id, self._spec.chain, turn)
-            self._spec.emit(VerdictEvent(*place, tested, None, kind != "neutral", None))
+            place = self._spec.place(turn)
+            self._spec.emit(VerdictEvent(*place[:3], tested, None, kind != "neutral", None))
         self.turns.append(
             Turn(
                 turn=turn,

@@ -62,7 +62,7 @@ class Work:
         deadline comes first."""
         lane, prompt = self.lane(author)
         async with asyncio.timeout_at(self.deadline):
-            return await stack.enter_async_context(_forks(lane, prompt, n, self.priority))
+            return await stack.enter_async_context(forked(lane, prompt, n, self.priority))
 
     async def write(self, runs: Iterable[Coroutine[Any, Any, Chain]]) -> list[Chain]:
         """Run chains side by side and announce each as it ends. All are cancelled when this is."""
@@ -93,7 +93,7 @@ class Work:
 
 
 @asynccontextmanager
-async def _forks(lane: Lane, prompt: Sequence[int], n: int, priority: int) -> AsyncIterator[list[Seq]]:
+async def forked(lane: Lane, prompt: Sequence[int], n: int, priority: int) -> AsyncIterator[list[Seq]]:
     """`n` sequences that share the prompt's pages, closed at the end whatever happens."""
     root = await lane.open(prompt, priority=priority)
     try:

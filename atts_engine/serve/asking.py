@@ -1,0 +1,212 @@
+"""From a request to the work that it asks for."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atts_engine.config import ATTSParams
+from atts_engine.pipeline import Prompts
+from atts_engine.pipeline.streams import stream_key
+from atts_engine.runtime import SamplingParams
+from atts_engine.serve.admission import Demand
+from atts_engine.serve.errors import bad_request
+from atts_engine.serve.generation import AttsJob, Delta, PlainPrompt, atts_deltas, plain_deltas
+from atts_engine.serve.requests import AttsOptions, Sampling
+from atts_engine.serve.service import Account, Service
+
+Source = Callable[[Account], AsyncGenerator[Delta, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One generation request, ready to be admitted. choices: how many; attributes: for its trace."""
+
+    id: str
+    operation: str
+    choices: int
+    prompt_tokens: int
+    demand: dict[str, Demand]
+    source: Source
+    by_chains: bool
+    stream: bool
+    usage: bool
+    running_usage: bool
+    attributes: Mapping[str, Any]
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def plain_ask(
+    service: Service,
+    body: Sampling,
+    ask_id: str,
+    operation: str,
+    prompts: Sequence[Sequence[int]],
+    limit: int | None,
+    logprobs: bool,
+) -> Ask:
+    """The target alone. prompts: token ids; limit: tokens of a choice at most, None: as many as there is room for."""
+    choices = body.n or 1
+    if choices * len(prompts) > service.settings.max_choices:
+        raise bad_request(
+            f"{choices * len(prompts)} choices are more than the {service.settings.max_choices} that are allowed", "n"
+        )
+    seed = service.seed(body.seed)
+    made = [
+        PlainPrompt(
+            tuple(ids),
+            tuple(_sampling(body, seed, i * choices + j, logprobs) for j in range(choices)),
+            _room(service, len(ids), limit),
+            i * choices,
+        )
+        for i, ids in enumerate(prompts)
+    ]
+    tokens = sum(len(p.ids) + choices * p.max_tokens for p in made)
+
+    def source(account: Account) -> AsyncGenerator[Delta, None]:
+        return plain_deltas(
+            service.engine,
+            made,
+            account.counts,
+            priority=body.priority,
+            deadline_s=service.deadline_s(body.timeout_s),
+            chunk_tokens=service.settings.stream_tokens if body.stream else None,
+        )
+
+    return Ask(
+        id=ask_id,
+        operation=operation,
+        choices=choices * len(made),
+        prompt_tokens=sum(len(p.ids) for p in made),
+        demand={"target": Demand(choices * len(made), tokens)},
+        source=source,
+        by_chains=False,
+        stream=bool(body.stream),
+        usage=body.wants_usage,
+        running_usage=body.wants_running_usage,
+        attributes=_attributes(body, limit),
+    )
+
+
+def atts_ask(
+    service: Service,
+    body: Sampling,
+    options: AttsOptions,
+    ask_id: str,
+    operation: str,
+    prompts: Prompts,
+    limit: int | None,
+    logprobs: bool,
+) -> Ask:
+    """Chains by both models. limit: tokens that a chain may write, which bounds its turns."""
+    plain_only = {
+        "n": body.n not in (None, 1),
+        "logprobs": logprobs,
+        "stop": bool(body.stops),
+        "stop_token_ids": bool(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+    }
+    for name, asked in plain_only.items():
+        if asked:
+            raise bad_request(f"{name} belongs to plain requests, not to one with atts", name)
+    params = _atts_params(service, body, options, limit)
+    service.check_calibration(params)
+    room = service.engine.context_tokens
+    demand = {}
+    for lane, ids in zip(("draft", "target"), prompts, strict=True):
+        written = min(params.token_limit, _room(service, len(ids), None))
+        demand[lane] = Demand(params.chains, min(len(ids), room) + params.chains * written)
+
+    def source(account: Account) -> AsyncGenerator[Delta, None]:
+        job = AttsJob(
+            id=ask_id,
+            prompts=prompts,
+            params=params,
+            calibrator=service.calibrator,
+            streamed=bool(body.stream),
+            verdicts=options.verdicts,
+            on_verdict=lambda event, alpha: service.verdict(account, event, alpha),
+            on_chain=lambda chain: service.metrics.chain(chain.finish),
+        )
+        deadline_s = service.deadline_s(body.timeout_s)
+        return atts_deltas(service.engine, job, account.counts, priority=body.priority, deadline_s=deadline_s)
+
+    return Ask(
+        id=ask_id,
+        operation=operation,
+        choices=1,
+        prompt_tokens=len(prompts.target),
+        demand=demand,
+        source=source,
+        by_chains=True,
+        stream=bool(body.stream),
+        usage=body.wants_usage,
+        running_usage=body.wants_running_usage,
+        attributes=_attributes(body, limit) | {"atts.chains": params.chains, "atts.alpha": params.alpha},
+    )
+
+
+def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(0, body.top_k or 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        seed=stream_key(seed, "serve", choice, "plain"),
+        stop=body.stops,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def _room(service: Service, prompt_tokens: int, limit: int | None) -> int:
+    """Tokens that may be written behind a prompt: `limit`, or all that there is room for."""
+    room = service.engine.context_tokens - prompt_tokens
+    if room < 1 or (limit is not None and limit > room):
+        wanted = "" if limit is None else f", {limit} more were asked for"
+        raise bad_request(
+            f"the prompt has {prompt_tokens} tokens{wanted}, and there is room for {service.engine.context_tokens} "
+            "in all",
+            "max_tokens" if room >= 1 else "prompt",
+        )
+    return room if limit is None else limit
+
+
+def _atts_params(service: Service, body: Sampling, options: AttsOptions, limit: int | None) -> ATTSParams:
+    asked: dict[str, Any] = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p")}
+    asked["top_k"] = None if body.top_k is None else max(0, body.top_k)
+    for name in ("chains", "turns", "draft_tokens", "target_tokens", "alpha", "policy", "vote"):
+        asked[name] = getattr(options, name)
+    params = replace(
+        service.settings.params, seed=service.seed(body.seed), **{k: v for k, v in asked.items() if v is not None}
+    )
+    if limit is None:
+        return params
+    turn = params.draft_tokens + params.target_tokens
+    if limit < turn:
+        raise bad_request(
+            f"{limit} tokens are fewer than one turn may have (draft_tokens + target_tokens = {turn}); ask for shorter "
+            "spans or more tokens",
+            "max_tokens",
+        )
+    return replace(params, turns=min(params.turns, limit // turn))
+
+
+def _attributes(body: Sampling, limit: int | None) -> dict[str, Any]:
+    """By OpenTelemetry's conventions, those that the request names."""
+    named = {
+        "gen_ai.request.max_tokens": limit,
+        "gen_ai.request.temperature": body.temperature,
+        "gen_ai.request.top_p": body.top_p,
+        "gen_ai.request.top_k": body.top_k,
+        "gen_ai.request.seed": body.seed,
+        "gen_ai.request.choice.count": body.n,
+        "gen_ai.request.stop_sequences": body.stops or None,
+    }
+    return {name: value for name, value in named.items() if value is not None}

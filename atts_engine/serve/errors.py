@@ -1,0 +1,114 @@
+"""Every failure as OpenAI's error object, with a status that says whose fault it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from atts_engine.conformal import CalibrationError
+from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
+from atts_engine.serve.replies import ErrorBody, ErrorReply
+
+log = logging.getLogger("atts.serve")
+
+INVALID = "invalid_request_error"
+CLIENT_CLOSED = 499
+"""nginx's status of a request whose client has left. Nobody reads it but the log."""
+
+
+class ApiError(Exception):
+    """An answer that is an error. retry_after_s: sent as Retry-After."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(message=message, type=kind, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+    def json_bytes(self) -> bytes:
+        # In ASCII: a message may quote what no UTF-8 can hold.
+        return json.dumps(ErrorReply(error=self.body).model_dump()).encode("ascii")
+
+    def reply(self) -> Response:
+        return Response(self.json_bytes(), self.status, self.headers, media_type="application/json")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was there."""
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def overloaded(message: str, code: str, retry_after_s: int) -> ApiError:
+    return ApiError(503, message, kind="server_error", code=code, retry_after_s=retry_after_s)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What an exception means to a client. What nobody foresaw is told to the log alone."""
+    match error:
+        case ApiError():
+            return error
+        case InputError() | CalibrationError():
+            return bad_request(str(error))
+        case QueueFull():
+            return overloaded(str(error), "overloaded", 1)
+        case LaneError():
+            return ApiError(500, str(error), kind="server_error", code="lane_failed")
+        case ChainError():
+            return ApiError(500, str(error), kind="server_error", code="chain_failed")
+        case ClientGone():
+            return ApiError(CLIENT_CLOSED, "the client has closed the connection", code="client_closed")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), code=_code(error.status_code))
+        case RequestValidationError():
+            return _invalid(error.errors())
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, "internal error; the server's log has the details", kind="server_error", code="internal")
+
+
+def _code(status: int) -> str | None:
+    return {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(status)
+
+
+def _invalid(errors: Any) -> ApiError:
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    message = first["msg"] if first["type"] != "json_invalid" else f"the body is no JSON: {first['ctx']['error']}"
+    if first["type"] == "extra_forbidden":
+        message = "this field is not known here"
+    return bad_request(f"{where}: {message}" if where else str(message), where or None)
+
+
+def install(app: FastAPI) -> None:
+    """Have every exception of a route answered in this shape."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return as_api_error(error).reply()
+
+    for kind in (ApiError, InputError, CalibrationError, QueueFull, LaneError, ChainError, ClientGone):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, answer)
+    app.add_exception_handler(RequestValidationError, answer)
+    app.add_exception_handler(Exception, answer)

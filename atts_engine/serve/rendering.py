@@ -1,0 +1,215 @@
+"""Deltas as OpenAI's objects, chunk by chunk or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+from atts_engine.serve.generation import Counts, Delta
+from atts_engine.serve.replies import (
+    AttsChunk,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatReply,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionReply,
+    CompletionTokensDetails,
+    Reply,
+    TokenLogprob,
+    Usage,
+    Vote,
+)
+
+TokenText = Callable[[int], str]
+
+
+@dataclass(slots=True)
+class Whole:
+    """One choice of an answer that is not streamed."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str = "stop"
+    stop_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens.extend(delta.tokens)
+        self.logprobs.extend(delta.logprobs)
+        if delta.finish is not None:
+            self.finish, self.stop_reason = delta.finish, delta.stop_reason
+
+
+class Renderer(Protocol):
+    """Of one request."""
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> Reply: ...
+
+    def usage_chunk(self, usage: Usage) -> Reply:
+        """The last one of a stream whose client asked for usage: no choices."""
+        ...
+
+    def whole(self, choices: Sequence[Whole], usage: Usage, vote: Vote | None) -> Reply: ...
+
+
+def usage_of(counts: Counts, *, by_model: bool) -> Usage:
+    """by_model: tell who wrote the tokens."""
+    details = CompletionTokensDetails(draft_tokens=counts.draft, target_tokens=counts.target)
+    return Usage(
+        prompt_tokens=counts.prompt,
+        completion_tokens=counts.completion,
+        total_tokens=counts.prompt + counts.completion,
+        completion_tokens_details=details if by_model else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What every object of one answer begins with."""
+
+    id: str
+    created: int
+    model: str
+
+
+class ChatRenderer:
+    """logprobs: told; token_text: text of one token."""
+
+    def __init__(self, heading: Heading, logprobs: bool, token_text: TokenText) -> None:
+        self._heading = heading
+        self._logprobs = logprobs
+        self._token_text = token_text
+        self._begun: set[int] = set()
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> ChatChunk:
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(
+                role="assistant" if first else None,
+                content=delta.text if delta.text or first else None,
+            ),
+            logprobs=self._told(delta.tokens, delta.logprobs),
+            finish_reason=delta.finish,
+            stop_reason=delta.stop_reason,
+        )
+        return self._chunk([choice], usage, delta.atts)
+
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        return self._chunk([], usage, None)
+
+    def whole(self, choices: Sequence[Whole], usage: Usage, vote: Vote | None) -> ChatReply:
+        made = [
+            ChatChoice(
+                index=c.index,
+                message=ChatMessage(role="assistant", content=c.text),
+                logprobs=self._told(c.tokens, c.logprobs),
+                finish_reason=c.finish,
+                stop_reason=c.stop_reason,
+            )
+            for c in choices
+        ]
+        head = self._heading
+        return ChatReply(
+            id=head.id,
+            object="chat.completion",
+            created=head.created,
+            model=head.model,
+            choices=made,
+            usage=usage,
+            atts=vote,
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None, atts: AttsChunk | None) -> ChatChunk:
+        head = self._heading
+        return ChatChunk(
+            id=head.id,
+            object="chat.completion.chunk",
+            created=head.created,
+            model=head.model,
+            choices=choices,
+            usage=usage,
+            atts=atts,
+        )
+
+    def _told(self, tokens: Sequence[int], logprobs: Sequence[float]) -> ChatLogprobs | None:
+        if not self._logprobs:
+            return None
+        content = []
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            text = self._token_text(token)
+            content.append(TokenLogprob(token=text, logprob=logprob, bytes=list(text.encode()), top_logprobs=[]))
+        return ChatLogprobs(content=content)
+
+
+class CompletionRenderer:
+    """As `ChatRenderer`, for text."""
+
+    def __init__(self, heading: Heading, logprobs: bool, token_text: TokenText) -> None:
+        self._heading = heading
+        self._logprobs = logprobs
+        self._token_text = token_text
+        self._lengths: dict[int, int] = {}
+
+    def chunk(self, delta: Delta, usage: Usage | None) -> CompletionReply:
+        choice = CompletionChoice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=self._told(delta.index, delta.tokens, delta.logprobs),
+            finish_reason=delta.finish,
+            stop_reason=delta.stop_reason,
+        )
+        return self._reply([choice], usage, delta.atts)
+
+    def usage_chunk(self, usage: Usage) -> CompletionReply:
+        return self._reply([], usage, None)
+
+    def whole(self, choices: Sequence[Whole], usage: Usage, vote: Vote | None) -> CompletionReply:
+        made = [
+            CompletionChoice(
+                index=c.index,
+                text=c.text,
+                logprobs=self._told(c.index, c.tokens, c.logprobs),
+                finish_reason=c.finish,
+                stop_reason=c.stop_reason,
+            )
+            for c in choices
+        ]
+        return self._reply(made, usage, vote)
+
+    def _reply(
+        self, choices: list[CompletionChoice], usage: Usage | None, atts: Vote | AttsChunk | None
+    ) -> CompletionReply:
+        head = self._heading
+        return CompletionReply(
+            id=head.id,
+            object="text_completion",
+            created=head.created,
+            model=head.model,
+            choices=choices,
+            usage=usage,
+            atts=atts,
+        )
+
+    def _told(self, index: int, tokens: Sequence[int], logprobs: Sequence[float]) -> CompletionLogprobs | None:
+        if not self._logprobs:
+            return None
+        texts = [self._token_text(token) for token in tokens]
+        ends = list(accumulate((len(text) for text in texts), initial=self._lengths.get(index, 0)))
+        self._lengths[index] = ends[-1]
+        return CompletionLogprobs(
+            tokens=texts,
+            token_logprobs=list(logprobs),
+            top_logprobs=[None] * len(texts),
+            text_offset=ends[:-1],
+        )

@@ -1,0 +1,41 @@
+"""`/v1/chat/completions`"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from atts_engine.serve.asking import Ask, atts_ask, new_id, plain_ask
+from atts_engine.serve.rendering import ChatRenderer, Heading
+from atts_engine.serve.replies import ChatReply
+from atts_engine.serve.requests import ChatRequest
+from atts_engine.serve.responding import respond
+from atts_engine.serve.routes.common import ERRORS, STREAM, chat_ids, log_prompt, now, service_of
+from atts_engine.serve.service import Service
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses={**ERRORS, 200: {"model": ChatReply, "content": STREAM}},
+    summary="Answer a chat: by the target alone, or with `atts` by the vote of many chains",
+)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    service = service_of(request)
+    service.check_model(body.model)
+    ask = await _ask(service, body, new_id("chatcmpl"))
+    log_prompt(service, ask.id, [message.plain() for message in body.messages])
+    heading = Heading(ask.id, now(), service.settings.model)
+    renderer = ChatRenderer(heading, bool(body.logprobs), service.token_text)
+    return await respond(service, request, ask, renderer)
+
+
+async def _ask(service: Service, body: ChatRequest, ask_id: str) -> Ask:
+    if body.atts is None:
+        ids = await chat_ids(service, body.messages)
+        return plain_ask(service, body, ask_id, "chat", [ids], body.limit, bool(body.logprobs))
+    plain = [message.plain() for message in body.messages]
+    size = sum(len(message["content"]) for message in plain)
+    prompts = await service.off_loop(size, lambda: service.engine.prompts(plain))
+    return atts_ask(service, body, body.atts, ask_id, "chat", prompts, body.limit, bool(body.logprobs))
