@@ -73,6 +73,10 @@ def score_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return (logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0],)
 
 
+def token_confidence(logits: Tensor, k: int) -> tuple[Tensor, ...]:
+    return (-logits.double().log_softmax(-1).topk(min(k, logits.shape[1])).values.mean(-1),)
+
+
 def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     """By pieces of rows, as float64 logits of many are large."""
     pieces = zip(hidden.split(64), ids.split(64), strict=True)
@@ -95,6 +99,7 @@ ORACLES: dict[str, Oracle] = {
     "score_logits": score_logits,
     "score_tokens": score_tokens,
     "span_mean": span_mean,
+    "token_confidence": token_confidence,
 }
 """By op: results in float64, the contents of what the op writes to behind them."""
 WRITTEN: dict[str, tuple[int, ...]] = {

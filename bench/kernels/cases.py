@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Make = Callable[[torch.device, int], tuple[Any, ...]]
+CONFIDENCE_TOKENS = 20
+"""Likeliest tokens that a confidence is the mean of: DeepConf's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,11 @@ def _scores(s: Sizes, dtype: torch.dtype, item: int) -> Iterator[Case]:
         r = _Random(device, torch.float32, seed)
         return r.normal(batch * new), torch.arange(0, batch * new + 1, new, device=device)
 
+    def sure(device: torch.device, seed: int) -> tuple[Any, ...]:
+        return _Random(device, dtype, seed).normal(s.decode[0], v), CONFIDENCE_TOKENS
+
     tokens = s.span[0] * s.span[2]
+    yield Case("token_confidence", f"T={s.decode[0]} V={v}", dtype, sure, s.decode[0] * (v * item + 4))
     yield Case("score_logits", f"T={rows} V={v}", dtype, logits, rows * v * item + 12 * rows)
     yield Case("span_mean", f"B={s.span[0]} T={tokens}", torch.float32, spans, 4 * tokens + 20 * s.span[0])
 
