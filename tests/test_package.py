@@ -142,6 +142,15 @@ def test_results_in_the_readme_come_from_their_file() -> None:
         assert between.strip() == "", "figures without the file that they were read from"
 
 
+def test_strategies_in_the_readme_come_from_their_file() -> None:
+    from bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    record = json.loads(readme.STRATEGIES.read_text())
+    assert readme.strategies_updated(text, record) == text, "run python -m bench.readme"
+    assert all(len(block["rows"]) > 6 for block in record["blocks"])
+
+
 def test_commands_in_the_docs_exist() -> None:
     from atts_engine.cli.main import COMMANDS
 
