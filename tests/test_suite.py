@@ -151,7 +151,7 @@ def test_two_suites_with_one_seed_give_one_table_and_a_killed_one_goes_on(
     said = capsys.readouterr().out
     assert "at one takeover rate" in said and "coin:gate=conformal" in said and "report: " in said
     page = (whole / "report.html").read_text()
-    assert "Every strategy at its own defaults" in page and "alpha 0.4" in page
+    assert "Every strategy at its own defaults" in page and "level 0." in page
 
     cut = tmp_path / "cut"
     monkeypatch.setattr("atts_engine.evaluation.suite.run_metered", _dying_after(4))

@@ -40,8 +40,12 @@ details { margin: 10px 0; } summary { cursor: pointer; } summary::marker { color
 .legend span { margin-right: 16px; } .legend { color: var(--soft); font-size: .88rem; margin: 0 0 10px; }
 .timeline { width: 100%; height: auto; display: block; } .timeline text { fill: var(--soft); font-size: 11px; }
 pre { overflow-x: auto; font-size: .84rem; color: var(--soft); }
-@media print { body { background: #fff; } main { padding: 0; max-width: none; }
-  .card, figure, .panel { break-inside: avoid; } }
+@media (max-width: 700px) { th, td { padding: 6px 8px; font-size: .84rem; }
+  .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--card);
+    white-space: normal; min-width: 7.5em; max-width: 11em; overflow-wrap: anywhere; } }
+@media print { body { background: #fff; font-size: 12px; } main { padding: 0; max-width: none; }
+  .scroll { overflow: visible; } th, td { padding: 3px 5px; font-size: 9px; white-space: normal; }
+  .card, figure { break-inside: avoid; } .plots { grid-template-columns: 1fr 1fr; } tr { break-inside: avoid; } }
 """
 
 

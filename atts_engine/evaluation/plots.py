@@ -30,6 +30,9 @@ _VARIABLES = {
     KEPT: "--kept",
     BACK: "--card",
 }
+_COLOURS = {"draft": DRAFT, "target": TARGET, "atts": TAKEN}
+MOST_NAMED = 6
+"""Strategies of a plot that all have their names beside them."""
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -219,10 +222,13 @@ def accuracy_against(strategies: Mapping[str, Mapping[str, Any]], cost: str, amo
     means = [(x["mean"], 100 * y["mean"]) for x, y in points.values()]
     drawn: list[str] = []
     with _drawing(title, label, "%", drawn) as axes:
-        line = [means[i] for i in pareto.front(means)]
+        front = pareto.front(means)
+        line = [means[i] for i in front]
         axes.plot(*zip(*line, strict=True), color=GRID, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        # Of many, those are named that nothing beats, and the three that everybody looks for.
+        named = {list(points)[i] for i in front} | set(_COLOURS) if len(points) > MOST_NAMED else set(points)
         for name, (x, y) in points.items():
-            colour = {"draft": DRAFT, "target": TARGET, "atts": TAKEN}.get(name, KEPT)
+            colour = _COLOURS.get(name, KEPT)
             at = x["mean"], 100 * y["mean"]
             axes.errorbar(
                 [at[0]],
@@ -234,15 +240,18 @@ def accuracy_against(strategies: Mapping[str, Mapping[str, Any]], cost: str, amo
                 markersize=8,
                 capsize=3,
                 linewidth=1.4,
+                alpha=1.0 if name in named else 0.35,
             )
-            axes.annotate(name, at, xytext=(9, 6), textcoords="offset points", fontweight="bold", color=colour)
+            if name in named:
+                axes.annotate(name, at, xytext=(9, 6), textcoords="offset points", fontweight="bold", color=colour)
         axes.margins(x=0.18)
         axes.set_ylim(top=103)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     return Plot(
         drawn[0],
         f"{among}{'. ' if among else ''}Up and to the left is better; the dashed line joins the strategies that no "
-        "other beats in both. Bars: 95% bootstrap intervals over problems.",
+        "other beats in both. Where there are many, the others have no name. Bars: 95% bootstrap intervals over "
+        "problems.",
     )
 
 

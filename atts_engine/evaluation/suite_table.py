@@ -91,7 +91,7 @@ def terms(row: Mapping[str, Any]) -> str:
     chains = row["chains_per_problem"]
     cap = row["chains_cap"]
     written = f"{cap} chains" if chains == cap else f"{chains:.1f} of {cap} chains"
-    return f"alpha {row['alpha']:g}, {written}" if row["calibrated"] else written
+    return f"level {row['alpha']:g}" if row["calibrated"] else written
 
 
 def _percent(cell: Mapping[str, float] | None) -> str:
