@@ -2,7 +2,9 @@
 
     python -m bench.strategies           # under 20 minutes; writes bench/results/strategies_cpu.json
     python -m bench.readme               # puts it into README.md
+    python -m bench.strategies --smollm2 gsm8k.jsonl --out bench/results/strategies_smollm2_cpu.json
 
+The last is a smoke test with real text: SmolLM2-135M beside itself on the first problems of a file, with two short chains.
 A run that was broken off goes on in the same --folder. Figures but for times depend on the seed alone.
 """
 
@@ -29,12 +31,23 @@ KEPT = (
 )  # fmt: skip
 
 
-def measure(problems: int, pilot: int, chains: int, folder: Path, out: Path) -> int:
-    flags = [
+def built_in(problems: int, pilot: int, chains: int) -> list[str]:
+    return [
         *("eval", "--suite", "--task", "registers", "--steps", "6", "--problems-count", str(problems)),
         *("--pilot-problems", str(pilot), "--chains", str(chains), "--alpha", "0.4", "--seed", "1"),
         *("--concurrency", "16", "--threads", "1"),
     ]
+
+
+def smollm2(file: Path) -> list[str]:
+    return [
+        *("eval", "--suite", "--draft", "smollm2-135m", "--target", "smollm2-135m", "--dtype", "bfloat16"),
+        *("--problems", str(file), "--limit", "20", "--pilot-problems", "8", "--chains", "2", "--turns", "2"),
+        *("--draft-tokens", "64", "--target-tokens", "64", "--alpha", "0.4", "--seed", "1", "--concurrency", "16"),
+    ]
+
+
+def measure(flags: Sequence[str], folder: Path, out: Path) -> int:
     resume = ["--resume"] if folder.is_dir() and any(folder.iterdir()) else []
     began = time.perf_counter()
     figures = folder.with_name(f"{folder.name}.json")
@@ -47,7 +60,7 @@ def measure(problems: int, pilot: int, chains: int, folder: Path, out: Path) -> 
         "provenance": provenance(shlex.join(["atts", *flags, "--out", "DIR"])),
         # Of this process: no measure of the suite where a part was done before.
         "wall_s": None if resume else took,
-        "pilot_problems": pilot,
+        "pilot_problems": int(flags[flags.index("--pilot-problems") + 1]),
         "blocks": [{**block, "rows": [_kept(row) for row in block["rows"]]} for block in found["blocks"]],
     }
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -65,13 +78,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--problems", type=int, default=40, help="held-out problems (default: %(default)s)")
     parser.add_argument("--pilot", type=int, default=16, help="problems to calibrate with (default: %(default)s)")
     parser.add_argument("--chains", type=int, default=8, help="chains a problem (default: %(default)s)")
+    parser.add_argument("--smollm2", type=Path, metavar="FILE", help="a problem file for SmolLM2 in place of the pair")
     parser.add_argument("--folder", type=Path, help="where the runs go; kept, and gone on with (default: a new one)")
     parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/strategies_cpu.json")
     args = parser.parse_args(words)
+    flags = smollm2(args.smollm2) if args.smollm2 else built_in(args.problems, args.pilot, args.chains)
     if args.folder is not None:
-        return measure(args.problems, args.pilot, args.chains, args.folder, args.out)
+        return measure(flags, args.folder, args.out)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(args.problems, args.pilot, args.chains, Path(folder) / "suite", args.out)
+        return measure(flags, Path(folder) / "suite", args.out)
 
 
 if __name__ == "__main__":
