@@ -4,7 +4,9 @@
     python -m bench.readme               # puts it into README.md
     python -m bench.strategies --smollm2 gsm8k.jsonl --out bench/results/strategies_smollm2_cpu.json
 
-The last is a smoke test with real text: SmolLM2-135M beside itself on the first problems of a file, with two short chains.
+The last is a smoke test with real text: SmolLM2-135M beside itself on the first problems of a file, two short chains
+each.
+
 A run that was broken off goes on in the same --folder. Figures but for times depend on the seed alone.
 """
 
@@ -57,7 +59,7 @@ def measure(flags: Sequence[str], folder: Path, out: Path) -> int:
     took = time.perf_counter() - began
     found = json.loads(figures.read_text(encoding="utf-8"))
     record = {
-        "provenance": provenance(shlex.join(["atts", *flags, "--out", "DIR"])),
+        "provenance": provenance(shlex.join(["atts", *map(_shown, flags), "--out", "DIR"])),
         # Of this process: no measure of the suite where a part was done before.
         "wall_s": None if resume else took,
         "pilot_problems": int(flags[flags.index("--pilot-problems") + 1]),
@@ -66,6 +68,11 @@ def measure(flags: Sequence[str], folder: Path, out: Path) -> int:
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{took:.0f} s; wrote {out}")
     return 0
+
+
+def _shown(word: str) -> str:
+    """A file by its name: where it lies is nobody's business."""
+    return Path(word).name if Path(word).is_file() else word
 
 
 def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
