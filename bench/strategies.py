@@ -51,6 +51,7 @@ def smollm2(file: Path) -> list[str]:
 
 def measure(flags: Sequence[str], folder: Path, out: Path) -> int:
     resume = ["--resume"] if folder.is_dir() and any(folder.iterdir()) else []
+    folder.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     figures = folder.with_name(f"{folder.name}.json")
     status = atts([*flags, "--out", str(folder), "--json", str(figures), *resume])
