@@ -412,7 +412,7 @@ class AsyncEngine:
     def _default_calibrator(self, params: ATTSParams) -> Calibrator:
         key = (params.alpha, params.draft_tokens, params.target_tokens, params.temperature, params.top_k,
         params.top_p,
-               params.min_p, params.takeover, params.settings.score)  # fmt: skip
+               params.min_p, params.replaces, params.settings.score)  # fmt: skip
         if key not in self._defaults:
             self._defaults[key] = Adaptive(params.alpha, meta=self.calibration_meta(params))
         self._defaults.move_to_end(key)

@@ -72,28 +72,31 @@ def strategies_section(record: dict[str, Any]) -> str:
     where, lines = record["provenance"], []
     first = record["blocks"][0]["rows"][0]
     lines.append(
-        f"{first['problems']} held-out problems of 6 steps, {first['chains_cap']} chains where the row says no other. "
-        f"Calibrations are frozen, from {record['pilot_problems']} other problems; calibrated strategies stand at the "
-        "level (shown) at which these problems come to the rate 0.4, or to the tokens. Tokens are those of a problem."
+        f"{first['problems']} held-out problems, {first['chains_cap']} chains where the row says no other. Calibrations "
+        f"are frozen, from {record['pilot_problems']} other problems; calibrated strategies stand at the level (shown) at "
+        "which these problems come to the rate, or to the tokens. Tokens and seconds are those of a problem, with 16 in "
+        "flight; a chain that a strategy did not write is in no mean."
     )
     for block in record["blocks"]:
         lines += [
             "",
             f"*{TITLES[block['equal']].capitalize()}.*",
             "",
-            f"| | | chain | answer | taken over | draft tokens | target tokens | against {block['against']}, points |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | | chain | answer | taken over | draft tokens | target tokens | seconds | "
+            f"answer against {block['against']}, points |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in block["rows"]:
             rate, tokens = row["takeovers"]["rate"], row["tokens_per_problem"]
             d = row["difference"] and row["difference"]["difference"]
             cells = [
-                f"`{row['label']}`" + (" ¹" if stands_in(row["label"]) else ""),
+                f"`{row['label']}`{_marks(row['label'])}",
                 terms(row),
-                f"{100 * row['chain_accuracy']['mean']:.1f}%",
+                _share(row["chain_accuracy"]),
                 _share(row["voted"]),
                 "–" if rate is None else f"{rate:.3f}",
                 *(f"{tokens[author]['mean']:,.0f}" for author in ("draft", "target")),
+                f"{row['latency_s']['mean']['mean']:.1f}",
                 "–" if d is None else f"{100 * d['mean']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f})",
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -101,7 +104,9 @@ def strategies_section(record: dict[str, Any]) -> str:
     lines += [
         "",
         "¹ The task's checker, which knows the solution, stands in for a judge or a reward model: an upper end of the "
-        "method.",
+        "method.  ",
+        "² The model is asked whether its answer is correct, a question that this pair was never taught: its confidence "
+        "is noise.",
         "",
         f"`{where['command']}` ·{took} {where['date']} · {where['cpu']}, {where['cores']} cores, torch "
         f"{where['torch']} · [bench/results/strategies_cpu.json](bench/results/strategies_cpu.json), written by "
@@ -109,6 +114,11 @@ def strategies_section(record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _marks(label: str) -> str:
+    asked = label.split(":")[0] in ("early-stop-bon", "sc-conf", "asc-conf")
+    return " ¹" if stands_in(label) else " ²" if asked else ""
 
 
 def strategies_updated(readme: str, record: dict[str, Any]) -> str:

@@ -231,7 +231,7 @@ def test_the_rating_is_read_off_the_ten_digits_alone() -> None:
                 lane, seq, end_ids=span.end_ids, waiting=span.waiting
             )
             assert found.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
-            assert found.read == len(span.waiting) + len(codec.encode(ASKED))
+            assert found.read == len(span.waiting) + len(codec.encode(ASKED)) + len(digits)
             likeliest = await TargetRating(codec, prompt=ASKED).score(span, lane, seq, RESULT)
             assert likeliest == (9.0 - int(logprobs.argmax()), 1, found.read)
             mean = await TargetRating(codec, prompt=ASKED, expected=True).score(span, lane, seq, RESULT)

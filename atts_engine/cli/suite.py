@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="problems beside those of the table that calibrations and matched levels come from (default: %(default)s)",
+        help="problems beside those of the table that calibrations come from (default: %(default)s)",
     )
     group.add_argument(
         "--passes", type=int, default=2, metavar="N", help="passes of a calibration over them (default: %(default)s)"
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from atts_engine.evaluation.suite_table import COLUMNS, TITLES, note, suite_figures, table_rows
 
     options.fill_defaults(args)
-    only = () if args.strategies is None else tuple(name.strip() for name in args.strategies.split(","))
+    only = _names(args.strategies)
     options.engine_config(args)
     if args.out is None:
         raise InputError("--out is missing: name a folder for the suite")
@@ -83,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    """Names of --strategies; none for all. The suite itself says which options it runs them with."""
+    from atts_engine.pipeline.settings import parse_strategy
+
+    names = () if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if parse_strategy(name)[1]:
+            raise InputError(f"--suite brings the options of each strategy itself: write {name.split(':')[0]}")
+    if len(set(names)) != len(names):
+        raise InputError(f"--strategies must name each strategy once, not {text!r}")
+    return names
+
+
 def _problems(args: argparse.Namespace) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """Those of the table, and those of the pilot: the ones after them in the same file or task."""
     count = args.pilot_problems
@@ -91,6 +104,8 @@ def _problems(args: argparse.Namespace) -> tuple[tuple[Problem, ...], tuple[Prob
     wider = argparse.Namespace(**vars(args))
     if args.task is not None:
         wanted = options.DEFAULT_COUNT if args.problems_count is None else args.problems_count
+        if wanted < 1:
+            raise InputError(f"--problems-count must be 1 or more, not {wanted}")
         wider.problems_count = wanted + count
     elif args.limit is not None:
         wanted, wider.limit = args.limit, args.limit + count

@@ -20,7 +20,9 @@ def of_decisions(meta: Meta, alpha: float, decisions: Iterable[Decision]) -> Cal
     The order of the decisions does not matter: a count over calibration scores does not either.
     """
     found = make_calibrator(KIND, alpha, meta=meta, cold=ColdStart("coin", 1))
-    for decision in sorted(decisions, key=lambda d: (d.problem, d.chain, d.turn)):
+    # A chain that a killed run had not ended is judged again when the run goes on, and comes to the same scores.
+    once = {(d.problem, d.chain, d.turn): d for d in decisions}
+    for _, decision in sorted(once.items()):
         found.observe(decision.score, decision.key)
     found.frozen = True
     return found
@@ -48,7 +50,7 @@ async def match_level(
     *,
     full: float | None = None,
     tolerance: float = 0.02,
-    runs: int = 3,
+    runs: int = 6,
 ) -> float:
     """The level, three digits in 0.005 .. 0.995, at which a run reaches `wanted`, by secant steps from `level`.
 

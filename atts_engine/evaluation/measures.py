@@ -65,6 +65,11 @@ def by_problem(chains: Iterable[Chain]) -> dict[str, list[Chain]]:
     return dict(groups)
 
 
+def counted_answer(chain: Chain) -> str | None:
+    """The chain's answer, if it is one: a chain that its strategy gave up has none, whatever its text holds."""
+    return None if chain.finish == "stopped" else chain.final_answer
+
+
 def grade(
     chains: Iterable[Chain],
     equal: Callable[[str, str], bool] | None = None,
@@ -82,7 +87,7 @@ def grade(
         if not is_graded(problem_id, gold):
             continue
         votes = (tally(group, "majority", same), tally(group, "weighted", same), tally(group, "majority"))
-        correct = tuple(bool(is_right(problem_id, gold, c.final_answer, same)) for c in group)
+        correct = tuple(bool(is_right(problem_id, gold, counted_answer(c), same)) for c in group)
         majority, weighted, spelling = (bool(is_right(problem_id, gold, winner(vote), same)) for vote in votes)
         own = majority if answers is None else bool(is_right(problem_id, gold, answers[problem_id], same))
         outcomes.append(Outcome(problem_id, correct, majority, weighted, any(correct), own, spelling))

@@ -19,7 +19,7 @@ tokens are cut down."""
 VARIANTS = {REFERENCE: ("span=step",), "best-of-n": ("score=reward",)}
 """Further rows at their own defaults: options that change what a strategy is."""
 LOOPS = (REFERENCE, f"{REFERENCE}:span=step", "spec-reason:gate=conformal", "rsd:gate=conformal")
-CONTROLS = ("coin:gate=conformal", "span-length", "turn-number")
+CONTROLS = ("coin:gate=conformal", "coin:gate=conformal:span=step", "span-length", "turn-number")
 """Both are one loop, with another score each."""
 SAMPLERS = ("target", "speculative", "best-of-n", "adaptive-consistency", "esc")
 """The target's own chains, of which there are as many as its tokens allow."""
@@ -44,7 +44,9 @@ def blocks(checked: bool, only: tuple[str, ...] = ()) -> tuple[Block, ...]:
     names = ("target", REFERENCE, *(n for n in STRATEGIES if n not in ("target", REFERENCE)))
     every = [text for name in names for text in (name, *(f"{name}:{option}" for option in VARIANTS.get(name, ())))]
     own = tuple(judged(text) for text in every if kept(text))
-    loops = tuple(judged(text) for text in (*LOOPS, *CONTROLS) if kept(text))
+    # With the task's checker as judge SpecReason tests the score of RSD: one row is enough where rates are equal.
+    scores = [text for text in LOOPS if not (checked and text.startswith("spec-reason"))]
+    loops = tuple(judged(text) for text in (*scores, *CONTROLS) if kept(text))
     return (
         Block("own", own),
         Block("rate", loops, "rate"),

@@ -154,12 +154,22 @@ class Suite:
         return replace(params, alpha=self._levels[key])
 
     async def _as_many_chains(self, params: ATTSParams, text: str) -> ATTSParams:
-        """The parameters with as many chains as come nearest to the reference's target tokens."""
+        """The parameters with as many chains as come nearest to the reference's target tokens.
+
+        Where a strategy stops early its tokens do not rise with the number it may write, so neighbours are tried.
+        """
         wanted = target_tokens(await self._at_rate(REFERENCE))
         each = target_tokens(await self._result(params, text)) / params.chains
         if not each:
             raise InputError(f"{text} asks nothing of the target, so it cannot be held to a number of its tokens")
-        return replace(params, chains=max(1, round(wanted / each)))
+
+        async def off(chains: int) -> float:
+            return abs(target_tokens(await self._result(replace(params, chains=chains), text)) - wanted)
+
+        best = max(1, round(wanted / each))
+        while best > 1 and await off(best - 1) < await off(best):
+            best -= 1
+        return replace(params, chains=best)
 
     async def _result(self, params: ATTSParams, text: str) -> JobResult:
         """The table's problems at these parameters."""

@@ -44,7 +44,7 @@ def figures(result: JobResult, params: ATTSParams, same: Same | None = None) -> 
         "chains_per_problem": params.chains,
         **found,
         "voted": measures.as_json(bootstrap(right, level=found["level"])) if right else None,
-        "auc_steps": wrong_steps(result.chains, result.problems, replaced=params.takeover == "replace"),
+        "auc_steps": wrong_steps(result.chains, result.problems, replaced=params.replaces),
         "decisions": len(result.decisions),
         "wall_s": result.wall_s,
         "restored_chains": result.restored,

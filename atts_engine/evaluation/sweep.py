@@ -60,8 +60,9 @@ class SweepFolder:
         cells = path / "cells.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if cells.exists() and cells.stat().st_size > 0:
+            if any(path.iterdir()):
                 check_resumed(path, settings, resume=resume)
+            if cells.exists():
                 for line in read_lines(cells, allow_torn_tail=True):
                     cell = Cell(line.text("mode"), *(line.integer(n) for n in ("chains", "turns", "repeat")))
                     self.done[cell] = line.fields

@@ -13,7 +13,7 @@ from atts_engine.pipeline.translation import Codec
 
 class Reading(NamedTuple):
     """logprobs: of each answer as a whole behind the question, nats, in their order; read: tokens that the model was
-    given for the question."""
+    given for the question and its answers."""
 
     logprobs: tuple[float, ...]
     read: int
@@ -53,7 +53,7 @@ class Question:
             forks = await lane.fork(asked, len(self._answers))
             try:
                 reads = [_logprob(lane, fork, ids) for fork, ids in zip(forks, self._answers, strict=True)]
-                return Reading(tuple(await asyncio.gather(*reads)), len(given))
+                return Reading(tuple(await asyncio.gather(*reads)), len(given) + sum(map(len, self._answers)))
             finally:
                 for fork in forks:
                     await lane.close(fork)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atts_engine.errors import InputError
-from atts_engine.pipeline.settings import Options, Settings, make_settings
+from atts_engine.pipeline.settings import Gated, Options, Settings, make_settings
 from atts_engine.pipeline.voting import VOTES
 from atts_engine.runtime.records import SamplingParams
 
@@ -64,6 +64,13 @@ class ATTSParams:
         if self.early_verdict and settings.score != "mean-nll":
             raise InputError(f"early_verdict is for mean-nll over spans of tokens, not for {settings.score}")
         self.sampling(0)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a takeover takes the draft's span back."""
+        own = self.settings
+        takeover = own.takeover if isinstance(own, Gated) else None
+        return (takeover or self.takeover) == "replace"
 
     @property
     def settings(self) -> Settings:

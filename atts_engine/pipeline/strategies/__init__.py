@@ -1,6 +1,6 @@
 """Ways to turn a problem into chains and an answer, all behind one interface: `solve(work)`.
 
-A strategy is a class of settings (pipeline/settings.py) and a coroutine that is given a problem's `Work` and these.
+A strategy is a class of settings (pipeline/settings/) and a coroutine that is given a problem's `Work` and these.
 """
 
 from __future__ import annotations

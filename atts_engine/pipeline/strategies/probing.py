@@ -112,5 +112,6 @@ def _close(solo: Solo, opening: Sequence[int], probe: Probe) -> None:
     decode = solo.words.codec.decode
     n = next(n for n in range(1, len(probe.tokens) + 1) if boxed(decode(probe.tokens[:n])) is not None)
     solo.add([*opening, *probe.tokens[:n]])
-    solo.aside -= n
+    # Already counted as the probe's; the opening is nobody's writing.
+    solo.aside -= n + len(opening)
     solo.extra["settled"] = True
