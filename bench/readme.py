@@ -72,9 +72,9 @@ def strategies_section(record: dict[str, Any]) -> str:
     where, lines = record["provenance"], []
     first = record["blocks"][0]["rows"][0]
     lines.append(
-        f"{first['problems']} held-out problems, {first['chains_cap']} chains where the row says no other. Calibrations "
-        f"are frozen, from {record['pilot_problems']} other problems; calibrated strategies stand at the level (shown) at "
-        "which these problems come to the rate, or to the tokens. Tokens and seconds are those of a problem, with 16 in "
+        f"{first['problems']} held-out problems, {first['chains_cap']} chains where a row says no other. Calibrations "
+        f"are frozen, from {record['pilot_problems']} other problems; calibrated strategies stand at the level at "
+        "which these problems come to the rate, or to the tokens. Tokens and seconds are a problem's, with 16 in "
         "flight; a chain that a strategy did not write is in no mean."
     )
     for block in record["blocks"]:
@@ -105,8 +105,7 @@ def strategies_section(record: dict[str, Any]) -> str:
         "",
         "¹ The task's checker, which knows the solution, stands in for a judge or a reward model: an upper end of the "
         "method.  ",
-        "² The model is asked whether its answer is correct, a question that this pair was never taught: its confidence "
-        "is noise.",
+        "² Asks the model whether its answer is correct, which this pair was never taught: its confidence is noise.",
         "",
         f"`{where['command']}` ·{took} {where['date']} · {where['cpu']}, {where['cores']} cores, torch "
         f"{where['torch']} · [bench/results/strategies_cpu.json](bench/results/strategies_cpu.json), written by "

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from atts_engine import AsyncEngine, ATTSParams, Chain, ChainEvent, InputError, Problem, QueueFull, Solution
+from atts_engine import AsyncEngine, ATTSParams, Chain, ChainEvent, InputError, LaneError, Problem, QueueFull, Solution
 from atts_engine.backends import InProcessLane
 from atts_engine.conformal import Mondrian
 from atts_engine.pipeline import Pair, Prompts, SolutionEvent, TokensEvent, Tongues, Words, run_problem
@@ -219,3 +219,27 @@ def test_priorities_change_the_order_and_not_the_chains() -> None:
 
     alone, ranked = with_engine(work, replace(CONFIG, max_batch_tokens=16, kv_tokens=700, preemption="swap"))
     assert alone == ranked
+
+
+@pytest.mark.parametrize("where", ["commit", "command"])
+def test_a_fault_fails_the_lane_and_leaves_no_page_taken(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """In the midst of a commit, when its step is in flight no more, and in a command, which no step runs."""
+
+    async def work(engine: AsyncEngine) -> None:
+        core = engine._cores[0]
+
+        def fault(*_: Any) -> None:
+            raise RuntimeError("device-side assert")
+
+        monkeypatch.setattr(core, "_take" if where == "commit" else "_begin_decode", fault)
+        with pytest.raises(LaneError, match="device-side assert"):
+            await engine.solve(problems(1)[0], replace(PARAMS, strategy="draft"))
+        with pytest.raises(LaneError, match="device-side assert"):
+            await engine.solve(problems(1)[0], replace(PARAMS, strategy="draft"))
+        # Closing is told to the lane and not waited for.
+        async with asyncio.timeout(10):
+            while engine.stats()["draft"]["open_sequences"]:
+                await asyncio.sleep(0.01)
+        assert engine.stats()["draft"]["used_pages"] == 0
+
+    with_engine(work)

@@ -166,8 +166,8 @@ class LaneCore:
         failure.__cause__ = cause
         self._failure = failure
         # What is in flight runs to its end on the device and is heard by nobody; no step follows it.
-        for work in (work for pending in self._flight for work in pending.step.work):
-            work.seq.flights = 0
+        for seq in (*self._sequences.values(), *self._leaving):
+            seq.flights = 0
         self._flight.clear()
         for seq in self._leaving:
             seq.table.release()

@@ -96,5 +96,10 @@ class EngineLoop:
             calls, self._inbox = self._inbox, deque()
             stopping = self._stopping
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception as error:
+                # A call that fails has left a lane in an unknown state, and this thread must live to say so.
+                for lane, _ in self._lanes:
+                    lane.fail(LaneError(f"{lane.name} lane failed: {type(error).__name__}: {error}"), error)
         return not stopping

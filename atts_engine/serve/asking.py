@@ -67,6 +67,7 @@ def plain_ask(
         for i, ids in enumerate(prompts)
     ]
     tokens = sum(len(p.ids) + choices * p.max_tokens for p in made)
+    deadline_s = service.deadline_s(body.timeout_s)
 
     def source(account: Account) -> AsyncGenerator[Delta, None]:
         return plain_deltas(
@@ -74,8 +75,9 @@ def plain_ask(
             made,
             account.counts,
             priority=body.priority,
-            deadline_s=service.deadline_s(body.timeout_s),
-            chunk_tokens=service.settings.stream_tokens if body.stream else None,
+            deadline_s=deadline_s,
+            # What a lane has not handed over when the deadline comes is lost to the answer.
+            chunk_tokens=service.settings.stream_tokens if body.stream or deadline_s is not None else None,
         )
 
     return Ask(

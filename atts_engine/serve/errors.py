@@ -75,7 +75,10 @@ def as_api_error(error: Exception) -> ApiError:
         case QueueFull():
             return overloaded(str(error), "overloaded", 1)
         case LaneError():
-            return ApiError(500, str(error), kind="server_error", code="lane_failed")
+            log.error("a lane has failed", exc_info=error)
+            return ApiError(
+                500, "a lane has failed; the server's log has the details", kind="server_error", code="lane_failed"
+            )
         case ChainError():
             return ApiError(500, str(error), kind="server_error", code="chain_failed")
         case ClientGone():

@@ -47,9 +47,7 @@ class EventStream(Response):
     its own status; what fails later ends the stream with an error event."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
-        )
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
         self._events = events
 

@@ -26,7 +26,7 @@ async def health(request: Request) -> Response:
     lanes = {}
     for name, found in (await service.health()).items():
         if isinstance(found, LaneError):
-            lanes[name] = LaneHealth(ok=False, error=str(found))
+            lanes[name] = LaneHealth(ok=False, error="failed; the server's log has the details")
         else:
             lanes[name] = LaneHealth(ok=True, seconds=found)
     if not all(lane.ok for lane in lanes.values()):

@@ -24,11 +24,14 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     else:
         assert body.messages is not None
         ids = await chat_ids(service, body.messages)
+    strs = None
+    if body.return_token_strs:
+        strs = await service.off_loop(len(ids), lambda: [service.token_text(i) for i in ids])
     reply = TokenizeReply(
         count=len(ids),
         max_model_len=service.engine.context_tokens,
         tokens=ids,
-        token_strs=[service.token_text(i) for i in ids] if body.return_token_strs else None,
+        token_strs=strs,
     )
     return Response(reply.json_bytes(), media_type="application/json")
 
