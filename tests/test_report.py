@@ -94,7 +94,7 @@ def test_a_comparison_report_has_every_strategy() -> None:
     found = {**comparison(results, params, str.__eq__), "settings": {name: settings() for name in params}}
     html = comparison_report(results, found)
     words = " ".join(check(html).words)
-    assert "Accuracy of the vote" in html
+    assert "Accuracy of the answer" in html
     assert all(name in words for name in ("draft against target", "atts against target"))
 
 
