@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.errors import ChainError, ContextFull
 from atts_engine.pipeline.records import Chain, Turn
-from atts_engine.pipeline.writer import ChainSpec, Span, Writer, stream_of
+from atts_engine.pipeline.writer import ChainSpec, Span, Writer, finish_of, stream_of
 from atts_engine.runtime.records import SamplingParams, TokenChunk
 
 
@@ -97,17 +95,8 @@ async def run_single(spec: ChainSpec, lane: Lane, seq: Seq, author: str, body: B
     """One model alone writes a chain in the way of `body`. Its sequence is closed when it has ended; an error of the
     chain's own is in its record."""
     solo = Solo(spec, lane, seq, author)
-    error = None
     try:
-        finish = await body(solo)
-    except ContextFull:
-        finish = "length"
-    except ChainError as failure:
-        finish, error = "error", str(failure)
-    except asyncio.CancelledError:
-        if not spec.expired:
-            raise
-        finish = "deadline"
+        finish, error = await finish_of(spec, body(solo))
     finally:
         await lane.close(seq)
     return solo.result(finish, error)

@@ -11,14 +11,13 @@ target's distribution; this one keeps the target's text, whatever the draft prop
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 
 from atts_engine.backends import Lane, Seq, Verifier
-from atts_engine.errors import ChainError, ContextFull, InputError
+from atts_engine.errors import ContextFull, InputError
 from atts_engine.pipeline.records import Chain, Turn
 from atts_engine.pipeline.translation import Tongues
-from atts_engine.pipeline.writer import ChainSpec, Writer, stream_of
+from atts_engine.pipeline.writer import ChainSpec, Writer, finish_of, stream_of
 from atts_engine.runtime.records import SamplingParams
 
 
@@ -53,32 +52,27 @@ async def run_speculative(
     drafter = _Drafter(writer, draft, d, sampling)
     tokens: list[int] = []
     proposed = accepted = passes = 0
-    finish: str | None = None
-    error = None
-    try:
-        while finish is None:
+
+    async def write() -> str:
+        nonlocal proposed, accepted, passes
+        while True:
             left = spec.params.token_limit - len(tokens)
             guess = await drafter.guess(min(proposal_tokens, left - 1))
             answer = await target.propose(t, guess, left, sampling, written=len(tokens))
             passes += 1
             proposed += len(guess)
             accepted += answer.accepted
-            tokens += answer.tokens
+            tokens.extend(answer.tokens)
             writer.waited(answer.wait_s)
             own = answer.tokens[answer.accepted :]
             writer.wrote(0, "draft", writer.back.push(answer.tokens[: answer.accepted]), answer.accepted)
             writer.wrote(0, "target", writer.back.push(own), len(own))
-            finish = answer.finish
-            if finish is None:
-                await drafter.follow(len(guess) - answer.accepted, own)
-    except ContextFull:
-        finish = "length"
-    except ChainError as failure:
-        finish, error = "error", str(failure)
-    except asyncio.CancelledError:
-        if not spec.expired:
-            raise
-        finish = "deadline"
+            if answer.finish is not None:
+                return answer.finish
+            await drafter.follow(len(guess) - answer.accepted, own)
+
+    try:
+        finish, error = await finish_of(spec, write())
     finally:
         await draft.close(d)
         await target.close(t)

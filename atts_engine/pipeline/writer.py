@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ class Writer:
         )
 
 
-async def finish_of(spec: ChainSpec, body: Coroutine[Any, Any, str]) -> tuple[str, str | None]:
+async def finish_of(spec: ChainSpec, body: Awaitable[str]) -> tuple[str, str | None]:
     """How a chain ended, and its error: as `body` says, unless that cannot go on. A cancellation that is no deadline is
     passed on."""
     try:
