@@ -17,7 +17,6 @@ from atts_engine.evaluation.measures import (
     Outcome,
     bootstrap,
     by_problem,
-    comparable,
     compare,
     grade,
     mcnemar,
@@ -197,7 +196,7 @@ def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int) -
 
 def test_comparison_of_two_strategies_on_the_same_problems() -> None:
     right, wrong = [_chain(i, 0, "5") for i in range(8)], [_chain(i, 0, "6") for i in range(8)]
-    outcomes = comparable({"first": right, "second": right[:3] + wrong[3:]})
+    outcomes = {"first": grade(right), "second": grade(right[:3] + wrong[3:])}
     found = compare(outcomes["first"], outcomes["second"])
     assert found["difference"]["mean"] == 5 / 8
     assert found["mcnemar"] == {"only_first": 5, "only_second": 0, "p_value": 2 / 32}

@@ -80,8 +80,3 @@ def _doubling(kind: str, slope: float, x: Array) -> tuple[float, float]:
     if kind == "power":
         return (2.0**slope, 2.0**slope)
     return (float(np.exp(slope * low)), float(np.exp(slope * high / 2)))
-
-
-def better(laws: Sequence[Law]) -> Law:
-    """The one with the lowest AIC, all being laws of the same data."""
-    return min(laws, key=lambda law: law.aic)

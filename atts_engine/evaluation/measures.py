@@ -259,9 +259,3 @@ def compare(
 def as_json(record: Interval | McNemar) -> dict[str, float]:
     """The record's fields."""
     return {name: getattr(record, name) for name in type(record).__slots__}
-
-
-def comparable(strategies: Mapping[str, Sequence[Chain]]) -> dict[str, list[Outcome]]:
-    """Outcomes of several strategies, graded by one grader so that equal answers are judged once."""
-    grader = Grader()
-    return {name: grade(chains, grader.equal) for name, chains in strategies.items()}
