@@ -25,3 +25,11 @@ class LaneError(AttsError):
 
 class ContextFull(ChainError):
     """A chain has reached the end of a model's context; what it has written stands."""
+
+
+class Unreachable(LaneError):
+    """A server cannot be asked now; the same request may be made again later. retry_after: seconds that it asked for."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

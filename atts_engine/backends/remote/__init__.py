@@ -1,0 +1,1 @@
+"""Lanes on servers that run elsewhere: vLLM and SGLang."""
