@@ -28,7 +28,7 @@ class ContextFull(ChainError):
 
 
 class Unreachable(LaneError):
-    """A server cannot be asked now; the same request may be made again later. retry_after: seconds that it asked for."""
+    """A server cannot be asked now; the same request may be made again. retry_after: seconds that it asked for."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
