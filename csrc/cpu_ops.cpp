@@ -22,7 +22,9 @@ extern "C" int atts_linear_cpu(const atts_linear_params* params) {
   const atts_linear_params& p = *params;
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
-  if (p.x == nullptr || p.weight == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
+  if (p.x == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.out == nullptr)
+    return ATTS_ERROR_NULL_POINTER;
+  if (const int status = atts::check_packed(p.packed, p.out_features, p.in_features)) return status;
   atts::linear(p);
   return ATTS_OK;
 }
@@ -32,8 +34,9 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
   const atts_score_tokens_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (p.rows == 0) return ATTS_OK;
-  if (p.hidden == nullptr || p.weight == nullptr || p.ids == nullptr || p.logprob == nullptr)
+  if (p.hidden == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.ids == nullptr || p.logprob == nullptr)
     return ATTS_ERROR_NULL_POINTER;
+  if (const int status = atts::check_packed(p.packed, p.vocab, p.width)) return status;
   for (int64_t row = 0; row < p.rows; ++row)
     if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
   const float* hidden = atts::prepared(p.hidden, p.rows, p.width);
@@ -46,8 +49,7 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
     float* logits = atts::scratch(kScoreRows * atts::kScoreBlock);
     for (int64_t at = 0; at < p.rows; at += kScoreRows) {
       const int64_t rows = p.rows - at < kScoreRows ? p.rows - at : kScoreRows;
-      kernels().dot(hidden + at * p.width, rows, p.weight + first * p.width, columns, p.width, logits,
-                    atts::kScoreBlock);
+      atts::dot(hidden + at * p.width, rows, p.weight, p.packed, first, columns, p.width, logits, atts::kScoreBlock);
       for (int64_t row = 0; row < rows; ++row) {
         float* own = logits + row * atts::kScoreBlock;
         const int64_t id = p.ids[at + row] - first;

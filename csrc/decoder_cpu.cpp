@@ -68,10 +68,16 @@ atts_status check_arrays(const atts_decoder_params& p) {
       !aligned(p.workspace, kAlignment))
     return ATTS_ERROR_ALIGNMENT;
   for (const atts_decoder_layer* l = p.layer; l < p.layer + p.layers; ++l) {
-    if (!l->attn_norm || !l->qkv || !l->out || !l->mlp_norm || !l->gate_up || !l->down || !l->q_norm != !l->k_norm)
+    if (!l->attn_norm || !l->mlp_norm || !l->q_norm != !l->k_norm || !(l->qkv || l->qkv_packed) ||
+        !(l->out || l->out_packed) || !(l->gate_up || l->gate_up_packed) || !(l->down || l->down_packed))
       return ATTS_ERROR_NULL_POINTER;
     if (!all_aligned(l->attn_norm, l->qkv, l->qkv_bias, l->q_norm, l->k_norm, l->out, l->mlp_norm, l->gate_up, l->down))
       return ATTS_ERROR_ALIGNMENT;
+    const int64_t q_width = p.heads * p.head_dim, qkv_width = q_width + 2 * p.kv_heads * p.head_dim;
+    for (const atts_status status :
+         {check_packed(l->qkv_packed, qkv_width, p.hidden), check_packed(l->out_packed, p.hidden, q_width),
+          check_packed(l->gate_up_packed, 2 * p.inner, p.hidden), check_packed(l->down_packed, p.hidden, p.inner)})
+      if (status != ATTS_OK) return status;
   }
   return ATTS_OK;
 }
@@ -118,9 +124,9 @@ void place(const atts_decoder_params& p, int64_t layer, const Workspace& w, int6
 void forward(const atts_decoder_params& p, const Workspace& w) {
   const int64_t q_width = p.heads * p.head_dim, qkv_width = q_width + 2 * p.kv_heads * p.head_dim;
   uint16_t* const normed = p.out;
-  const auto product_of = [&](const uint16_t* x, int64_t n, const uint16_t* weight, const uint16_t* bias, uint16_t* out,
-                              int64_t width) {
-    linear({sizeof(atts_linear_params), x, weight, bias, out, p.rows, n, width, p.threads});
+  const auto product_of = [&](const uint16_t* x, int64_t n, const uint16_t* weight, const void* packed,
+                              const uint16_t* bias, uint16_t* out, int64_t width) {
+    linear({sizeof(atts_linear_params), x, weight, packed, bias, out, p.rows, n, width, p.threads});
   };
   // A residual is added on the way into the norm behind it.
   const auto norm = [&](const uint16_t* delta, const uint16_t* weight) {
@@ -132,17 +138,17 @@ void forward(const atts_decoder_params& p, const Workspace& w) {
   norm(nullptr, p.layer[0].attn_norm);
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     const atts_decoder_layer& l = p.layer[layer];
-    product_of(normed, p.hidden, l.qkv, l.qkv_bias, w.wide, qkv_width);
+    product_of(normed, p.hidden, l.qkv, l.qkv_packed, l.qkv_bias, w.wide, qkv_width);
     parallel_rows(p.rows, qkv_width, p.threads, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) place(p, layer, w, row);
     });
     attention(attention_of(p, layer, w.narrow, w.wide));
-    product_of(w.wide, q_width, l.out, nullptr, w.delta, p.hidden);
+    product_of(w.wide, q_width, l.out, l.out_packed, nullptr, w.delta, p.hidden);
     norm(w.delta, l.mlp_norm);
-    product_of(normed, p.hidden, l.gate_up, nullptr, w.wide, 2 * p.inner);
+    product_of(normed, p.hidden, l.gate_up, l.gate_up_packed, nullptr, w.wide, 2 * p.inner);
     silu_mul({sizeof(atts_silu_mul_params), w.wide, w.wide + p.inner, w.narrow, p.rows, p.inner, 2 * p.inner,
               2 * p.inner, p.threads});
-    product_of(w.narrow, p.inner, l.down, nullptr, w.delta, p.hidden);
+    product_of(w.narrow, p.inner, l.down, l.down_packed, nullptr, w.delta, p.hidden);
     norm(w.delta, layer + 1 < p.layers ? p.layer[layer + 1].attn_norm : p.norm);
   }
 }

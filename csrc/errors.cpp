@@ -31,13 +31,15 @@ extern "C" const char* atts_strerror(int status) {
     case ATTS_ERROR_STRIDE:
       return "a stride is so small that rows or heads overlap";
     case ATTS_ERROR_ALIGNMENT:
-      return "an array is not aligned to its element, or a workspace not to 16 bytes";
+      return "an array is not aligned to its element, a workspace not to 16 bytes, or packed weights not to 64";
     case ATTS_ERROR_DEVICE:
       return "an array is not memory of the current device, or host memory is not pinned";
     case ATTS_ERROR_WORKSPACE:
-      return "the workspace is smaller than the op asks for";
+      return "the workspace, or the room for packed weights, is smaller than what is asked for";
     case ATTS_ERROR_OVERLAP:
       return "a page or slot is written twice, or both read and written";
+    case ATTS_ERROR_PACKED:
+      return "packed weights are none, or of other sizes";
     default:
       return "unknown status";
   }

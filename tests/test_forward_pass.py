@@ -266,11 +266,12 @@ def test_codes_of_the_c_function() -> None:
     assert c_call(kv=65) == c_call(ids=68) == c_call(workspace=72) == "ERROR_ALIGNMENT"
     assert c_call(vocab=2) == c_call(max_positions=3) == "ERROR_KEY"
     assert c_call(pages=1) == c_call(batch=5) == "ERROR_BATCH"
+    optional = ("q_norm", "k_norm", "qkv_bias")
     for pointer in ("attn_norm", "qkv", "out", "mlp_norm", "gate_up", "down"):
         layers = (native.DecoderLayer * 3)()
         for layer in layers:
             for name, _ in native.DecoderLayer._fields_:
-                setattr(layer, name, 0 if name in (pointer, "q_norm", "k_norm", "qkv_bias") else 64)
+                setattr(layer, name, 0 if name in (pointer, *optional) or name.endswith("_packed") else 64)
         assert (pointer, c_call(layer=ctypes.addressof(layers))) == (pointer, "ERROR_NULL_POINTER")
 
 

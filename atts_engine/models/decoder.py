@@ -6,7 +6,7 @@ rotary positions and a SwiGLU MLP; Qwen2 adds biases to q, k and v, Qwen3 a norm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,20 @@ class LayerWeights:
     mlp_norm: torch.Tensor  # [H]
     gate_up: torch.Tensor
     down: torch.Tensor  # [H, F]
+    qkv_packed: torch.Tensor | None = None  # as the next three: the matrix of that name by ops.pack_weight
+    out_packed: torch.Tensor | None = None
+    gate_up_packed: torch.Tensor | None = None
+    down_packed: torch.Tensor | None = None
+
+    def packed(self) -> LayerWeights:
+        """With each matrix held a second time, packed, where its sides allow it."""
+        return replace(
+            self,
+            qkv_packed=ops.pack_weight(self.qkv),
+            out_packed=ops.pack_weight(self.out),
+            gate_up_packed=ops.pack_weight(self.gate_up),
+            down_packed=ops.pack_weight(self.down),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,13 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     lm_head: torch.Tensor
+    lm_head_packed: torch.Tensor | None = None
+
+    def packed(self) -> DecoderWeights:
+        """With each matrix of a product held a second time, packed (`ops.pack_weight`): three quarters more memory, and
+        decoding of few rows reads a quarter less. No bit of a result changes."""
+        layers = tuple(layer.packed() for layer in self.layers)
+        return replace(self, layers=layers, lm_head_packed=ops.pack_weight(self.lm_head))
 
 
 class Decoder:
@@ -114,7 +135,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] in the decoder's dtype, of hidden[N, H]."""
-        return ops.linear(hidden, self.weights.lm_head)
+        return ops.linear(hidden, self.weights.lm_head, packed=self.weights.lm_head_packed)
 
     def _attention(
         self,

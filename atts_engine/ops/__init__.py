@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from atts_engine.ops.attention import Scratch, paged_attention
 from atts_engine.ops.checks import checked
-from atts_engine.ops.dense import add_rms_norm, linear, rms_norm, rope, silu_mul
+from atts_engine.ops.dense import add_rms_norm, linear, pack_weight, rms_norm, rope, silu_mul, unpack_weight
 from atts_engine.ops.dispatch import IMPLEMENTATIONS, Obstacle, available, capturable, chosen, obstacle, use
 from atts_engine.ops.forward_pass import ForwardPass
 from atts_engine.ops.gating import GateResult, gate
@@ -45,6 +45,7 @@ __all__ = [
     "kv_swap",
     "linear",
     "obstacle",
+    "pack_weight",
     "paged_attention",
     "rms_norm",
     "rope",
@@ -56,6 +57,7 @@ __all__ = [
     "silu_mul",
     "span_mean",
     "token_confidence",
+    "unpack_weight",
     "use",
 ]
 

@@ -20,7 +20,8 @@ class ForwardPass:
 
     embed: [V, H]; norm: [H]; cos, sin: fp32 [positions, D/2], D a multiple of 16. layers: the weights of each block,
     named and shaped as `atts_decoder_layer` in csrc/include/atts/atts.h has them; qkv_bias, q_norm and k_norm may be
-    None. All are held and must not move. For one caller at a time: what it works in is kept from call to call.
+    None, and so may qkv_packed, out_packed, gate_up_packed and down_packed: the matrices by `pack_weight`, which are read
+    instead. All are held and must not move. For one caller at a time: what it works in is kept from call to call.
 
     Raises InputError where shapes, dtypes or devices do not fit.
     """
@@ -56,10 +57,13 @@ class ForwardPass:
             held.append(x.contiguous())
             return held[-1].data_ptr()
 
-        blocks = [
-            native.DecoderLayer(**{name: address(name, layer[name], shape) for name, shape in shapes.items()})
-            for layer in layers
-        ]
+        def block(layer: Mapping[str, Tensor | None]) -> native.DecoderLayer:
+            fields = {name: address(name, layer[name], shape) for name, shape in shapes.items()}
+            for name in ("qkv_packed", "out_packed", "gate_up_packed", "down_packed"):
+                fields[name] = address(name, layer[name], (-1,), torch.uint8)
+            return native.DecoderLayer(**fields)
+
+        blocks = [block(layer) for layer in layers]
         self._layers = (native.DecoderLayer * len(blocks))(*blocks)
         self._params = native.DecoderParams(
             struct_size=ctypes.sizeof(native.DecoderParams),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atts_engine.errors import InputError
 
-ABI = (0, 3)
+ABI = (0, 4)
 """Major and minor version of the header that the structs below follow."""
 
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
@@ -34,9 +34,16 @@ def _params(function: str, **kinds: type) -> type[_Params]:
     return type(f"{function}_params", (_Params,), {"function": f"atts_{function}_cpu", "_fields_": fields})
 
 
-_Linear = _params("linear", x=_P, weight=_P, bias=_P, out=_P, rows=_N, in_features=_N, out_features=_N, threads=_T)
+_PackWeight = _params(
+    "pack_weight",
+    weight=_P, packed=_P, packed_bytes=ctypes.c_uint64, out_features=_N, in_features=_N, threads=_T,
+)  # fmt: skip
+_UnpackWeight = _params("unpack_weight", packed=_P, weight=_P, out_features=_N, in_features=_N, threads=_T)
+_Linear = _params(
+    "linear", x=_P, weight=_P, packed=_P, bias=_P, out=_P, rows=_N, in_features=_N, out_features=_N, threads=_T
+)
 _ScoreTokens = _params(
-    "score_tokens", hidden=_P, weight=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
+    "score_tokens", hidden=_P, weight=_P, packed=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
 )
 _ScoreLogits = _params(
     "score_logits",
@@ -79,13 +86,19 @@ class DecoderLayer(ctypes.Structure):
 
     _fields_ = tuple(
         (name, _P)
-        for name in ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "mlp_norm", "gate_up", "down")
-    )
+        for name in (
+            "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "mlp_norm", "gate_up", "down",
+            "qkv_packed", "out_packed", "gate_up_packed", "down_packed",
+        )
+    )  # fmt: skip
 
 
 _BFLOAT16 = 3
 """ATTS_BFLOAT16."""
-_ALL = (_Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend, _Sample, DecoderParams)
+_ALL = (
+    _PackWeight, _UnpackWeight, _Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend,
+    _Sample, DecoderParams,
+)  # fmt: skip
 
 
 @cache
@@ -106,7 +119,8 @@ def load(path: Path) -> ctypes.CDLL:
         loaded.atts_cpu_isa.restype = ctypes.c_char_p
         for kind in _ALL:
             getattr(loaded, kind.function).argtypes = (ctypes.POINTER(kind),)
-        loaded.atts_decoder_cpu_workspace.argtypes = (ctypes.POINTER(DecoderParams), ctypes.POINTER(ctypes.c_uint64))
+        for name, kind in (("atts_decoder_cpu_workspace", DecoderParams), ("atts_pack_weight_cpu_bytes", _PackWeight)):
+            getattr(loaded, name).argtypes = (ctypes.POINTER(kind), ctypes.POINTER(ctypes.c_uint64))
     except AttributeError as error:
         raise InputError(f"{path} was built from other sources; install again (`make setup`)") from error
     return loaded
@@ -177,7 +191,34 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.shape[0] <= 1 or x.stride(0) >= expected else x.contiguous()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+PACKED_ROWS, PACKED_COLUMNS = 32, 64
+"""A matrix packs where its sides are multiples of these."""
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    params = _PackWeight(
+        struct_size=ctypes.sizeof(_PackWeight),
+        weight=weight.data_ptr(),
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    needed = ctypes.c_uint64()
+    _run("atts_pack_weight_cpu_bytes", params, ctypes.byref(needed))
+    packed = torch.empty(needed.value, dtype=torch.uint8)
+    params.packed, params.packed_bytes = packed.data_ptr(), packed.numel()
+    _run("atts_pack_weight_cpu", params)
+    return packed
+
+
+def unpack_weight(packed: Tensor, rows: int, columns: int) -> Tensor:
+    weight = torch.empty(rows, columns, dtype=torch.bfloat16)
+    _call(_UnpackWeight, packed.data_ptr(), weight.data_ptr(), rows, columns, torch.get_num_threads())
+    return weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -185,6 +226,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _Linear,
         x.data_ptr(),
         weight.data_ptr(),
+        None if packed is None else packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         x.shape[0],
@@ -199,8 +241,17 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
     rows, width = hidden.shape
     out = hidden.new_empty(rows, dtype=torch.float32)
-    pointers = (t.data_ptr() for t in (hidden, weight, ids, out))
-    _call(_ScoreTokens, *pointers, rows, width, weight.shape[0], torch.get_num_threads())
+    _call(
+        _ScoreTokens,
+        hidden=hidden.data_ptr(),
+        weight=weight.data_ptr(),
+        ids=ids.data_ptr(),
+        logprob=out.data_ptr(),
+        rows=rows,
+        width=width,
+        vocab=weight.shape[0],
+        threads=torch.get_num_threads(),
+    )
     return out
 
 

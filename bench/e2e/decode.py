@@ -147,7 +147,7 @@ async def speed(side: Ours | Peer, sequences: int, tokens: int, round_: int) -> 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = load_model(args.model, "cpu", torch.bfloat16)
+    model = load_model(args.model, "cpu", torch.bfloat16, packed=args.packed)
     core = LaneCore("draft", model, kv_tokens=64 * 512, page_size=16, max_batch_tokens=2048, device=torch.device("cpu"))
     ours = Ours(core)
     runs: list[dict[str, Any]] = []
@@ -160,6 +160,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": args.model,
             "tokens": args.tokens,
             "threads": torch.get_num_threads(),
+            "packed": args.packed,
             "ops": {op: ops.chosen(op, "cpu") for op in ops.available()},
             "vllm": version,
             "products_ms": products,
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--packed", action="store_true", help="hold our weights packed as well")
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

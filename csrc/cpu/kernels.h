@@ -4,6 +4,7 @@
 #define ATTS_CPU_KERNELS_H_
 
 #include "atts/atts.h"
+#include "cpu/packed.h"
 
 namespace atts {
 
@@ -17,6 +18,9 @@ struct Kernels {
   // out[r * out_stride + c] = x[r] . weight[c], x prepared.
   void (*dot)(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
               int64_t out_stride);
+  // The same for columns first .. of a packed matrix, with the same bits; both are multiples of 32. NULL: there is none.
+  void (*dot_packed)(const float* x, int64_t rows, const PackedMatrix& weight, int64_t first, int64_t columns,
+                     float* out, int64_t out_stride);
   // out[n] = sum[n] + bias[n], rounded once.
   void (*narrow)(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out);
   // x[n] as fp32, in order.

@@ -29,6 +29,24 @@ const float* prepared(const uint16_t* x, int64_t rows, int64_t n) {
   return held.data();
 }
 
+void dot(const float* x, int64_t rows, const uint16_t* weight, const void* packed, int64_t first, int64_t columns,
+         int64_t n, float* out, int64_t out_stride) {
+  const Kernels& run = kernels();
+  if (packed == nullptr) return run.dot(x, rows, weight + first * n, columns, n, out, out_stride);
+  const auto& matrix = *static_cast<const PackedMatrix*>(packed);
+  if (run.dot_packed != nullptr) return run.dot_packed(x, rows, matrix, first, columns, out, out_stride);
+  thread_local std::vector<uint16_t> held;
+  held.resize(static_cast<size_t>(columns * n));
+  for (int64_t c = 0; c < columns; c += kPackedColumns) unpack_columns(matrix, first + c, held.data() + c * n);
+  run.dot(x, rows, held.data(), columns, n, out, out_stride);
+}
+
+atts_status check_packed(const void* packed, int64_t out_features, int64_t in_features) {
+  if (packed == nullptr) return ATTS_OK;
+  if (reinterpret_cast<uintptr_t>(packed) % 64) return ATTS_ERROR_ALIGNMENT;
+  return is_packed(packed, out_features, in_features) ? ATTS_OK : ATTS_ERROR_PACKED;
+}
+
 void linear(const atts_linear_params& p) {
   const float* x = prepared(p.x, p.rows, p.in_features);
   const int64_t width = columns_of(p.out_features, p.threads);
@@ -37,8 +55,7 @@ void linear(const atts_linear_params& p) {
     float* sums = scratch(kRows * kColumns);
     for (int64_t at = 0; at < p.rows; at += kRows) {
       const int64_t rows = std::min(p.rows - at, kRows);
-      kernels().dot(x + at * p.in_features, rows, p.weight + first * p.in_features, columns, p.in_features, sums,
-                    kColumns);
+      dot(x + at * p.in_features, rows, p.weight, p.packed, first, columns, p.in_features, sums, kColumns);
       for (int64_t row = 0; row < rows; ++row)
         kernels().narrow(sums + row * kColumns, p.bias == nullptr ? nullptr : p.bias + first, columns,
                          p.out + (at + row) * p.out_features + first);

@@ -10,6 +10,14 @@ namespace atts {
 // x[rows, n] in the form in which the products read it; the calling thread's, until its next call.
 const float* prepared(const uint16_t* x, int64_t rows, int64_t n);
 
+// out[r * out_stride + c] = x[r] . row first + c of a matrix of n columns, which is `packed` or, where that is NULL,
+// `weight`. x is prepared; first and columns are multiples of 32 where it is packed.
+void dot(const float* x, int64_t rows, const uint16_t* weight, const void* packed, int64_t first, int64_t columns,
+         int64_t n, float* out, int64_t out_stride);
+
+// Whether it is a packed matrix of these sizes, or NULL.
+atts_status check_packed(const void* packed, int64_t out_features, int64_t in_features);
+
 void linear(const atts_linear_params& p);
 void rms_norm(const atts_rms_norm_params& p);
 void silu_mul(const atts_silu_mul_params& p);

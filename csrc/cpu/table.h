@@ -6,7 +6,7 @@
 
 namespace atts {
 
-#define ATTS_DECLARE_KERNELS(isa)                                                                                    \
+#define ATTS_DECLARE_KERNELS(isa, dot_packed)                                                                                    \
   namespace isa {                                                                                                    \
   void prepare(const uint16_t*, int64_t, int64_t, float*);                                                           \
   void dot(const float*, int64_t, const uint16_t*, int64_t, int64_t, float*, int64_t);                               \
@@ -21,15 +21,18 @@ namespace atts {
   void extremes(const uint16_t*, int64_t, int16_t*, uint16_t*);                                                      \
   int64_t find(const uint16_t*, int64_t, uint16_t, uint16_t);                                                        \
   int64_t contenders(const uint16_t*, int64_t, int64_t, float, float, uint64_t, uint32_t*);                          \
-  inline constexpr Kernels kTable{#isa,   prepare,  dot,      narrow, widen,    softmax_parts, attention_scratch,    \
-                                  attend, rms_norm, silu_mul, rope,   extremes, find,          contenders};          \
+  inline constexpr Kernels kTable{#isa,   prepare,  dot,      dot_packed, narrow,   widen, softmax_parts,             \
+                                  attention_scratch, attend, rms_norm, silu_mul, rope, extremes, find, contenders};  \
   }
 
-ATTS_DECLARE_KERNELS(plain)
+ATTS_DECLARE_KERNELS(plain, nullptr)
 #if defined(__x86_64__)
-ATTS_DECLARE_KERNELS(avx2)
+ATTS_DECLARE_KERNELS(avx2, nullptr)
 #if defined(ATTS_WITH_AVX512BF16)
-ATTS_DECLARE_KERNELS(avx512bf16)
+namespace avx512bf16 {
+void dot_packed(const float*, int64_t, const PackedMatrix&, int64_t, int64_t, float*, int64_t);
+}
+ATTS_DECLARE_KERNELS(avx512bf16, dot_packed)
 #endif
 #endif
 

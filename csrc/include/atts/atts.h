@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 #define ATTS_VERSION_MAJOR 0
-#define ATTS_VERSION_MINOR 3
+#define ATTS_VERSION_MINOR 4
 #define ATTS_VERSION_PATCH 0
 #define ATTS_VERSION (ATTS_VERSION_MAJOR * 10000 + ATTS_VERSION_MINOR * 100 + ATTS_VERSION_PATCH)
 
@@ -71,10 +71,12 @@ typedef enum atts_status {
   ATTS_ERROR_ISA = 10,         /* this processor, or this build, has no such instruction set */
   ATTS_ERROR_DTYPE = 11,       /* dtype is not one of atts_dtype */
   ATTS_ERROR_STRIDE = 12,      /* a stride so small that rows or heads overlap */
-  ATTS_ERROR_ALIGNMENT = 13,   /* an array is not aligned to its element, or a workspace not to 16 bytes */
+  ATTS_ERROR_ALIGNMENT = 13,   /* an array is not aligned to its element, a workspace not to 16 bytes, packed
+                                * weights not to 64 */
   ATTS_ERROR_DEVICE = 14,      /* an array is not memory of the current device, or host memory is not pinned */
   ATTS_ERROR_WORKSPACE = 15,   /* workspace_bytes is less than the op asks for */
-  ATTS_ERROR_OVERLAP = 16      /* a page or slot is written twice, or both read and written */
+  ATTS_ERROR_OVERLAP = 16,     /* a page or slot is written twice, or both read and written */
+  ATTS_ERROR_PACKED = 17       /* packed weights that are none, or of other sizes */
 } atts_status;
 
 /* Element types. 0 is none of them, so that a field that was never set is found. */
@@ -159,6 +161,41 @@ typedef struct atts_score_logits_params {
   int32_t threads;            /* 1 or more, host; not looked at on a device */
 } atts_score_logits_params;
 
+/* A matrix of bfloat16 weights in about three quarters of its bytes, without the loss of a bit: exponents of neighbours
+ * take few values, so a weight keeps its sign and mantissa, a byte, and a nibble that names its exponent in a table. For
+ * products of few rows, which take the time that reading the weights takes. out_features is a multiple of 32 and
+ * in_features of 64, else ATTS_ERROR_SHAPE: such a matrix stays as it is.
+ *
+ *   64 bytes         the header: uint64_t magic 0x3132314650535441, int64_t out_features, in_features, zeros
+ *   32 bytes each    an entry for each block of 32 rows x 64 columns, those of the first 32 rows first: uint8_t
+ *                    exponent[16], uint64_t at (of its data, bytes from the header's begin), uint64_t raw (0 or 1);
+ *                    up to a multiple of 64 bytes
+ *   3,072 bytes each the data of a block with at most sixteen exponents: for each two pairs of columns, w = 0, 2, .. 30,
+ *                    64 bytes of nibbles, pair w's low and pair w + 1's high, then 64 bytes of sign (bit 7) and mantissa
+ *                    (bits 0..6) for each pair. Of a pair, row r's column c lies at r % 16 / 4 * 16 + r / 16 * 8 + r % 4 * 2
+ *                    + c % 2.
+ *   4,096 bytes      instead, of any other block (raw): the weights as they are, [32 pairs of columns][32 rows][2]
+ *
+ * `packed` is aligned to 64 bytes. Where a struct below takes one beside `weight`, `weight` is not looked at and may be
+ * NULL; results have the same bits. Its content is trusted: it must come from atts_pack_weight_cpu. */
+typedef struct atts_pack_weight_params {
+  uint64_t struct_size;    /* sizeof(atts_pack_weight_params) */
+  const uint16_t* weight;  /* [out_features, in_features] */
+  void* packed;            /* written; not looked at by atts_pack_weight_cpu_bytes */
+  uint64_t packed_bytes;   /* room there; ATTS_ERROR_WORKSPACE where it is less than atts_pack_weight_cpu_bytes says */
+  int64_t out_features, in_features;
+  int32_t threads;         /* 1 or more */
+} atts_pack_weight_params;
+
+/* The way back; exact for all 65,536 values. ATTS_ERROR_PACKED where `packed` is not a matrix of these sizes. */
+typedef struct atts_unpack_weight_params {
+  uint64_t struct_size;  /* sizeof(atts_unpack_weight_params) */
+  const void* packed;
+  uint16_t* weight;      /* [out_features, in_features], written */
+  int64_t out_features, in_features;
+  int32_t threads;       /* 1 or more */
+} atts_unpack_weight_params;
+
 /* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. This struct and those without a
  * dtype are for the host alone, in bfloat16; a bfloat16 is its 16 bits. AVX-512, AVX2 or plain code, as the processor
  * has it. */
@@ -166,6 +203,7 @@ typedef struct atts_linear_params {
   uint64_t struct_size;    /* sizeof(atts_linear_params) */
   const uint16_t* x;       /* [rows, in_features] */
   const uint16_t* weight;  /* [out_features, in_features] */
+  const void* packed;      /* optional: weight, packed */
   const uint16_t* bias;    /* [out_features], or NULL */
   uint16_t* out;           /* [rows, out_features], written; must not overlap x */
   int64_t rows;            /* 0 or more */
@@ -180,6 +218,7 @@ typedef struct atts_score_tokens_params {
   uint64_t struct_size;    /* sizeof(atts_score_tokens_params) */
   const uint16_t* hidden;  /* [rows, width] */
   const uint16_t* weight;  /* [vocab, width] */
+  const void* packed;      /* optional: weight, packed */
   const int64_t* ids;      /* [rows], 0..vocab-1 */
   float* logprob;          /* [rows], written */
   int64_t rows, width, vocab;
@@ -249,6 +288,10 @@ typedef struct atts_decoder_layer {
   const uint16_t* mlp_norm;  /* [hidden] */
   const uint16_t* gate_up;   /* [2 inner, hidden]: rows of the gate, then those that it is multiplied with */
   const uint16_t* down;      /* [hidden, inner] */
+  const void* qkv_packed;     /* optional, as the next three: the matrix of that name, packed */
+  const void* out_packed;
+  const void* gate_up_packed;
+  const void* down_packed;
 } atts_decoder_layer;
 
 /* A forward pass of a decoder in bfloat16, from token ids to hidden states behind the last norm: a Llama block as the ops
@@ -413,6 +456,8 @@ ATTS_API int atts_kv_copy_pages_cpu(const atts_kv_copy_pages_params* params);
 ATTS_API int atts_kv_gather_cpu(const atts_kv_gather_params* params);
 ATTS_API int atts_kv_swap_cpu(const atts_kv_swap_params* params);
 ATTS_API int atts_linear_cpu(const atts_linear_params* params);
+ATTS_API int atts_pack_weight_cpu(const atts_pack_weight_params* params);
+ATTS_API int atts_unpack_weight_cpu(const atts_unpack_weight_params* params);
 ATTS_API int atts_score_tokens_cpu(const atts_score_tokens_params* params);
 ATTS_API int atts_attention_cpu(const atts_attention_params* params);
 ATTS_API int atts_rms_norm_cpu(const atts_rms_norm_params* params);
@@ -439,6 +484,9 @@ ATTS_API int atts_score_logits_workspace(const atts_score_logits_params* params,
 /* Bytes of host memory that atts_decoder_cpu works in with these sizes; arrays need not be set. More rows need more. The
  * caller aligns it to 16 bytes and gives it to one call at a time; what it holds before and after means nothing. */
 ATTS_API int atts_decoder_cpu_workspace(const atts_decoder_params* params, uint64_t* bytes);
+
+/* Bytes of the packed form of `weight`, which is read; `packed` need not be set. */
+ATTS_API int atts_pack_weight_cpu_bytes(const atts_pack_weight_params* params, uint64_t* bytes);
 
 #ifdef __cplusplus
 }
