@@ -30,11 +30,11 @@ def load_pair(config: EngineConfig) -> tuple[Model, Model]:
     dtype = dtype_of(config.dtype)
     # Both before anything is loaded: a large draft should not be read for a target device that is not there.
     places = resolve_device(config.draft_device), resolve_device(config.target_device)
-    draft = load_model(config.draft, places[0], dtype)
+    draft = load_model(config.draft, places[0], dtype, packed=config.packed_weights)
     if config.target == config.draft and places[0] == places[1]:
         # One copy of the weights, two decoders: a decoder's buffers belong to one lane's thread and stream.
         return draft, replace(draft, decoder=Decoder(draft.config, draft.decoder.weights))
-    return draft, load_model(config.target, places[1], dtype)
+    return draft, load_model(config.target, places[1], dtype, packed=config.packed_weights)
 
 
 def tongues(draft: Model, target: Model) -> Tongues:

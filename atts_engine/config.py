@@ -26,6 +26,8 @@ class EngineConfig:
     """Which models, where, and how much memory.
 
     draft, target: a Hugging Face folder, a .gguf file, or a built-in name. dtype: of weights and KV.
+    packed_weights: hold the weights of both models packed as well (`DecoderWeights.packed`): on a CPU with AVX512-BF16,
+    in bfloat16, three quarters more memory and quicker steps, with the same results; elsewhere an error.
     page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
     for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
     kv_tokens: capacity of each lane's KV pool, whatever is free.
@@ -54,6 +56,7 @@ class EngineConfig:
     draft_device: str = "cpu"
     target_device: str = "cpu"
     dtype: str = "float32"
+    packed_weights: bool = False
     page_size: int = 16
     kv_tokens: int | None = None
     kv_memory_fraction: float | None = None

@@ -116,12 +116,14 @@ def test_settings_of_the_lanes_reach_the_engine(command: str) -> None:
     def settings(*flags: str) -> tuple[object, ...]:
         args = cli.build_parser().parse_args([command, *PAIR, "--out", "x", *flags])
         made = options.engine_config(args)
-        return made.overlap, made.graphs, made.lane_threads, made.profile
+        return made.overlap, made.graphs, made.lane_threads, made.profile, made.packed_weights
 
     plain = EngineConfig("tiny-draft", "tiny-target")
-    assert settings() == (plain.overlap, plain.graphs, plain.lane_threads, plain.profile) == (None, None, "one", False)
-    assert settings("--overlap", "--graphs", "--lane-threads", "each", "--profile") == (True, True, "each", True)
-    assert settings("--no-overlap", "--no-graphs") == (False, False, "one", False)
+    default = plain.overlap, plain.graphs, plain.lane_threads, plain.profile, plain.packed_weights
+    assert settings() == default == (None, None, "one", False, False)
+    flags = ("--overlap", "--graphs", "--lane-threads", "each", "--profile", "--packed-weights")
+    assert settings(*flags) == (True, True, "each", True, True)
+    assert settings("--no-overlap", "--no-graphs") == (False, False, "one", False, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

@@ -94,6 +94,9 @@ def test_products_have_the_bits_of_those_of_the_plain_weight(isa: str) -> None:
             for rows in (*range(1, 15), 24, 25, 70):
                 found = ops.linear(x[:rows], weight, bias, packed=packed)
                 assert np.array_equal(bits_of(found), bits_of(whole[:rows])), (width, rows)
+            ids = torch.arange(70) % columns
+            scores = native.score_tokens(x, weight, ids)
+            assert torch.equal(native.score_tokens(x, weight, ids, packed).nan_to_num(1.0), scores.nan_to_num(1.0))
     finally:
         native.use_isa(None)
 

@@ -78,6 +78,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="decode steps as CUDA graphs (default: where every op of a step can be captured)",
     )
     group.add_argument(
+        "--packed-weights",
+        action="store_true",
+        help="bfloat16 on a CPU with AVX512-BF16: hold the weights packed as well, for quicker steps",
+    )
+    group.add_argument(
         "--lane-threads",
         choices=("one", "each"),
         default="one",
@@ -271,6 +276,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         draft_device=args.draft_device,
         target_device=args.target_device,
         dtype=args.dtype,
+        packed_weights=args.packed_weights,
         page_size=args.page_size,
         kv_tokens=args.kv_tokens,
         kv_memory_fraction=args.kv_memory_fraction,

@@ -237,7 +237,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
     return out
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, packed: Tensor | None = None) -> Tensor:
     hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
     rows, width = hidden.shape
     out = hidden.new_empty(rows, dtype=torch.float32)
@@ -245,6 +245,7 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         _ScoreTokens,
         hidden=hidden.data_ptr(),
         weight=weight.data_ptr(),
+        packed=None if packed is None else packed.data_ptr(),
         ids=ids.data_ptr(),
         logprob=out.data_ptr(),
         rows=rows,

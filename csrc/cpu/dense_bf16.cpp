@@ -104,8 +104,6 @@ void dot(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, 
 
 namespace {
 
-constexpr int64_t kPackedFew = 8;  // rows whose 2 sums each leave registers for the decoding
-
 // Two words of 32 columns at a time, as they were: take(word of the block, half of the columns, their words).
 template <class Take>
 ATTS_INLINE void unpack(const PackedIndex& block, const uint8_t* from, Take take) {
@@ -143,25 +141,25 @@ void dot_few_packed(const uint32_t* x, const PackedMatrix& weight, const PackedI
                     int64_t out_stride) {
   const int64_t n = weight.in_features;
   __m512 sum[R][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t first = 0; first < n / 2; first += kPackedWords, ++block)
     unpack(*block, weight.data(*block), [&](int64_t w, int half, __m512i word) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const __m512i own = _mm512_set1_epi32(static_cast<int>(x[r * n + first + w]));
         sum[r][half] = _mm512_dpbf16_ps(sum[r][half], (__m512bh)word, (__m512bh)own);
       }
     });
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
     for (int half = 0; half < 2; ++half) _mm512_storeu_ps(out + r * out_stride + half * kLanes, sum[r][half]);
 }
 
 using DotFewPacked = void (*)(const uint32_t*, const PackedMatrix&, const PackedIndex*, float*, int64_t);
-constexpr DotFewPacked kDotFewPacked[kPackedFew] = {dot_few_packed<1>, dot_few_packed<2>, dot_few_packed<3>,
-                                                    dot_few_packed<4>, dot_few_packed<5>, dot_few_packed<6>,
-                                                    dot_few_packed<7>, dot_few_packed<8>};
+constexpr DotFewPacked kDotFewPacked[kFewRows] = {
+    dot_few_packed<1>, dot_few_packed<2>, dot_few_packed<3>, dot_few_packed<4>,  dot_few_packed<5>,  dot_few_packed<6>,
+    dot_few_packed<7>, dot_few_packed<8>, dot_few_packed<9>, dot_few_packed<10>, dot_few_packed<11>, dot_few_packed<12>};
 
 // The same for many rows: decoded once into a block that all of them use, as dot_columns does with what it transposes.
 // next: columns that follow these and will be asked for next, as many or none.
@@ -193,7 +191,7 @@ void dot_packed(const float* x, int64_t rows, const PackedMatrix& weight, int64_
   const auto* words = reinterpret_cast<const uint32_t*>(x);
   for (int64_t column = 0; column < columns; column += kPackedColumns) {
     const PackedIndex* const block = weight.block(first + column, weight.in_features / (2 * kPackedWords));
-    if (rows <= kPackedFew)
+    if (rows <= kFewRows)
       kDotFewPacked[rows - 1](words, weight, block, out + column, out_stride);
     else
       dot_block_packed(words, rows, weight, block, columns - column - kPackedColumns, out + column, out_stride);
