@@ -1,4 +1,4 @@
-"""Weights in twelve bits each: the way there and back, and products that have the bits of those of the plain weights."""
+"""Weights in twelve bits each: the way there and back, and products with the bits of those of the plain weights."""
 
 from __future__ import annotations
 

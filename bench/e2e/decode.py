@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,21 @@ def products_ms(model: Model, rows: int) -> dict[str, float]:
     """Milliseconds of a step's products alone, LM head included: by this engine's `linear` and by torch's; the least of
     several passes, each over all the weights, so that none stays in a cache."""
     w = model.decoder.weights
-    matrices = [m for layer in w.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [w.lm_head]
-    inputs = {m.shape[1]: torch.randn(rows, m.shape[1]).to(m.dtype) for m in matrices}
+    names = ("qkv", "out", "gate_up", "down")
+    matrices = [(getattr(layer, n), getattr(layer, f"{n}_packed")) for layer in w.layers for n in names]
+    matrices.append((w.lm_head, w.lm_head_packed))
+    inputs = {m.shape[1]: torch.randn(rows, m.shape[1]).to(m.dtype) for m, _ in matrices}
+    products: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
+        "ours": lambda x, m, packed: ops.linear(x, m, packed=packed),
+        "torch": lambda x, m, _: torch.nn.functional.linear(x, m),
+    }
     found = {}
-    for name, product in (("ours", ops.linear), ("torch", torch.nn.functional.linear)):
+    for name, product in products.items():
         seconds = []
         for _ in range(8):
             began = time.perf_counter()
-            for m in matrices:
-                product(inputs[m.shape[1]], m)
+            for m, packed in matrices:
+                product(inputs[m.shape[1]], m, packed)
             seconds.append(time.perf_counter() - began)
         found[name] = 1e3 * min(seconds)
     return found
