@@ -36,8 +36,9 @@ class Abort(Exception):
 @dataclass(slots=True)
 class FakeSGLang:
     """Flags are those of the server. computed: positions forwarded so far; heard: bodies of /generate, in order; pace:
-    seconds that a token takes; running: requests in the scheduler; dead: the scheduler met an id outside the vocabulary.
-    For one request each: `fail` is raised in its place, `broken` changes its first answer.
+    seconds that a token takes; running: requests in the scheduler; dead: the scheduler met an id outside the
+    vocabulary. For one request each: `fail` is raised in its place, `broken` changes its first
+    answer, or ends the stream in place of it where it gives None.
     """
 
     model: Model
@@ -104,10 +105,11 @@ class FakeSGLang:
                     answer = last
             except ValueError as error:
                 return web.json_response({"error": {"message": str(error)}}, status=400)
-            reason = answer["meta_info"]["finish_reason"]
-            if reason["type"] == "abort" and reason["status_code"]:  # tokenizer_manager.py, _handle_abort_finish_reason
-                body = {"error": {"message": reason["message"]}} if reason["status_code"] == 400 else reason
-                return web.json_response(body, status=reason["status_code"])
+            reason = answer.get("meta_info", {}).get("finish_reason", {})
+            if reason.get("type") == "abort" and reason["status_code"]:  # tokenizer_manager.py, _handle_abort_finish_reason
+                said, status = reason["message"], reason["status_code"]
+                shape = {"object": "error", "message": said, "type": str(status), "param": None, "code": status}
+                return web.json_response({"error": {"message": said}} if status == 400 else shape, status=status)
             return web.json_response(answer)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -139,15 +141,13 @@ class FakeSGLang:
                 "to fit within the limit."
             )
         for token in body.get("token_ids_logprob") or ():
-            if not 0 <= token < self.model.vocab_size:
+            if not 0 <= token < self.model.config.vocab_size:
                 raise ValueError(
                     f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is "
-                    f"[0, {self.model.vocab_size})."
+                    f"[0, {self.model.config.vocab_size})."
                 )
         if not settings.get("temperature", 1.0) >= 0.0:  # sampling_params.py, verify
-            raise ValueError(
-                f"temperature must be a non-negative finite number, got {settings['temperature']}."
-            )
+            raise ValueError(f"temperature must be a non-negative finite number, got {settings['temperature']}.")
         sent = 0
         try:
             self.running += 1
@@ -160,6 +160,8 @@ class FakeSGLang:
                     sent = meta["completion_tokens"]
                 if self.broken is not None:
                     answer, self.broken = self.broken(answer), None
+                    if answer is None:
+                        return
                 if streams or meta["finish_reason"]:
                     yield answer
         except asyncio.CancelledError:  # the client is gone: _release_req_states_on_failure
@@ -197,11 +199,12 @@ class FakeSGLang:
             written = [int(self._row([0]).argmax())]
             yield _answer(written, finish, 1, 0, {})
             return
-        if any(not 0 <= token < self.model.vocab_size for token in ids) or body.get("top_logprobs_num", 0) > (
-            self.model.vocab_size
+        if any(not 0 <= token < self.model.config.vocab_size for token in ids) or body.get("top_logprobs_num", 0) > (
+            self.model.config.vocab_size
         ):
             self.dead = True
             raise ConnectionError("IndexError: index out of range in self")
+        await asyncio.sleep(self.pace)
         cached = self._match(ids, start if wanted else -1)
         self.computed += len(ids) - cached
         self._insert(ids)
@@ -256,7 +259,7 @@ class FakeSGLang:
         if 0 <= start < len(ids):
             logprobs = self.rows(ids).log_softmax(1)
             values = [None, *(float(logprobs[i - 1, ids[i]]) for i in range(start + 1, len(ids)))]
-            shown = [token if token < self.model.vocab_size - 1 else 0 for token in ids[start:]]
+            shown = [token if token < self.model.config.vocab_size - 1 else 0 for token in ids[start:]]
             told["input_token_logprobs"] = [[value, token, None] for value, token in zip(values, shown, strict=True)]
         if body.get("top_logprobs_num", 0):
             told |= {"input_top_logprobs": [], "output_top_logprobs": []}
@@ -295,7 +298,7 @@ class FakeSGLang:
         for stop in settings.get("stop") or ():
             if stop in tail:
                 return {"type": "stop", "matched": stop}
-        ends = {*self.model.eos_token_ids, *(settings.get("stop_token_ids") or ())}
+        ends = {*self.model.tokenizer.eos_token_ids, *(settings.get("stop_token_ids") or ())}
         if written[-1] in ends and not settings.get("ignore_eos"):
             return {"type": "stop", "matched": written[-1]}
         return {"type": "length", "length": most} if len(written) >= most else None
