@@ -247,7 +247,7 @@ def test_logprobs_and_confidences_are_the_models_own_or_none(incremental: bool) 
 
 
 def test_what_the_server_is_asked_for() -> None:
-    full = SamplingParams(0.7, 9, 0.9, 0.05, seed=2**64 - 1, stop=("Wait",), stop_token_ids=(3,), ignore_eos=True)
+    full = SamplingParams(0.7, 9, 0.9, 0.05, seed=2**64 - 1, stop=("= 42",), stop_token_ids=(3,), ignore_eos=True)
 
     async def run(server: SGLangServer, fake: FakeSGLang) -> None:
         await written(server, PROMPT, 4, full)
@@ -260,7 +260,7 @@ def test_what_the_server_is_asked_for() -> None:
             "top_p": 0.9,
             "min_p": 0.05,
             "sampling_seed": -1,
-            "stop": ["Wait"],
+            "stop": ["= 42"],
             "stop_token_ids": [3],
             "ignore_eos": True,
             "stream_interval": 16,
