@@ -106,7 +106,7 @@ class FakeSGLang:
             except ValueError as error:
                 return web.json_response({"error": {"message": str(error)}}, status=400)
             reason = answer.get("meta_info", {}).get("finish_reason", {})
-            if reason.get("type") == "abort" and reason["status_code"]:  # tokenizer_manager.py, _handle_abort_finish_reason
+            if reason.get("type") == "abort" and reason["status_code"]:  # _handle_abort_finish_reason
                 said, status = reason["message"], reason["status_code"]
                 shape = {"object": "error", "message": said, "type": str(status), "param": None, "code": status}
                 return web.json_response({"error": {"message": said}} if status == 400 else shape, status=status)
