@@ -234,7 +234,7 @@ class FakeVllm:
         return list(zip(prompt[first:], found.tolist(), strict=True))
 
     def _logprobs(self, token: int, row: torch.Tensor, body: dict[str, Any]) -> dict[str, Any] | None:
-        """entrypoints/openai/completion/serving.py, _create_completion_logprobs: the drawn token, then the likeliest."""
+        """entrypoints/openai/completion/serving.py, _create_completion_logprobs: the drawn token first."""
         if body.get("logprobs") is None:
             return None
         logprobs = row.log_softmax(0)
