@@ -222,6 +222,7 @@ class FakeVllm:
         seed, place = torch.tensor([s.get("seed") or 0]), torch.tensor([n])
         return int(ops.sample(row[None], floats[0], torch.tensor([s["top_k"]]), *floats[1:], seed, place))
 
+    @torch.inference_mode()
     def rows(self, tokens: Sequence[int]) -> torch.Tensor:
         """Logits [len, V]."""
         key = tuple(tokens)

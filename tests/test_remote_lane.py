@@ -1,20 +1,14 @@
-"""Lanes on a vLLM server: against a fake that answers as the real one did, and against the real one."""
+"""Lanes on a vLLM server: against a fake that answers as the real one did."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import socket
-import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 import torch
@@ -25,17 +19,10 @@ from atts_engine.backends.remote.address import Address, is_address
 from atts_engine.backends.remote.connect import connect
 from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
-from atts_engine.models import load_model, resolve
-from atts_engine.runtime.records import SamplingParams, TokenChunk
+from atts_engine.models import resolve
+from tests import fake_sglang
 from tests.fake_vllm import BLOCK, FakeVllm, Fault, serving
-
-MODEL = load_model("tiny-target")
-ANSWERS = json.loads((Path(__file__).parent / "vllm_answers.json").read_text())
-PROMPT = MODEL.tokenizer.encode("<bos>Q: a = 85; b = a-43; c = b+11; c?\n\n")
-STEP = MODEL.tokenizer.encode("b = a-43 = 85-43 = 42\n\n")
-WRONG = MODEL.tokenizer.encode("c = b+11 = 42+11 = 57\n\n")
-GREEDY = SamplingParams(temperature=0.0)
-WARM = SamplingParams(temperature=5.0, seed=3)
+from tests.remote_cases import GREEDY, MODEL, PROMPT, STEP, WARM, WRONG, greedy, logprobs_of, span, tokens_of
 
 
 @pytest.fixture(autouse=True)
@@ -69,66 +56,6 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not holds():
             await asyncio.sleep(0.002)
-
-
-async def span(lane: RemoteLane, seq: Any, n: int, sampling: SamplingParams, **more: Any) -> list[TokenChunk]:
-    async with aclosing(lane.decode(seq, n, sampling, **more)) as chunks:
-        return [chunk async for chunk in chunks]
-
-
-def tokens_of(chunks: Sequence[TokenChunk]) -> list[int]:
-    return [token for chunk in chunks for token in chunk.tokens]
-
-
-def logprobs_of(tokens: Sequence[int], start: int) -> list[float]:
-    """Of tokens[start:] under the local model."""
-    rows = FakeVllm(MODEL).rows(tokens)[start - 1 : -1]
-    return ops.score_logits(rows, torch.tensor(tokens[start:])).tolist()
-
-
-def greedy(tokens: Sequence[int], n: int) -> list[int]:
-    fake, found = FakeVllm(MODEL), list(tokens)
-    for _ in range(n):
-        found.append(int(fake.rows(found)[-1].argmax()))
-        if found[-1] in MODEL.eos_token_ids:
-            break
-    return found[len(tokens) :]
-
-
-async def told(url: str, case: dict[str, Any]) -> tuple[int, Any]:
-    """Status and answer to a recorded request."""
-    async with aiohttp.request(case["method"], url + case["path"], json=case["body"]) as response:
-        if response.content_type != "text/event-stream":
-            return response.status, await response.json()
-        lines = [line[6:].strip() async for line in response.content if line.startswith(b"data: ")]
-        return response.status, ["[DONE]" if line == b"[DONE]" else json.loads(line) for line in lines]
-
-
-def check_alike(name: str, said: Any, recorded: Any) -> None:
-    """All of `said` was recorded; numbers agree to 2e-3 nats."""
-    if isinstance(said, dict):
-        assert isinstance(recorded, dict) and said.keys() <= recorded.keys(), (name, said, recorded)
-        for key in said.keys():
-            check_alike(f"{name}, {key}", said[key], recorded[key])
-    elif isinstance(said, list):
-        assert isinstance(recorded, list) and len(said) == len(recorded), (name, said, recorded)
-        for i, (one, other) in enumerate(zip(said, recorded, strict=True)):
-            check_alike(f"{name}, {i}", one, other)
-    elif isinstance(said, float):
-        assert said == pytest.approx(recorded, abs=2e-3), name
-    else:
-        assert said == recorded, name
-
-
-def test_fake_answers_as_the_real_one_did() -> None:
-    async def run() -> None:
-        async with serving(FakeVllm(MODEL, scale_out=True, details=False)) as place:
-            for case in ANSWERS:
-                status, answer = await told(f"http://{place}", case)
-                assert status == case["status"], case["name"]
-                check_alike(case["name"], answer, case["answer"])
-
-    asyncio.run(run())
 
 
 def test_addresses() -> None:
@@ -506,76 +433,24 @@ def test_connecting() -> None:
     asyncio.run(run())
 
 
-@pytest.fixture
-def real_vllm(tmp_path: Path) -> Iterator[str]:
-    """HOST:PORT of a vLLM that serves tiny-target on the CPU, by the Python that ATTS_VLLM_PYTHON names."""
-    python = os.environ.get("ATTS_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("ATTS_VLLM_PYTHON names no Python that has vLLM")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve("tiny-target"))]
-    command += ["--served-model-name", "tiny", "--port", port, "--host", "127.0.0.1", "--dtype", "float32"]
-    command += ["--enforce-eager", "--enable-scale-out", "--enable-prompt-tokens-details"]
-    cpu = {
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with (tmp_path / "vllm.log").open("w") as log:
-        server = subprocess.Popen(command, env=ours | cpu, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
-
-
-@pytest.mark.long
-def test_the_real_one(real_vllm: str) -> None:
-    """Tokens and scores beside the local model's, fp32; a server that still starts is waited for."""
-
+def test_the_same_lane_on_sglang() -> None:
     async def run() -> None:
-        lane = await connect(f"vllm://{real_vllm}/tiny", lane="target", patience_s=300)
-        for case in ANSWERS[1:]:  # the first names where the model lay
-            status, answer = await told(f"http://{real_vllm}", case)
-            assert status == case["status"], case["name"]
-            check_alike(case["name"], case["answer"], answer)
-        # A CPU build has no V2 model runner, which rows need.
-        assert lane.model.fingerprint == MODEL.fingerprint and not lane.appends
-        seq = await lane.open(PROMPT)
-        chunks = await span(lane, seq, 60, replace(GREEDY, logprobs=True, confidence=3, ignore_eos=True))
-        written = tokens_of(chunks)
-        rows = FakeVllm(MODEL).rows(PROMPT + written)[len(PROMPT) - 1 : -1]
-        assert written == rows.argmax(1).tolist()
-        assert [v for c in chunks for v in c.logprobs] == pytest.approx(
-            logprobs_of(PROMPT + written, len(PROMPT)), abs=1e-3
-        )
-        assert [v for c in chunks for v in c.confidences] == pytest.approx(
-            ops.token_confidence(rows, 3).tolist(), abs=1e-3
-        )
-        await lane.truncate(seq, len(PROMPT))
-        await lane.append(seq, STEP + WRONG, score=True)
-        found = await lane.verdict(seq, None)
-        assert found.logprobs == pytest.approx(logprobs_of(PROMPT + STEP + WRONG, len(PROMPT)), abs=1e-3)
-        filling = (STEP * 40)[: lane.max_length - seq.length]
-        await lane.append(seq, filling, score=True)
-        found = await lane.verdict(seq, None)
-        held = PROMPT + STEP + WRONG
-        assert found.logprobs == pytest.approx(logprobs_of(held + filling, len(held)), abs=1e-3)
-        # One key of the noise, one span, however many are in company.
-        warm = replace(WARM, ignore_eos=True)
-        spans = [await span(lane, await lane.open(PROMPT), 20, warm)]
-        spans += await asyncio.gather(*[span(lane, await lane.open(PROMPT), 20, warm) for _ in range(4)])
-        assert len({tuple(tokens_of(chunks)) for chunks in spans}) == 1
-        stopped = await span(lane, await lane.open(PROMPT), 30, replace(GREEDY, stop=("a-",)))
-        assert stopped[-1].finish == "stop" and MODEL.tokenizer.decode(tokens_of(stopped)).endswith("a-")
-        stats = lane.stats()
-        assert stats["told_tokens"] == stats["sent_tokens"] and stats["cached_tokens"] > 0
-        assert stats["retries"] >= 0 and stats["failures"] == 0
-        await lane.aclose()
+        async with fake_sglang.serving(fake_sglang.FakeSGLang(MODEL)) as url:
+            lane = await connect(f"sglang://{url.removeprefix('http://')}/tiny", lane="draft", tokenizer="tiny-target")
+            assert lane.appends
+            seq = await lane.open(PROMPT)
+            assert tokens_of(await span(lane, seq, 12, GREEDY)) == greedy(PROMPT, 12)
+            await lane.truncate(seq, len(PROMPT))
+            for token in STEP:
+                await lane.append(seq, [token], score=True)
+            found = await lane.verdict(seq, None)
+            assert found.logprobs == pytest.approx(logprobs_of(PROMPT + STEP, len(PROMPT)), abs=1e-5)
+            await lane.aclose()
 
     asyncio.run(run())
+
+
+def test_without_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(InputError, match=r"pip install 'atts-engine\[remote\]'"):
+        asyncio.run(connect("vllm://127.0.0.1/tiny", lane="draft"))
