@@ -30,9 +30,10 @@ from atts_engine.errors import ChainError, LaneError, Unreachable
 from atts_engine.models import load_model
 from atts_engine.models.load import resolve
 from atts_engine.runtime.records import SamplingParams
-from tests.fake_sglang import Abort, FakeSGLang, serving
+from tests.fake_sglang import Abort, FakeSGLang, Local, serving
 
 MODEL = load_model("tiny-target")
+LOCAL = Local(MODEL)
 ANSWERS = json.loads((Path(__file__).parent / "sglang_answers.json").read_text())
 VOCAB = MODEL.config.vocab_size
 PROMPT = MODEL.tokenizer.encode("<bos>Q: a = 85; b = a-43; c = b+11; c?\n\n")
@@ -50,7 +51,7 @@ def asked(body: Callable[[SGLangServer, FakeSGLang], Awaitable[Any]], **flags: A
     """What `body` gives on a server that talks to a fake with these flags."""
 
     async def run() -> Any:
-        fake = FakeSGLang(MODEL, **flags)
+        fake = FakeSGLang(LOCAL, **flags)
         async with serving(fake) as url:
             server = server_at(url)
             try:
@@ -81,21 +82,16 @@ def whole(pieces: Sequence[Written]) -> Written:
     )
 
 
-def rows(tokens: Sequence[int]) -> torch.Tensor:
-    """Logits [len, V] by the local model."""
-    return FakeSGLang(MODEL).rows(tokens)
-
-
 def logprobs_of(tokens: Sequence[int], start: int) -> list[float]:
     """Of tokens[start:] under the local model."""
-    return ops.score_logits(rows(tokens)[start - 1 : -1], torch.tensor(tokens[start:])).tolist()
+    return ops.score_logits(LOCAL.rows(tokens)[start - 1 : -1], torch.tensor(tokens[start:])).tolist()
 
 
 def greedy(tokens: Sequence[int], n: int) -> list[int]:
-    fake, all_tokens = FakeSGLang(MODEL), list(tokens)
+    text = list(tokens)
     for _ in range(n):
-        all_tokens.append(int(fake.rows(all_tokens)[-1].argmax()))
-    return all_tokens[len(tokens) :]
+        text.append(int(LOCAL.rows(text)[-1].argmax()))
+    return text[len(tokens) :]
 
 
 async def told(url: str, case: dict[str, Any]) -> tuple[int, Any]:
@@ -134,7 +130,7 @@ async def check_answers(url: str, mode: str) -> None:
 def test_fake_answers_as_the_real_one_did(mode: str) -> None:
     async def run() -> None:
         incremental = mode == "incremental"
-        async with serving(FakeSGLang(MODEL, incremental=incremental, original=incremental)) as url:
+        async with serving(FakeSGLang(LOCAL, incremental=incremental, original=incremental)) as url:
             await check_answers(url, mode)
 
     asyncio.run(run())
@@ -216,7 +212,7 @@ def test_logprobs_and_confidences_are_the_models_own_or_none(incremental: bool) 
                 await written(server, PROMPT, 30, sure)
             sure = replace(sure, temperature=1.0)
         said = whole(await written(server, PROMPT, 30, sure))
-        logits = rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
+        logits = LOCAL.rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
         assert said.logprobs == ()
         assert said.confidences == pytest.approx(ops.token_confidence(logits, 5).tolist(), abs=1e-4)
 
@@ -415,7 +411,7 @@ async def check_lane(url: str, fresh: Callable[[], int] = lambda: 0) -> None:
 
 def test_a_lane_on_a_server() -> None:
     async def run() -> None:
-        fake = FakeSGLang(MODEL)
+        fake = FakeSGLang(LOCAL)
         async with serving(fake) as url:
             await check_lane(url, lambda: fake.computed)
 
