@@ -32,8 +32,8 @@ class SGLangServer:
     - Logprobs and confidences at a temperature other than 0 and 1 are of the tempered distribution
       (`Sampler.forward`), unless the server runs with SGLANG_RETURN_ORIGINAL_LOGPROB=1. Two requests of one token find
       out. Where they are not the model's own, no logprobs are handed over, and confidences are refused.
-    - A stop string is looked for in the last tokens only, as many as its own encoding has and one
-      (`Req._stop_match_tail_len`), so one that the model spells in smaller tokens is passed over.
+    - With ignore_eos it looks at no stop id (`Req._check_token_based_finish`), and for a stop string in as many of the
+      last tokens as its own spelling has and one (`Req._stop_match_tail_len`). What it passes over, the lane finds.
     """
 
     def __init__(self, client: Client) -> None:
@@ -83,12 +83,10 @@ class SGLangServer:
         body["sampling_params"]["max_new_tokens"] = max_tokens
         if judged:
             body |= {"return_logprob": True, "top_logprobs_num": sampling.confidence}
-        # With ignore_eos SGLang looks at no stop id at all (`Req._check_token_based_finish`).
-        ends = frozenset(sampling.stop_token_ids if sampling.ignore_eos else ())
         server, count = self._client.server, 0
         async with aclosing(self._client.stream("/generate", body)) as events:
             async for event in events:
-                piece = _written(server, event, count, sampling if judged else None, len(tokens), ends)
+                piece = _written(server, event, count, sampling if judged else None, len(tokens))
                 count += len(piece.tokens)
                 if piece.finish == "length" and count < max_tokens:
                     raise ChainError(
@@ -171,16 +169,8 @@ def _settings(sampling: SamplingParams) -> dict[str, Any]:
     }
 
 
-def _written(
-    server: str,
-    event: Any,
-    count: int,
-    judged: SamplingParams | None,
-    prompt_tokens: int,
-    ends: frozenset[int],
-) -> Written:
-    """What is new in an event, `count` tokens having come before. judged: the logprobs and confidences asked for; ends:
-    ids that end the span here."""
+def _written(server: str, event: Any, count: int, judged: SamplingParams | None, prompt_tokens: int) -> Written:
+    """What is new in an event, `count` tokens having come before. judged: the logprobs and confidences asked for."""
     meta = _meta(server, event, prompt_tokens)
     try:
         ids, total, reason = event["output_ids"], meta["completion_tokens"], meta["finish_reason"]
@@ -193,9 +183,6 @@ def _written(
     if len(tokens) != total - count:
         raise LaneError(f"{server}: {len(tokens)} tokens where the server counts {total - count}")
     finish = None if reason is None else str(reason["type"])
-    cut = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-    if cut is not None:
-        tokens, finish = tokens[:cut], "stop"
     new = slice(skip, skip + len(tokens))
     logprobs: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
@@ -217,8 +204,9 @@ def _meta(server: str, answer: Any, prompt_tokens: int) -> Mapping[str, Any]:
         reason = meta["finish_reason"]
         if reason is not None and reason["type"] == "abort":
             # No status at all: a pause, or /abort_request.
-            passing = reason["status_code"] is None or reason["status_code"] in AGAIN
-            raise (Unreachable if passing else ChainError)(f"{server}: {reason['message']}")
+            status = reason["status_code"]
+            passes = status is None or status in AGAIN or status >= 500
+            raise (Unreachable if passes else ChainError)(f"{server}: {reason['message']}")
         if reason is not None and reason.get("matched") == "NaN happened":  # `Req._check_vocab_boundary_finish`
             raise ChainError(f"{server}: the model answered with NaN")
         read = meta["prompt_tokens"]
