@@ -18,7 +18,15 @@ STREAM_INTERVAL = 16
 """Tokens of a piece. By default SGLang sends each token with all that came before it, which is quadratic."""
 
 # A server may be started with other defaults (--preferred-sampling-params); what is said here overrules them.
-_NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_new_tokens": 0}
+_NEUTRAL = {
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "min_new_tokens": 0,
+}
 _GREEDY = {**_NEUTRAL, "temperature": 0.0}
 
 
@@ -103,7 +111,7 @@ class SGLangServer:
         """One request that writes nothing. The cached prefix ends at the token before `start`
         (`Req._compute_max_prefix_len`), so the tokens scored and that one are computed, and nothing twice."""
         await self._admit(tokens)
-        # The first entry is null, it stands for the token at logprob_start_len (`LogprobResultProcessor`).
+        # The first entry is null, it stands for the token at logprob_start_len (`SchedulerLogprobResultProcessor`).
         body = {"input_ids": list(tokens), "return_logprob": True, "logprob_start_len": start - 1}
         answer = await self._client.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
         meta = _meta(self._client.server, answer, len(tokens))
