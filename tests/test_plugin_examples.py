@@ -1,0 +1,291 @@
+"""examples/vllm without vLLM: the gate behind both of vLLM's interfaces against an oracle that sees each request by
+itself, whatever rows a persistent batch gives it. tests/test_plugin_vllm.py runs the same against vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atts_engine.conformal import LEVEL_ONE, Adaptive, Mondrian, Split, level_of, load_calibrator
+from atts_engine.conformal.state import Meta
+from atts_engine.errors import InputError
+from atts_engine.evaluation.decisions import check_log, read_decisions
+
+SPAN, KEYS, VOCAB, ROWS, MARK = 3, 4, 11, 4, 10
+ALPHA = 0.4
+
+
+class BatchUpdate(NamedTuple):
+    batch_size: int
+    removed: list[int]
+    added: list[tuple[int, Any, None, list[int]]]
+    moved: list[tuple[int, int, Any]]
+
+
+class MoveDirectionality(Enum):
+    UNIDIRECTIONAL = auto()
+    SWAP = auto()
+
+
+def _calibrator(path: Path) -> Path:
+    made = Mondrian(ALPHA, keys=KEYS, capacity=16, meta=Meta(draft="m", target="m", draft_tokens=SPAN))
+    scores = np.random.default_rng(3).normal(2.4, 0.5, (KEYS, 12))
+    for key in range(KEYS):
+        for score in scores[key].tolist():
+            made.observe(score, key)
+    made.save(path)
+    return path
+
+
+def _config(**settings_: str) -> Any:
+    return SimpleNamespace(
+        additional_config={"atts_gate": settings_},
+        speculative_config=None,
+        model_config=SimpleNamespace(model="not-a-folder"),
+        scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
+        parallel_config=SimpleNamespace(world_size_across_dp=1),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interfaces() -> Iterator[None]:
+    """What of vLLM the adapters import: names, and no behaviour."""
+    names = {
+        "vllm.v1.sample.logits_processor": ("LogitsProcessor", "BatchUpdate", "MoveDirectionality"),
+        "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsProcessor", "LogitsContext", "LogitsProcRequestState"),
+    }
+    known = {"BatchUpdate": BatchUpdate, "MoveDirectionality": MoveDirectionality}
+    with pytest.MonkeyPatch.context() as patch:
+        for path, members in names.items():
+            module = ModuleType(path)
+            for member in members:
+                setattr(module, member, known.get(member, type(member, (), {})))
+            patch.setitem(sys.modules, path, module)
+        yield
+    for adapter in ("self_gate", "self_gate_v2"):
+        sys.modules.pop(f"examples.vllm.{adapter}", None)
+
+
+def _params(**extra: Any) -> Any:
+    return SimpleNamespace(extra_args=extra, stop_token_ids=[7, MARK], min_tokens=0, structured_outputs=None)
+
+
+@dataclass(eq=False)
+class Chain:
+    """A request, and what the oracle knows of it. known_from: the first token whose logits no preemption took away."""
+
+    number: int
+    params: Any
+    prefill: int
+    rng: np.random.Generator
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    known_from: int = 0
+
+    @property
+    def gated(self) -> bool:
+        return bool(self.params.extra_args)
+
+    def verdict(self, calibrator: Mondrian) -> tuple[int, bool] | None:
+        """(turn, takeover) of the span that the last token ended; None where it ended none or its score is lost."""
+        drawn = len(self.output)
+        if not drawn or drawn % SPAN or drawn - SPAN < self.known_from:
+            return None
+        turn = self.params.extra_args["atts_turn"] + drawn // SPAN - 1
+        level = level_of(self.params.extra_args.get("atts_alpha", ALPHA))
+        score = -sum(self.logprobs[-SPAN:]) / SPAN
+        return turn, calibrator.decide(score, calibrator.key_of(turn), LEVEL_ONE, level=level).takeover
+
+
+class V1:
+    """The persistent batch of model runner V1: rows that are removed, filled, condensed and swapped."""
+
+    def __init__(self, config: Any) -> None:
+        module = importlib.import_module("examples.vllm.self_gate")
+        self.processor = module.SelfGate(config, torch.device("cpu"), False)
+        self.rows: list[Chain] = []
+
+    def change(self, leaving: list[Chain], joining: list[Chain], swaps: list[tuple[int, int]]) -> None:
+        removed = sorted((self.rows.index(chain) for chain in leaving), reverse=True)
+        rows: dict[int, Chain] = {i: c for i, c in enumerate(self.rows) if c not in leaving}
+        added, moved = [], []
+        free = sorted(removed) + list(range(len(self.rows), ROWS))
+        for chain in joining:
+            row = free.pop(0)
+            rows[row] = chain
+            if row in removed:
+                removed.remove(row)  # as vLLM: an added request stands for the removal of the old one
+            added.append((row, chain.params, None, chain.output))
+        while rows and max(rows) >= len(rows):
+            source, target = max(rows), next(i for i in range(ROWS) if i not in rows)
+            rows[target] = rows.pop(source)
+            moved.append((source, target, MoveDirectionality.UNIDIRECTIONAL))
+        for one, other in swaps:
+            if one != other and one in rows and other in rows:
+                rows[one], rows[other] = rows[other], rows[one]
+                moved.append((one, other, MoveDirectionality.SWAP))
+        self.rows = [rows[i] for i in range(len(rows))]
+        changed = removed or added or moved
+        self.processor.update_state(BatchUpdate(len(rows), removed, added, moved) if changed else None)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.processor.apply(logits)
+
+
+class V2:
+    """Model runner V2: a slot for as long as a request runs, rows in another order at every step."""
+
+    def __init__(self, config: Any) -> None:
+        module = importlib.import_module("examples.vllm.self_gate_v2")
+        self.prompt = np.arange(5, 5 + ROWS, dtype=np.int32)
+        state = SimpleNamespace(
+            device=torch.device("cpu"), max_num_reqs=ROWS, prompt_len=SimpleNamespace(np=self.prompt)
+        )
+        self.processor = module.SelfGate(config, state)
+        self.rows: list[Chain] = []
+        self.slots: dict[Chain, int] = {}
+        self.free = list(range(ROWS))
+
+    def change(self, leaving: list[Chain], joining: list[Chain], swaps: list[tuple[int, int]]) -> None:
+        for chain in leaving:
+            self.rows.remove(chain)
+            self.free.append(self.slots.pop(chain))
+        for chain in joining:
+            self.slots[chain] = self.free.pop()
+            assert self.processor.add_request(self.slots[chain], chain.params) is chain.gated
+            self.rows.append(chain)
+        for one, other in swaps:
+            if max(one, other) < len(self.rows):
+                self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        slots = np.array([self.slots[chain] for chain in self.rows], dtype=np.int32)
+        lengths = [int(self.prompt[s]) + len(c.output) - c.prefill for s, c in zip(slots, self.rows)]
+        context = SimpleNamespace(
+            idx_mapping_np=slots,
+            seq_lens_upper_bound_np=np.array(lengths, dtype=np.int32),
+            input_ids=torch.tensor([c.output[-1] if c.output else 5 for c in self.rows], dtype=torch.int32),
+        )
+        return self.processor.apply(logits, context)
+
+
+def _step(batch: V1 | V2, calibrator: Mondrian) -> list[tuple[int, int, bool]]:
+    """One sampling step; verdicts that the oracle gives as (chain, turn, takeover)."""
+    plain = np.stack([chain.rng.normal(0, 2, VOCAB).astype(np.float32) for chain in batch.rows])
+    shown = batch.apply(torch.from_numpy(plain.copy())).numpy()
+    verdicts = []
+    for chain, before, after in zip(batch.rows, plain, shown, strict=True):
+        verdict = chain.verdict(calibrator) if chain.gated and not chain.prefill else None
+        expected = before.copy()
+        if verdict is not None:
+            verdicts.append((chain.number, *verdict))
+        if verdict is not None and verdict[1]:
+            expected[:] = -np.inf
+            expected[MARK] = 0
+        elif chain.gated:
+            expected[MARK] = -np.inf
+        np.testing.assert_array_equal(after, expected)
+        if chain.prefill:
+            chain.prefill -= 1
+        else:
+            chain.output.append(int(after.argmax()))
+            wide = before.astype(np.float64)
+            chain.logprobs.append(wide[chain.output[-1]] - np.log(np.exp(wide).sum()))
+    return verdicts
+
+
+@pytest.mark.parametrize("interface", [V1, V2])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_request_is_gated_as_if_it_ran_alone(
+    interface: type[V1 | V2], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("gate")
+    file, log = _calibrator(folder / "self.npz"), folder / "decisions.jsonl"
+    calibrator = load_calibrator(file, frozen=True)
+    assert isinstance(calibrator, Mondrian)
+    batch = interface(_config(calibration=str(file), log=str(log)))
+    preempted: list[Chain] = []
+    verdicts: list[tuple[int, int, bool]] = []
+    for step in range(data.draw(st.integers(8, 24), "steps")):
+        leaving = [c for c in batch.rows if c.output[-1:] == [MARK] or data.draw(st.integers(0, 9), "leaves") == 0]
+        joining = []
+        for place in range(data.draw(st.integers(0, ROWS - len(batch.rows) + len(leaving)), "join")):
+            if preempted:
+                chain = preempted.pop()
+                chain.known_from = len(chain.output)
+            else:
+                extra = {"atts_turn": data.draw(st.integers(0, 2), "turn"), "atts_mark": MARK, "atts_problem": "p"}
+                extra |= {"atts_chain": step * ROWS + place} | data.draw(st.sampled_from([{}, {"atts_alpha": 0.7}]))
+                gated = data.draw(st.integers(0, 3), "gated") > 0
+                number, prefill = step * ROWS + place, data.draw(st.integers(0, 2), "prompt steps")
+                chain = Chain(number, _params(**(extra if gated else {})), prefill, np.random.default_rng(number))
+            joining.append(chain)
+        preempted += [c for c in leaving if c.output[-1:] != [MARK] and c.prefill == 0]
+        swaps = data.draw(st.lists(st.tuples(*[st.integers(0, ROWS - 1)] * 2), max_size=2), "swaps")
+        batch.change(leaving, joining, swaps)
+        if batch.rows:
+            verdicts += _step(batch, calibrator)
+    decisions = read_decisions(log)
+    assert check_log(decisions, calibrator) is None
+    assert sorted((d.chain, d.turn, d.verdict == "takeover") for d in decisions) == sorted(verdicts)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"atts_turn": 0}, "atts_mark"),
+        ({"atts_mark": MARK}, "atts_turn"),
+        ({"atts_turn": True, "atts_mark": MARK}, "atts_turn"),
+        ({"atts_turn": 0, "atts_mark": 3}, "stop_token_ids"),
+        ({"atts_turn": 0, "atts_mark": MARK, "atts_alpha": 1.5}, "alpha"),
+        ({"atts_turn": 0, "atts_mark": MARK, "atts_alhpa": 0.5}, "atts_alhpa"),
+    ],
+)
+def test_requests_that_cannot_be_are_refused_by_name(params: dict[str, Any], message: str) -> None:
+    processor = importlib.import_module("examples.vllm.self_gate").SelfGate
+    with pytest.raises(ValueError, match=message):
+        processor.validate_params(_params(**params))
+    processor.validate_params(_params(atts_turn=0, atts_mark=MARK))
+    processor.validate_params(_params(other=1))
+
+
+def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
+    gate_of = importlib.import_module("examples.vllm.span_gate").gate_of
+    cpu, file = torch.device("cpu"), tmp_path / "self.npz"
+    with pytest.raises(InputError, match="no calibration"):
+        gate_of(_config(), cpu)
+    with pytest.raises(InputError, match="no setting 'alpha'"):
+        gate_of(_config(calibration=str(_calibrator(file)), alpha="0.4"), cpu)
+    drafting = _config(calibration=str(file))
+    drafting.speculative_config = object()
+    with pytest.raises(InputError, match="speculative"):
+        gate_of(drafting, cpu)
+    Adaptive(ALPHA, meta=Meta(draft="a", target="b", draft_tokens=SPAN)).save(file)
+    with pytest.raises(InputError, match="same model"):
+        gate_of(_config(calibration=str(file)), cpu)
+    Split(ALPHA, meta=Meta(draft="a", target="a", draft_tokens=SPAN, score="coin")).save(file)
+    with pytest.raises(InputError, match="not of coin"):
+        gate_of(_config(calibration=str(file)), cpu)
+
+
+def test_tokens_that_vllm_withholds_are_an_error(tmp_path: Path) -> None:
+    module = importlib.import_module("examples.vllm.self_gate")
+    processor = module.SelfGate(
+        _config(calibration=str(_calibrator(tmp_path / "self.npz"))), torch.device("cpu"), False
+    )
+    processor.update_state(BatchUpdate(1, [], [(0, _params(atts_turn=0, atts_mark=MARK), None, [-1])], []))
+    with pytest.raises(InputError, match="no-async-scheduling"):
+        processor.apply(torch.zeros(1, VOCAB))
