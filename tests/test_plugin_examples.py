@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atts_engine.conformal import LEVEL_ONE, Adaptive, Mondrian, Split, level_of, load_calibrator
+from atts_engine.conformal import LEVEL_ONE, Adaptive, ColdStart, Mondrian, Split, level_of, load_calibrator
 from atts_engine.conformal.state import Meta
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import check_log, read_decisions
@@ -40,10 +40,11 @@ class MoveDirectionality(Enum):
 
 
 def _calibrator(path: Path) -> Path:
-    made = Mondrian(ALPHA, keys=KEYS, capacity=16, meta=Meta(draft="m", target="m", draft_tokens=SPAN))
+    meta = Meta(draft="m", target="m", draft_tokens=SPAN)
+    made = Mondrian(ALPHA, keys=KEYS, capacity=16, meta=meta, cold=ColdStart("accept", 6))
     scores = np.random.default_rng(3).normal(2.4, 0.5, (KEYS, 12))
     for key in range(KEYS):
-        for score in scores[key].tolist():
+        for score in scores[key, : 12 if key < KEYS - 1 else 5].tolist():
             made.observe(score, key)
     made.save(path)
     return path
@@ -104,7 +105,8 @@ class Chain:
         if not drawn or drawn % SPAN or drawn - SPAN < self.known_from:
             return None
         turn = self.params.extra_args["atts_turn"] + drawn // SPAN - 1
-        level = level_of(self.params.extra_args.get("atts_alpha", ALPHA))
+        alpha = self.params.extra_args.get("atts_alpha")
+        level = None if alpha is None else level_of(alpha)
         score = -sum(self.logprobs[-SPAN:]) / SPAN
         return turn, calibrator.decide(score, calibrator.key_of(turn), LEVEL_ONE, level=level).takeover
 
@@ -131,6 +133,8 @@ class V1:
         while rows and max(rows) >= len(rows):
             source, target = max(rows), next(i for i in range(ROWS) if i not in rows)
             rows[target] = rows.pop(source)
+            if target in removed:
+                removed.remove(target)  # as does one that is moved into its row
             moved.append((source, target, MoveDirectionality.UNIDIRECTIONAL))
         for one, other in swaps:
             if one != other and one in rows and other in rows:
