@@ -42,9 +42,9 @@ class MoveDirectionality(Enum):
 def _calibrator(path: Path) -> Path:
     meta = Meta(draft="m", target="m", draft_tokens=SPAN)
     made = Mondrian(ALPHA, keys=KEYS, capacity=16, meta=meta, cold=ColdStart("accept", 6))
-    scores = np.random.default_rng(3).normal(2.4, 0.5, (KEYS, 12))
+    scores = np.random.default_rng(3).normal(0.9, 0.4, (KEYS, 12))
     for key in range(KEYS):
-        for score in scores[key, : 12 if key < KEYS - 1 else 5].tolist():
+        for score in scores[key, : 5 if key == 1 else 12].tolist():
             made.observe(score, key)
     made.save(path)
     return path
