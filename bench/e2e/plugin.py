@@ -1,0 +1,130 @@
+"""What examples/vllm costs inside vLLM: decode speed with and without the gate, and time and memory of a scored prompt
+with and without the scoring worker.
+
+    python -m bench.e2e.plugin --vllm PYTHON --out bench/results/plugin_cpu.json
+
+PYTHON: an interpreter that has vLLM and can import this package. Speeds are those of `bench.e2e.decode`; the two
+engines take turns, one standing still while the other runs, and the table shows medians. Every request of the gated
+engine is gated, at a level that takes none over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atts_engine.conformal import Mondrian
+from atts_engine.conformal.state import Meta
+from atts_engine.models import load_model
+from atts_engine.models.fingerprint import fingerprint
+from bench.e2e.decode import VLLM_ENVIRONMENT, Peer, speed
+from bench.e2e.export import export
+from bench.provenance import provenance
+
+ENGINE = {"dtype": "bfloat16", "enforce_eager": True}
+MARK = 3
+NEVER = {"atts_turn": 0, "atts_mark": MARK, "atts_alpha": 1e-6}
+WORKER = {"worker_cls": "examples.vllm.scoring_worker.ScoringWorker"}
+SCORERS: dict[str, dict[str, Any]] = {
+    "vLLM": {},
+    "worker": WORKER,
+    "worker, no ranks": WORKER | {"additional_config": {"atts_scoring": {"ranks": False}}},
+}
+
+
+def calibration(folder: Path, span: int, out: Path) -> Path:
+    """Scores that nobody measured: at this level they decide nothing, and cost what others would."""
+    identity = fingerprint([folder / "config.json", folder / "model.safetensors"])
+    made = Mondrian(0.4, meta=Meta(draft=identity, target=identity, draft_tokens=span))
+    for key in range(made.keys):
+        for score in np.random.default_rng(key).normal(2.0, 0.3, 1000).tolist():
+            made.observe(score, key)
+    made.save(out)
+    return out
+
+
+async def decoding(args: argparse.Namespace, folder: Path, file: Path) -> list[dict[str, Any]]:
+    gated = {
+        "logits_processors": ["examples.vllm.self_gate:SelfGate"],
+        "additional_config": {"atts_gate": {"calibration": str(file)}},
+        "sampling": {"seed": None, "stop_token_ids": [MARK], "extra_args": NEVER},
+    }
+    sides = {}
+    for name, settings in {"vLLM": {"sampling": {"seed": None}}, "gated": gated}.items():
+        sides[name] = Peer(args.vllm, folder, ENGINE | settings)
+        await speed(sides[name], 2, 2, 0)
+        sides[name].stop()
+    runs = []
+    for sequences in args.sequences:
+        for round_ in range(args.rounds):
+            for name, side in sides.items():
+                side.go_on()
+                rate = await speed(side, sequences, args.tokens, round_)
+                side.stop()
+                runs.append({"engine": name, "sequences": sequences, "round": round_, "tokens_per_s": rate})
+                print(f"{name:6} {sequences:3} sequences: {rate:7.1f} tokens/s", flush=True)
+    for side in sides.values():
+        side.go_on()
+        side.close()
+    return runs
+
+
+def scoring(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    script, found = Path(__file__).with_name("vllm_scoring_peer.py"), {}
+    for name, settings in SCORERS.items():
+        done = subprocess.run(
+            [args.vllm, str(script), str(folder), json.dumps(ENGINE | settings), str(args.prompt)],
+            env=os.environ | VLLM_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found[name] = json.loads(done.stdout.splitlines()[-1].removeprefix("DONE "))
+        print(name, found[name], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--vllm", metavar="PYTHON", required=True)
+    parser.add_argument("--sequences", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=65)
+    parser.add_argument("--span", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        export(load_model("smollm2-135m", "cpu", torch.bfloat16), folder)
+        scored = scoring(args, folder)
+        runs = asyncio.run(decoding(args, folder, calibration(folder, args.span, folder / "self.npz")))
+    rates = {
+        name: {n: statistics.median(r["tokens_per_s"] for r in runs if (r["engine"], r["sequences"]) == (name, n))
+               for n in args.sequences}
+        for name in ("vLLM", "gated")
+    }  # fmt: skip
+    for n in args.sequences:
+        plain, gated = rates["vLLM"][n], rates["gated"][n]
+        print(f"{n:3} sequences: vLLM {plain:.1f}, gated {gated:.1f} tokens/s, {gated / plain:.3f}")
+    if args.out:
+        where = provenance("python -m bench.e2e.plugin " + " ".join(sys.argv[1:]))
+        found = {"provenance": where, "engine": ENGINE, "span": args.span, "tokens": args.tokens, "prompt": args.prompt}
+        found |= {"scoring": scored, "medians": rates, "runs": runs}
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
