@@ -96,6 +96,13 @@ def scoring(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
     return found
 
 
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each engine's speeds, and of the ratio gated to plain within a round, whose two runs are neighbours in time."""
+    plain, gated = ([r["tokens_per_s"] for r in runs if r["engine"] == name] for name in ("vLLM", "gated"))
+    ratio = statistics.median(after / before for before, after in zip(plain, gated, strict=True))
+    return {"vLLM": statistics.median(plain), "gated": statistics.median(gated), "ratio": ratio}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--vllm", metavar="PYTHON", required=True)
@@ -111,18 +118,15 @@ def main() -> None:
         export(load_model("smollm2-135m", "cpu", torch.bfloat16), folder)
         scored = scoring(args, folder)
         runs = asyncio.run(decoding(args, folder, calibration(folder, args.span, folder / "self.npz")))
-    rates = {
-        name: {n: statistics.median(r["tokens_per_s"] for r in runs if (r["engine"], r["sequences"]) == (name, n))
-               for n in args.sequences}
-        for name in ("vLLM", "gated")
-    }  # fmt: skip
-    for n in args.sequences:
-        plain, gated = rates["vLLM"][n], rates["gated"][n]
-        print(f"{n:3} sequences: vLLM {plain:.1f}, gated {gated:.1f} tokens/s, {gated / plain:.3f}")
+    cells = {n: medians([r for r in runs if r["sequences"] == n]) for n in args.sequences}
+    for n, cell in cells.items():
+        print(
+            f"{n:3} sequences: vLLM {cell['vLLM']:.1f}, gated {cell['gated']:.1f} tokens/s, of a pair {cell['ratio']:.3f}"
+        )
     if args.out:
         where = provenance("python -m bench.e2e.plugin " + " ".join(sys.argv[1:]))
         found = {"provenance": where, "engine": ENGINE, "span": args.span, "tokens": args.tokens, "prompt": args.prompt}
-        found |= {"scoring": scored, "medians": rates, "runs": runs}
+        found |= {"scoring": scored, "medians": cells, "runs": runs}
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
