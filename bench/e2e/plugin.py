@@ -97,7 +97,7 @@ def scoring(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each engine's speeds, and of the ratio gated to plain within a round, whose two runs are neighbours in time."""
+    """Of each engine's speeds, and of the ratio of the gated to the plain run of a round, neighbours in time."""
     plain, gated = ([r["tokens_per_s"] for r in runs if r["engine"] == name] for name in ("vLLM", "gated"))
     ratio = statistics.median(after / before for before, after in zip(plain, gated, strict=True))
     return {"vLLM": statistics.median(plain), "gated": statistics.median(gated), "ratio": ratio}
