@@ -22,6 +22,7 @@ from atts_engine.conformal import LEVEL_ONE, Adaptive, ColdStart, Mondrian, Spli
 from atts_engine.conformal.state import Meta
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import check_log, read_decisions
+from atts_engine.ops import native
 
 SPAN, KEYS, VOCAB, ROWS, MARK = 3, 4, 11, 4, 10
 ALPHA = 0.4
@@ -293,3 +294,29 @@ def test_tokens_that_vllm_withholds_are_an_error(tmp_path: Path) -> None:
     processor.update_state(BatchUpdate(1, [], [(0, _params(atts_turn=0, atts_mark=MARK), None, [-1])], []))
     with pytest.raises(InputError, match="no-async-scheduling"):
         processor.apply(torch.zeros(1, VOCAB))
+
+
+def test_the_c_library_judges_numpy_arrays(tmp_path: Path) -> None:
+    built = sorted(Path(native.__file__).parent.glob("_libatts.*"))
+    if not built:
+        pytest.skip("csrc/ was not built")
+    module = importlib.import_module("examples.vllm.c_gate")
+    file = tmp_path / "self.npz"
+    made = Mondrian(ALPHA, keys=2, capacity=8)
+    for score in (0.5, 1.0, 1.0, 2.0):
+        made.observe(score, 1)
+    made.save(file)
+    gate = module.CGate(built[0], file, learn=True)
+    spans, turns = [[-0.25, -0.75], [-1.0], [-3.0, -2.0, -4.0]], [1, 1, 5]
+    scores, takeovers = gate.judge(spans, turns)
+    assert scores.tolist() == [0.5, 1.0, 3.0]
+    expected = [
+        made.decide(score, made.key_of(turn), LEVEL_ONE).takeover for score, turn in zip(scores.tolist(), turns)
+    ]
+    assert takeovers.tolist() == expected == [False, False, True]
+    for score, turn in zip(scores.tolist(), turns):
+        made.observe(score, made.key_of(turn))
+    np.testing.assert_array_equal(gate.ring, made.store.ring)
+    np.testing.assert_array_equal(gate.size, made.store.size)
+    with pytest.raises(RuntimeError, match="atts_span_mean_cpu"):
+        gate.judge([[]], [0])

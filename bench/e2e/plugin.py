@@ -120,9 +120,7 @@ def main() -> None:
         runs = asyncio.run(decoding(args, folder, calibration(folder, args.span, folder / "self.npz")))
     cells = {n: medians([r for r in runs if r["sequences"] == n]) for n in args.sequences}
     for n, cell in cells.items():
-        print(
-            f"{n:3} sequences: vLLM {cell['vLLM']:.1f}, gated {cell['gated']:.1f} tokens/s, of a pair {cell['ratio']:.3f}"
-        )
+        print(f"{n:3} sequences: " + ", ".join(f"{name} {value:.3f}" for name, value in cell.items()))
     if args.out:
         where = provenance("python -m bench.e2e.plugin " + " ".join(sys.argv[1:]))
         found = {"provenance": where, "engine": ENGINE, "span": args.span, "tokens": args.tokens, "prompt": args.prompt}
