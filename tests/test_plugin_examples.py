@@ -67,16 +67,22 @@ def interfaces() -> Iterator[None]:
     names = {
         "vllm.v1.sample.logits_processor": ("LogitsProcessor", "BatchUpdate", "MoveDirectionality"),
         "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsProcessor", "LogitsContext", "LogitsProcRequestState"),
+        "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod",),
+        "vllm.model_executor.layers.vocab_parallel_embedding": ("UnquantizedEmbeddingMethod",),
+        "vllm.platforms": ("current_platform",),
+        "vllm.v1.outputs": ("LogprobsTensors",),
+        "vllm.v1.worker.cpu_worker": ("CPUWorker",),
     }
-    known = {"BatchUpdate": BatchUpdate, "MoveDirectionality": MoveDirectionality}
+    platform = SimpleNamespace(is_cpu=lambda: True)
+    known = {"BatchUpdate": BatchUpdate, "MoveDirectionality": MoveDirectionality, "current_platform": platform}
     with pytest.MonkeyPatch.context() as patch:
         for path, members in names.items():
             module = ModuleType(path)
             for member in members:
-                setattr(module, member, known.get(member, type(member, (), {})))
+                setattr(module, member, known.get(member) or type(member, (), {}))
             patch.setitem(sys.modules, path, module)
         yield
-    for adapter in ("self_gate", "self_gate_v2"):
+    for adapter in ("self_gate", "self_gate_v2", "scoring_worker"):
         sys.modules.pop(f"examples.vllm.{adapter}", None)
 
 
@@ -294,6 +300,31 @@ def test_tokens_that_vllm_withholds_are_an_error(tmp_path: Path) -> None:
     processor.update_state(BatchUpdate(1, [], [(0, _params(atts_turn=0, atts_mark=MARK), None, [-1])], []))
     with pytest.raises(InputError, match="no-async-scheduling"):
         processor.apply(torch.zeros(1, VOCAB))
+
+
+def test_the_tiled_head_scores_and_ranks_as_the_whole_softmax_does() -> None:
+    module = importlib.import_module("examples.vllm.scoring_worker")
+    vocab, rows = 20_000, 600  # more than a tile of each
+    torch.manual_seed(0)
+    weight, hidden, ids = torch.randn(vocab + 64, 16), torch.randn(rows, 16), torch.randint(0, vocab, (rows,))
+    head = SimpleNamespace(quant_method=module.UnquantizedEmbeddingMethod(), weight=torch.nn.Parameter(weight))
+    model = SimpleNamespace(
+        lm_head=head, logits_processor=SimpleNamespace(scale=1.0, soft_cap=30.0, org_vocab_size=vocab)
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+        parallel_config=SimpleNamespace(world_size=1),
+        lora_config=None,
+        additional_config={},
+    )
+    logprob, rank = module.TiledHead(model, config).score(hidden, ids)
+    logits = 30 * torch.tanh(hidden.double() @ weight[:vocab].double().T / 30)
+    own = logits.gather(1, ids[:, None])
+    torch.testing.assert_close(logprob.double(), logits.log_softmax(1).gather(1, ids[:, None])[:, 0], atol=1e-4, rtol=0)
+    assert ((rank - (logits >= own).sum(1)).abs() <= 1).all()
+    model.logits_processor.scale = 0.5
+    with pytest.raises(InputError, match="scaled logits"):
+        module.TiledHead(model, config)
 
 
 def test_the_c_library_judges_numpy_arrays(tmp_path: Path) -> None:

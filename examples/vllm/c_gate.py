@@ -1,5 +1,5 @@
-"""Verdicts from log-probabilities, by the C library alone: for a client of vLLM, or a process of its own, that has numpy
-and no torch. The ring buffers are numpy arrays, which `atts_gate_cpu` reads and writes in place.
+"""Verdicts from log-probabilities, by the C library alone: for a process that has numpy and no torch, such as a client
+of vLLM. The ring buffers are numpy arrays, which `atts_gate_cpu` reads and writes in place.
 
     gate = CGate("libatts.so", "self.npz")
     scores, takeovers = gate.judge([[-0.1, -2.3, ...], ...], turns=[0, 1])
