@@ -38,7 +38,6 @@ SETTINGS = {
     "enable_prefix_caching": False,
 }
 PLUGGED = {
-    "async_scheduling": True,
     "logits_processors": ["examples.vllm.self_gate:SelfGate"],
     "worker_cls": "examples.vllm.scoring_worker.ScoringWorker",
 }
