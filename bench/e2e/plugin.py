@@ -5,7 +5,8 @@ with and without the scoring worker.
 
 PYTHON: an interpreter that has vLLM and can import this package. Speeds are those of `bench.e2e.decode`; the two
 engines take turns, one standing still while the other runs, and the table shows medians. Every request of the gated
-engine is gated, at a level that takes none over.
+engine is gated, at a level that takes none over. The gate's own time in a step is CPU time of one thread, measured
+without vLLM: a machine that others use too does not change it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from atts_engine.conformal import Mondrian
+from atts_engine.conformal import Mondrian, load_calibrator
 from atts_engine.conformal.state import Meta
 from atts_engine.models import load_model
 from atts_engine.models.fingerprint import fingerprint
 from bench.e2e.decode import VLLM_ENVIRONMENT, Peer, speed
 from bench.e2e.export import export
 from bench.provenance import provenance
+from examples.vllm.request import GatedRequest
+from examples.vllm.span_gate import SpanGate
 
 ENGINE = {"dtype": "bfloat16", "enforce_eager": True}
 MARK = 3
@@ -80,6 +84,21 @@ async def decoding(args: argparse.Namespace, folder: Path, file: Path) -> list[d
     return runs
 
 
+def step_ms(file: Path, rows: int, steps: int, vocab: int) -> float:
+    """Mean CPU time of the gate in a step of `rows` gated requests, in ms."""
+    gate = SpanGate(load_calibrator(file, frozen=True), rows, torch.device("cpu"))
+    for slot in range(rows):
+        gate.open(slot, GatedRequest(turn=0, mark=MARK, level=1))
+    place, tokens = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    seconds = 0.0
+    for drawn in range(steps + 1):
+        logits = torch.randn(rows, vocab)
+        began = time.process_time()
+        gate.step(logits, place, place.numpy(), tokens, np.full(rows, drawn))
+        seconds += time.process_time() - began
+    return 1e3 * seconds / steps
+
+
 def scoring(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     script, found = Path(__file__).with_name("vllm_scoring_peer.py"), {}
     for name, settings in SCORERS.items():
@@ -115,16 +134,22 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        export(load_model("smollm2-135m", "cpu", torch.bfloat16), folder)
+        model = load_model("smollm2-135m", "cpu", torch.bfloat16)
+        vocab = model.config.vocab_size
+        export(model, folder)
         scored = scoring(args, folder)
-        runs = asyncio.run(decoding(args, folder, calibration(folder, args.span, folder / "self.npz")))
+        file = calibration(folder, args.span, folder / "self.npz")
+        torch.set_num_threads(1)
+        steps = {n: step_ms(file, n, args.tokens, vocab) for n in args.sequences}
+        print("the gate's ms in a step:", steps, flush=True)
+        runs = asyncio.run(decoding(args, folder, file))
     cells = {n: medians([r for r in runs if r["sequences"] == n]) for n in args.sequences}
     for n, cell in cells.items():
         print(f"{n:3} sequences: " + ", ".join(f"{name} {value:.3f}" for name, value in cell.items()))
     if args.out:
         where = provenance("python -m bench.e2e.plugin " + " ".join(sys.argv[1:]))
         found = {"provenance": where, "engine": ENGINE, "span": args.span, "tokens": args.tokens, "prompt": args.prompt}
-        found |= {"scoring": scored, "medians": cells, "runs": runs}
+        found |= {"load_average": os.getloadavg(), "step_ms": steps, "scoring": scored, "medians": cells, "runs": runs}
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
