@@ -435,7 +435,7 @@ def test_connecting() -> None:
 
 def test_the_same_lane_on_sglang() -> None:
     async def run() -> None:
-        async with fake_sglang.serving(fake_sglang.FakeSGLang(MODEL)) as url:
+        async with fake_sglang.serving(fake_sglang.FakeSGLang(fake_sglang.Local(MODEL))) as url:
             lane = await connect(f"sglang://{url.removeprefix('http://')}/tiny", lane="draft", tokenizer="tiny-target")
             assert lane.appends
             seq = await lane.open(PROMPT)

@@ -20,7 +20,8 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 IDLE_S = 4.0
 """A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
-HEALTH_S = 5.0
+HEALTH_S = 25.0
+"""SGLang's /health runs a request, and a busy server takes up to 20 seconds."""
 AGAIN = frozenset({408, 425, 429})
 """Statuses, beside all from 500 on, of a server that may answer the same request later."""
 LONGEST = 300
@@ -68,8 +69,10 @@ class Client:
                 try:
                     async for event in self._events(answer):
                         yield event
+                    await self._patiently(answer.content.readany)
                 finally:
-                    # Not given back to the pool: the server takes a closed connection for the end of the request.
+                    # Read to its end, the connection is in the pool by now. Any other is closed, which the server
+                    # takes for the end of the request.
                     answer.close()
 
     async def close(self) -> None:

@@ -117,6 +117,7 @@ class RemoteLane:
             "root": self.served.root,
             "context": self.served.context,
             "scores": "append" if self.appends else "recompute",
+            "seeded": self.served.seeded,
         }
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> RemoteSeq:

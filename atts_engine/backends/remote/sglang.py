@@ -64,7 +64,12 @@ class SGLangServer:
             # A request has to be shorter than max_req_input_len (`validate_input_length`), also one that only scores.
             context = server["max_req_input_len"] - 1
             return Served(
-                model["served_model_name"], model["model_path"], model["tokenizer_path"], context, server["version"]
+                model["served_model_name"],
+                model["model_path"],
+                model["tokenizer_path"],
+                context,
+                server["version"],
+                seeded=bool(server["enable_deterministic_inference"]),
             )
         except (KeyError, TypeError) as error:
             raise _strange(self._client.server, "/model_info and /server_info", error) from error
