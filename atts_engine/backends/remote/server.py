@@ -14,7 +14,8 @@ class Served:
     """What a server says of the model that it serves.
 
     name: to ask for it by; root: folder or hub name of its weights, tokenizer: of its tokenizer, as the server sees
-    them, None where it does not tell; context: tokens that a sequence may have; version: of the engine.
+    them, None where it does not tell; context: tokens that a sequence may have; version: of the engine;
+    seeded: whether a request's seed decides what is drawn.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Served:
     tokenizer: str | None
     context: int
     version: str
+    seeded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """logprobs: nats, one for each token asked for. prompt_tokens: that the server was sent; cached_tokens: of them
-    those that it did not compute again; None where it does not tell."""
+    """logprobs: nats, of the tokens asked for, or of the first of them, one at the least. prompt_tokens: that the
+    server was sent; cached_tokens: of them those that it did not compute again; None where it does not tell."""
 
     logprobs: tuple[float, ...]
     prompt_tokens: int
