@@ -125,7 +125,7 @@ class FakeWorker(Worker):
         stand_in: Any = self.fake
         stand_in.stats = self._stats
         self._engine = stand_in
-        return Identity(__version__, self._meta, {"draft": Rates(1.0, 1.0)}, self._stats())
+        return Identity(__version__, self._meta, {"draft": Rates(1.0, 1.0)}, {}, self._stats())
 
     async def hold(self, snapshot: Snapshot) -> None:
         self.snapshots.append(snapshot)

@@ -65,7 +65,9 @@ class Service:
         self.calibrator = calibrator
         self.created = int(time.time())
         pool = engine.pool_tokens["target"]
-        self.admission = Admission(settings.max_chains, settings.max_queued_tokens or POOLS * pool)
+        # Of a server's pool nothing is known; it has a queue of its own, and this bounds ours.
+        tokens = settings.max_chains * engine.context_tokens if pool is None else POOLS * pool
+        self.admission = Admission(settings.max_chains, settings.max_queued_tokens or tokens)
         self.metrics = ServerMetrics(engine, self.admission, settings.model, settings.params.alpha)
         self._tracing = tracing if tracing is not None else Silence()
         self._forget_listener = engine.add_decision_listener(self.metrics.decision)

@@ -16,14 +16,15 @@ _COUNTS = ("max_chains", "max_queued_tokens", "max_body_bytes", "max_choices", "
 class ServerSettings:
     """What the server allows and what it does where a request says nothing.
 
-    model: the name that requests call the pair by. params: of requests with `atts`, field by field where they leave one
-    out. max_chains, max_queued_tokens: open at a time, in each lane, over all requests; a request beyond is refused
-    with 503 (plain requests count a chain for each choice; tokens are what a request may hold at most, prompts
-    included). None: four times the target's KV pool. max_choices: of one plain request. max_body_bytes: of a request's
-    body. stream_tokens: of a plain request, that a chunk of its stream holds at most. timeout_s: seconds after which a
-    request ends with what it has; None: never. key_digests: sha256 of the bearer keys, one of which every request must
-    bring; none: no key is asked for. log_prompts: prompts into the log too. measure_rates: take about a second at the
-    start to measure what the devices reach, for T_c, T_m and r.
+    model: the name that requests call the pair by. params: of requests with `atts`, field by field where they leave
+    one out. max_chains, max_queued_tokens: open at a time, in each lane, over all requests; a request beyond is
+    refused with 503 (plain requests count a chain for each choice; tokens are what a request may hold at most,
+    prompts included). None: four times the target's KV pool, or max_chains whole contexts where the target is on a
+    server. max_choices: of one plain request. max_body_bytes: of a request's body. stream_tokens: of a plain
+    request, that a chunk of its stream holds at most. timeout_s: seconds after which a request ends with what it
+    has; None: never. key_digests: sha256 of the bearer keys, one of which every request must bring; none: no key is
+    asked for. log_prompts: prompts into the log too. measure_rates: take about a second at the start to measure
+    what the devices reach, for T_c, T_m and r.
     Raises `InputError` for a value outside its range.
     """
 

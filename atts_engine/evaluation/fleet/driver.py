@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from atts_engine.config import EngineConfig
 from atts_engine.conformal import Calibrator, Meta
@@ -199,6 +199,10 @@ class Fleet:
         """As `AsyncEngine.rates`, under the names of `stats`; measured when each worker began."""
         return {f"{lane} {p.number}": rates for p in self._places for lane, rates in p.identity.rates.items()}
 
+    def servers(self) -> dict[str, dict[str, Any]]:
+        """As `AsyncEngine.servers`, under the names of `stats`; as each worker found them when it began."""
+        return {f"{lane} {p.number}": about for p in self._places for lane, about in p.identity.servers.items()}
+
     async def close(self) -> None:
         """End all workers."""
         await asyncio.gather(*(place.close() for place in self._places))
@@ -218,7 +222,7 @@ class Fleet:
                 return min(open_places, key=lambda place: place.orders)
             reopening = [place.reopening for place in self._places if place.reopening is not None]
             if not reopening:
-                raise LaneError(f"all workers were lost, the last one: {self._places[-1].why}; go on with --resume")
+                raise LaneError(f"all workers were lost, the last one: {self._places[-1].why}")
             await asyncio.wait(reopening, return_when=asyncio.FIRST_COMPLETED)
 
     def _gate_of(self, calibrator: Calibrator, params: ATTSParams) -> ConformalGate:

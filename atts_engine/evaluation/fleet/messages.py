@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from atts_engine.config import EngineConfig
 from atts_engine.conformal import Calibrator, Meta, load_calibrator
@@ -27,12 +27,13 @@ class WorkerLost(AttsError):
 class Identity:
     """What a worker is: its code, the conditions that its scores are taken under, its lanes.
 
-    version: of this package; rates: of the lanes' devices; counters: as `AsyncEngine.stats` at the start.
+    version: of this package; rates, servers, counters: `AsyncEngine.rates`, `servers` and `stats` at the start.
     """
 
     version: str
     meta: Meta
     rates: Mapping[str, Rates]
+    servers: Mapping[str, dict[str, Any]]
     counters: Mapping[str, Counters]
 
     def differences(self, expect: Identity) -> list[str]:

@@ -27,7 +27,8 @@ class Worker:
         self._engine = engine = await AsyncEngine.create(config)
         self._params = params
         engine.add_decision_listener(self._decided)
-        return Identity(__version__, engine.calibration_meta(params), await engine.rates(), engine.stats())
+        rates = await engine.rates()
+        return Identity(__version__, engine.calibration_meta(params), rates, engine.servers(), engine.stats())
 
     async def hold(self, snapshot: Snapshot) -> None:
         meta = replace(self._engine.calibration_meta(self._params), alpha=self._params.alpha)
