@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from atts_engine.config import EngineConfig
 from atts_engine.conformal import Adaptive, Calibrator, Mondrian, Monitored
 from atts_engine.errors import InputError, LaneError
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.fleet import Snapshot
+from atts_engine.evaluation.fleet.on_ray import demand
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.job import JobResult, job_settings
 from atts_engine.evaluation.metered import run_metered
@@ -171,3 +173,12 @@ def test_a_snapshot_arrives_whole_or_is_refused() -> None:
         replace(snapshot, data=snapshot.data[:-1] + b"x").load(META)
     with pytest.raises(ValueError, match="target: is 't', expected 'u'"):
         snapshot.load(replace(META, target="u"))
+
+
+def test_a_worker_is_given_a_cpu_a_thread_and_the_gpus_that_its_devices_name() -> None:
+    pair = ("tiny-draft", "tiny-target")
+    assert demand(EngineConfig(*pair, threads=4)) == {"CPU": 4.0}
+    assert demand(EngineConfig(*pair, "cuda", "cuda:0")) == {"CPU": 1.0, "GPU": 1.0}
+    assert demand(EngineConfig(*pair, "cuda:0", "cuda:1")) == {"CPU": 1.0, "GPU": 2.0}
+    with pytest.raises(InputError, match="numbered from 0"):
+        demand(EngineConfig(*pair, "cuda:2", "cuda:3"))
