@@ -33,6 +33,9 @@ class Tokenizer:
     backend: the tokenizer; eos_token_ids: ids that end a text; chat_template: Jinja source or None;
     special_tokens: the template's variables (`bos_token`, `eos_token`, ...); add_bos: whether a plain prompt
     starts with `bos_token`, None to do as the backend's post-processor does.
+
+    special_ids: of the special tokens; added_tokens: texts that are one token wherever they stand, special or not, by
+    their ids.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Tokenizer:
         self._backend = backend
         self.eos_token_ids = tuple(eos_token_ids)
         self._special_tokens = dict(special_tokens or {})
+        self._template_source = chat_template
         self._template = ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
         self._add_bos = add_bos
         self._tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
@@ -62,6 +66,7 @@ class Tokenizer:
                 f"tokenizer decoder {strange[0] if strange else None!r} is not supported; supported are "
                 f"{sorted(_STREAMABLE)}"
             )
+        self.added_tokens = tuple(token.content for _, token in sorted(added.items()))
         self._byte_level = ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
         self._byte_ids = (
             frozenset(i for i, t in self._tokens.items() if _is_byte(t)) if "ByteFallback" in kinds else frozenset()
@@ -85,6 +90,13 @@ class Tokenizer:
         decoder = "ByteLevel" if self._byte_level else json.loads(self._backend.decoder.__getstate__())
         content = [sorted(self._tokens.items()), sorted(self.special_ids), decoder]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `tokenizer_from_folder` makes it again."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = {**self._special_tokens, "chat_template": self._template_source}
+        text = json.dumps({k: v for k, v in config.items() if v is not None}, indent=1)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added around it; a special token written out in the text becomes its id.
