@@ -16,7 +16,7 @@ from atts_engine import assembly, ops
 from atts_engine.backends import EngineLane, InProcessLane, Lane, ModelInfo
 from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.config import EngineConfig, fill_prompt, prompt_hash
-from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored, Policy, TopB, make_policy
+from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored
 from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
 from atts_engine.pipeline import (
     ATTSParams,
@@ -24,6 +24,7 @@ from atts_engine.pipeline import (
     ConformalGate,
     Decision,
     Event,
+    Gate,
     Pair,
     PrefixStore,
     Problem,
@@ -121,6 +122,7 @@ class AsyncEngine:
         deadline_s: float | None = None,
         task: Task | None = None,
         prompts: Prompts | None = None,
+        gate: Gate | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of a problem's chains as they happen; `SolutionEvent` is the last.
 
@@ -131,7 +133,7 @@ class AsyncEngine:
         problems get equal shares. deadline_s: seconds from now after which chains that still run end where they are
         (`finish` "deadline"), and what there is takes the vote. task: says when two answers are one, and judges steps
         where a strategy asks for that; None: answers are compared as texts. prompts: what the chains go on from (see
-        `prompts`); None: the problem's text in the engine's prompt.
+        `prompts`); None: the problem's text in the engine's prompt. gate: judges the spans in the calibrator's place.
         Raises `InputError` for a prompt that does not fit, `QueueFull` when there are too many chains already,
         `LaneError` when a lane has failed.
         """
@@ -139,7 +141,7 @@ class AsyncEngine:
         if deadline_s is not None and not deadline_s > 0.0:
             raise InputError(f"deadline_s must be more than 0 seconds, not {deadline_s}")
         problem = problem if isinstance(problem, Problem) else Problem("0", problem)
-        gate = self._gate(params, calibrator)
+        gate = self._gate(params, calibrator) if gate is None else gate
         prompts = self._prompts(problem) if prompts is None else prompts
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
 
@@ -384,12 +386,7 @@ class AsyncEngine:
         name = (id(calibrator), params.policy)
         gate = self._gates.get(name)
         if gate is None:
-            policy: Policy | None = None
-            if params.policy != "threshold":
-                made = make_policy(params.policy, params.alpha)
-                assert not isinstance(made, TopB), "ATTSParams refuses policies that need a barrier"
-                policy = made
-            gate = self._gates[name] = ConformalGate(calibrator, self._announce, policy)
+            gate = self._gates[name] = ConformalGate.under(params.policy, calibrator, self._announce)
         return gate
 
     def _check_early(self, calibrator: Calibrator) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +11,13 @@ import pytest
 
 from atts_engine.cli import main as cli
 from atts_engine.evaluation.decisions import read_decisions
-from atts_engine.models import load_model, resolve
-from tests.fake_vllm import FakeVllm, serving
+from tests.remote_site import site
 
 WORDS = [
     "--task", "registers", "--steps", "2-3", "--problems-count", "4", "--chains", "1", "--temperature", "0",
     "--turns", "4", "--draft-tokens", "12", "--target-tokens", "12", "--chunk-tokens", "8", "--threads", "1", "--plain",
 ]  # fmt: skip
 TARGET = ("--draft", "tiny-draft", "--target")
-
-
-class Site:
-    """A fake server in a thread of its own, which can be killed and started again at the same port."""
-
-    def __init__(self, name: str, **flags: Any) -> None:
-        self.fake = FakeVllm(load_model(name), root=str(resolve(name)), **flags)
-        self._port = 0
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"vllm://127.0.0.1:{self._port}/tiny"
-
-    def start(self) -> None:
-        up, self._down = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(up)))
-        self._thread.start()
-        assert up.wait(30)
-
-    async def _serve(self, up: threading.Event) -> None:
-        async with serving(self.fake, self._port) as place:
-            self._port = int(place.rpartition(":")[2])
-            up.set()
-            while not self._down.is_set():
-                await asyncio.sleep(0.01)
-
-    def kill(self) -> None:
-        self._down.set()
-        self._thread.join()
-
-    def kill_after(self, requests: int, away_s: float | None = None) -> threading.Thread:
-        """Once it has been asked for so much more; away_s: until it is started again, None: it is not."""
-        heard = len(self.fake.heard) + requests
-
-        def watch() -> None:
-            while len(self.fake.heard) < heard:
-                time.sleep(0.002)
-            self.kill()
-            if away_s is not None:
-                time.sleep(away_s)
-                self.start()
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        return thread
-
-
-@contextmanager
-def site(name: str, **flags: Any) -> Iterator[Site]:
-    made = Site(name, **flags)
-    try:
-        yield made
-    finally:
-        made.kill()
 
 
 def run(out: Path, *words: str) -> int:

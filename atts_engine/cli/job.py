@@ -20,9 +20,9 @@ from atts_engine.evaluation.files import FULL
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams
     from atts_engine.conformal import Calibrator, ColdStart
-    from atts_engine.engine import AsyncEngine
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
+    from atts_engine.evaluation.metered import Metered
     from atts_engine.pipeline.records import Problem
     from atts_engine.pipeline.task import Task
 
@@ -74,7 +74,7 @@ class CalibrationChoice:
         cold = None if self.cold is None else [self.cold.rule, self.cold.minimum]
         return {"calibrator": self.name, "cold_start": cold, "frozen": self.frozen, "start_sha256": digest}
 
-    def make(self, engine: AsyncEngine, params: ATTSParams) -> Calibrator:
+    def make(self, engine: Metered, params: ATTSParams) -> Calibrator:
         """A fresh calibrator for one job; a saved one must fit the engine's models and the parameters."""
         from atts_engine.conformal import load_calibrator, make_calibrator
 
@@ -93,7 +93,7 @@ def task_of(args: argparse.Namespace) -> Task:
 
 
 async def watched_job(
-    engine: AsyncEngine,
+    engine: Metered,
     args: argparse.Namespace,
     problems: Sequence[Problem],
     params: ATTSParams,

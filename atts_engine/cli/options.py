@@ -263,6 +263,27 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 
 
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Many hosts (docs/scale-out.md)."""
+    group = parser.add_argument_group("scale-out")
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="share the problems among workers of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local",
+    )
+    group.add_argument(
+        "--ray-workers", type=int, metavar="N", help="workers, each an engine (default: as many as there is room for)"
+    )
+
+
+def check_ray(args: argparse.Namespace) -> None:
+    """`InputError` for --ray-workers that cannot be had."""
+    if args.ray_workers is not None and args.ray is None:
+        raise InputError("--ray-workers belongs to --ray: name the cluster, or --ray local")
+    if args.ray_workers is not None and args.ray_workers < 1:
+        raise InputError(f"--ray-workers must be 1 or more, not {args.ray_workers}")
+
+
 def fill_defaults(args: argparse.Namespace) -> None:
     """Give every flag that was left out its value: the task's, or the general one. `InputError` for a missing model."""
     task = TASK_DEFAULTS.get(args.task or "", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Coroutine
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from atts_engine.cli.tables import Table, check_json_target, count, human_stream
 
 if TYPE_CHECKING:
     from atts_engine.cli.job import CalibrationChoice
-    from atts_engine.config import ATTSParams
+    from atts_engine.config import ATTSParams, EngineConfig
+    from atts_engine.engine import AsyncEngine
+    from atts_engine.evaluation.fleet import Fleet
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.job import JobResult
     from atts_engine.pipeline.records import Problem
@@ -28,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_calibration(parser)
     options.add_early_verdict(parser)
     options.add_output(parser)
+    options.add_ray(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
 
@@ -43,16 +47,18 @@ def run(args: argparse.Namespace) -> int:
 
     options.fill_defaults(args)
     params = options.params(args, options.strategy_of(args), args.early_verdict)
-    options.engine_config(args)
+    config = options.engine_config(args)
+    options.check_ray(args)
     check_json_target(args.json)
     problems = options.problems(args)
     choice = CalibrationChoice.of(args)
     choice.check_early(args)
     settings = job_settings(args.draft, args.target, args.dtype, params, choice.settings(), problems)
     folder = RunFolder.open(args.out, settings, resume=args.resume)
+    job = _job if args.ray is None else _fleet_job
     with resumable(args, lambda: f"{folder.saved_chains} chains are saved in {folder.path}"):
         with closing(folder):
-            result = asyncio.run(_job(args, problems, params, choice, folder))
+            result = job(args, config, problems, params, choice, folder)
         found = {**figures(result, params), "settings": settings}
         save_json(folder.path / "summary.json", found)
         write_report(folder.path / "report.html", run_report(result, found))
@@ -65,7 +71,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _job(
+def _job(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    problems: tuple[Problem, ...],
+    params: ATTSParams,
+    choice: CalibrationChoice,
+    folder: RunFolder,
+) -> JobResult:
+    from atts_engine.engine import AsyncEngine
+
+    return asyncio.run(_on(AsyncEngine.create(config), args, problems, params, choice, folder))
+
+
+def _fleet_job(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    problems: tuple[Problem, ...],
+    params: ATTSParams,
+    choice: CalibrationChoice,
+    folder: RunFolder,
+) -> JobResult:
+    """The same on the workers of a Ray cluster."""
+    from atts_engine.evaluation.fleet import Fleet, on_ray
+
+    need = on_ray.demand(config)
+    with on_ray.cluster(args.ray):
+        workers = on_ray.worker_count(args.ray_workers, need)
+        fleet = Fleet.create(on_ray.launcher(need), workers, config, params)
+        return asyncio.run(_on(fleet, args, problems, params, choice, folder))
+
+
+async def _on(
+    made: Coroutine[Any, Any, AsyncEngine | Fleet],
     args: argparse.Namespace,
     problems: tuple[Problem, ...],
     params: ATTSParams,
@@ -73,9 +111,8 @@ async def _job(
     folder: RunFolder,
 ) -> JobResult:
     from atts_engine.cli.job import watched_job
-    from atts_engine.engine import AsyncEngine
 
-    async with await AsyncEngine.create(options.engine_config(args)) as engine:
+    async with await made as engine:
         calibrator = choice.make(engine, params) if params.settings.calibrated else None
         return await watched_job(engine, args, problems, params, calibrator, folder)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from atts_engine.backends import Lane, Seq
-from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy, lowest_score
+from atts_engine.conformal import Calibrator, GateRequest, Pending, Policy, TopB, lowest_score, make_policy
 from atts_engine.errors import ChainError
 from atts_engine.pipeline.records import Decision
 from atts_engine.pipeline.streams import gate_uniform
@@ -145,6 +145,15 @@ class ConformalGate:
         self._host_decisions = 0
         self._chains: dict[str, _Chains] = {}
 
+    @classmethod
+    def under(cls, policy: str, calibrator: Calibrator, on_decision: Callable[[Decision], None]) -> ConformalGate:
+        """policy: as in `ATTSParams`."""
+        if policy == "threshold":
+            return cls(calibrator, on_decision)
+        made = make_policy(policy, calibrator.alpha)
+        assert not isinstance(made, TopB), "ATTSParams refuses policies that need a barrier"
+        return cls(calibrator, on_decision, made)
+
     @property
     def outstanding(self) -> int:
         """Requests that a lane has not answered yet."""
@@ -183,23 +192,8 @@ class ConformalGate:
         else:
             result = await lane.verdict(seq, None)
         if decision is None:
-            if appraisal is not None:
-                score = float(np.float32(await appraised(appraisal, result)))
-            else:
-                score = result.score if most is None else lowest_score(result.sum_logprob, result.n_tokens, most)
-            decision = self._decide_here(score, place, key, u)
-        lower = decision.n - decision.count
-        return Judged(
-            decision.score if appraisal is None else result.score,
-            decision.verdict == "takeover",
-            decision.p_value,
-            lower / decision.n if decision.n else None,
-            decision,
-            result.logprobs,
-            result.wait_s,
-            result.sum_logprob,
-            None if appraisal is None else decision.score,
-        )
+            decision = self.decide(await tested_score(result, most, appraisal), place, key, u)
+        return judged(decision, result, appraisal)
 
     def settled(self, place: Place, seed: int, logprobs: Sequence[float], most: int) -> int | None:
         """For a frozen calibrator without a policy, whose answer does not depend on when it is asked. The test is
@@ -241,7 +235,9 @@ class ConformalGate:
         if key is not None:
             self._asked_by_key[key] -= 1
 
-    def _decide_here(self, score: float, place: Place, key: int, u: int) -> Decision:
+    def decide(self, score: float, place: Place, key: int, u: int) -> Decision:
+        """The verdict on a score, float32, that came from anywhere. key, u: as in `GateRequest`. `ScoreError` for a
+        score that is NaN or infinite."""
         level = self.calibrator.level(key)
         if self._policy is not None:
             level = self._policy.level(place.problem_id, place.turn, level)
@@ -324,6 +320,29 @@ def decision_of(request: PlacedRequest, result: SpanResult) -> Decision:
         p_value=outcome.p_value,
         verdict="takeover" if outcome.takeover else "keep",
     )
+
+
+def judged(decision: Decision, result: SpanResult, appraisal: Appraisal | None) -> Judged:
+    """What the chain is told of a decision about the span with this result."""
+    lower = decision.n - decision.count
+    return Judged(
+        decision.score if appraisal is None else result.score,
+        decision.verdict == "takeover",
+        decision.p_value,
+        lower / decision.n if decision.n else None,
+        decision,
+        result.logprobs,
+        result.wait_s,
+        result.sum_logprob,
+        None if appraisal is None else decision.score,
+    )
+
+
+async def tested_score(result: SpanResult, most: int | None, appraisal: Appraisal | None) -> float:
+    """What a gate on the host tests of a span, float32; most: as in `Gate.ask`."""
+    if appraisal is not None:
+        return float(np.float32(await appraised(appraisal, result)))
+    return result.score if most is None else lowest_score(result.sum_logprob, result.n_tokens, most)
 
 
 async def appraised(appraisal: Appraisal, result: SpanResult) -> float:

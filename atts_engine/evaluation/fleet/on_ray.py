@@ -1,0 +1,126 @@
+"""Workers as Ray actors. The one place that imports ray, an extra: `pip install 'atts-engine[ray]'`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from atts_engine.config import EngineConfig
+from atts_engine.errors import InputError
+from atts_engine.evaluation.fleet.messages import Answer, Identity, Message, Order, Snapshot, WorkerLost
+from atts_engine.evaluation.fleet.worker import Worker
+from atts_engine.pipeline import ATTSParams
+
+T = TypeVar("T")
+
+STORE_BYTES = 100_000_000
+"""Object store of a local cluster. What workers say is small, and the default is a third of the memory."""
+
+
+def demand(config: EngineConfig) -> dict[str, float]:
+    """What Ray sets aside for one worker: a CPU for each torch thread, and the GPUs that its devices name.
+
+    Ray shows a worker its own GPUs only, numbered from 0. `InputError` where a number below the highest is not used.
+    """
+    indices = {int(index or 0) for kind, _, index in _devices(config) if kind == "cuda"}
+    if indices and indices != set(range(len(indices))):
+        raise InputError(
+            "on Ray a worker's GPUs are numbered from 0, whichever they are: use --draft-device cuda:0, and "
+            "--target-device cuda:0 (shared) or cuda:1 (its own)"
+        )
+    return {"CPU": float(config.threads or 1), **({"GPU": float(len(indices))} if indices else {})}
+
+
+def _devices(config: EngineConfig) -> Iterator[tuple[str, str, str]]:
+    for device in (config.draft_device, config.target_device):
+        yield device.partition(":")
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """Be connected. address: `local` (made here, gone afterwards), `auto`, `HOST:PORT` or `ray://HOST:PORT`; a process
+    that is connected already stays as it is. `InputError` where ray is missing or nobody answers."""
+    ray = _ray()
+    if ray.is_initialized():
+        yield
+        return
+    local: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+    try:
+        ray.init(address, log_to_driver=False, logging_level="error", **(local if address == "local" else {}))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or use --ray local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_count(wanted: int | None, need: Mapping[str, float]) -> int:
+    """How many workers to start: as many as `wanted`, or as the cluster has room for. `InputError` where it has not."""
+    total: Mapping[str, float] = _ray().cluster_resources()
+    room = min(int(total.get(name, 0.0) // amount) for name, amount in need.items())
+    text = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    if room < (wanted or 1):
+        has = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
+        raise InputError(
+            f"the Ray cluster has {has} in all, and each worker needs {text}: there is room for {room} workers, not "
+            f"for {wanted or 1}; add hosts, or lower --ray-workers or --threads"
+        )
+    return wanted or room
+
+
+def launcher(need: Mapping[str, float]) -> Callable[[], RayWorker]:
+    """Makes a worker on whichever host has room for it."""
+    options: dict[str, Any] = {"num_cpus": need["CPU"], "num_gpus": need.get("GPU", 0.0), "max_restarts": 0}
+    actor = _ray().remote(Worker)
+    return lambda: RayWorker(actor.options(**options).remote())
+
+
+class RayWorker:
+    """A `Remote` that is an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def open(self, config: EngineConfig, params: ATTSParams) -> Identity:
+        return await _answer(self._actor.open.remote(config, params))
+
+    async def hold(self, snapshot: Snapshot) -> None:
+        await _answer(self._actor.hold.remote(snapshot))
+
+    async def start(self, number: int, order: Order) -> None:
+        await _answer(self._actor.start.remote(number, order))
+
+    async def exchange(self, number: int, answers: Sequence[Answer]) -> list[Message]:
+        return await _answer(self._actor.exchange.remote(number, answers))
+
+    async def stop(self, number: int) -> None:
+        await _answer(self._actor.stop.remote(number))
+
+    async def close(self) -> None:
+        # The engine's threads and memory go with the process.
+        _ray().kill(self._actor)
+
+
+async def _answer(asked: Awaitable[T]) -> T:
+    """What the actor answers, or the error that it raised, as itself."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return await asked
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        raise WorkerLost(str(error).strip().partition("\n")[0]) from error
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--ray needs Ray: pip install 'atts-engine[ray]'") from error
+    return ray
