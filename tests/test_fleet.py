@@ -16,7 +16,7 @@ from atts_engine.conformal import Adaptive, Calibrator, Mondrian, Monitored
 from atts_engine.errors import InputError, LaneError
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.fleet import Snapshot
-from atts_engine.evaluation.fleet.on_ray import demand
+from atts_engine.evaluation.fleet.on_ray import check_listening, demand
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.job import JobResult, job_settings
 from atts_engine.evaluation.metered import run_metered
@@ -182,3 +182,9 @@ def test_a_worker_is_given_a_cpu_a_thread_and_the_gpus_that_its_devices_name() -
     assert demand(EngineConfig(*pair, "cuda:0", "cuda:1")) == {"CPU": 1.0, "GPU": 2.0}
     with pytest.raises(InputError, match="numbered from 0"):
         demand(EngineConfig(*pair, "cuda:2", "cuda:3"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port"])
+def test_nobody_listening_is_said_at_once(address: str) -> None:
+    with pytest.raises(InputError, match="no Ray cluster at"):
+        check_listening(address)

@@ -50,14 +50,16 @@ class Case:
 
     models: tuple[str, str]
     options: tuple[str, ...]
+    dtype: str = "float32"
     ways: tuple[str, ...] = tuple(WAYS)
 
 
+SMOLLM2 = ("smollm2-135m", "smollm2-135m")
+SHORT = ("--turns", "4", "--draft-tokens", "24", "--target-tokens", "24")
 CASES = {
-    "built-in pair": Case(("tiny-draft", "tiny-target"), (), (FIRST, "draft here, target on a server")),
-    "SmolLM2-135M with itself": Case(
-        ("smollm2-135m", "smollm2-135m"), ("--turns", "4", "--draft-tokens", "24", "--target-tokens", "24")
-    ),
+    "built-in pair": Case(("tiny-draft", "tiny-target"), (), ways=(FIRST, "draft here, target on a server")),
+    "SmolLM2-135M with itself": Case(SMOLLM2, SHORT),
+    "SmolLM2-135M, bfloat16": Case(SMOLLM2, SHORT, "bfloat16", ("in this process", "two servers")),
 }
 
 
@@ -145,7 +147,7 @@ def compare(first: Path, other: Path) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any]:
-    common = ["--task", "registers", "--steps", args.steps, "--dtype", args.dtype, "--threads", "1", "--plain"]
+    common = ["--task", "registers", "--steps", args.steps, "--dtype", case.dtype, "--plain"]
     names = [_folder(name, folder / name) for name in case.models]
     shape = [*case.options, "--chains", "1", "--temperature", "0", "--alpha", f"{args.alpha}"]
     calibration = folder / "calibration.npz"
@@ -158,7 +160,7 @@ def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any
         needed = {i for way in case.ways for i in (0, 1) if WAYS[way][i]}
         servers = {
             i: stack.enter_context(
-                served(args.vllm, names[i], case.models[i], args.dtype, log=folder / f"server-{i}.log")
+                served(args.vllm, names[i], case.models[i], case.dtype, log=folder / f"server-{i}.log")
             )
             for i in sorted(needed)
         }
@@ -224,7 +226,6 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=48, metavar="N", help="problems of the calibration")
     parser.add_argument("--steps", default="4-6")
     parser.add_argument("--alpha", type=float, default=0.4)
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -239,7 +240,7 @@ def main() -> None:
 
 
 def whole(args: argparse.Namespace, cases: dict[str, Any]) -> dict[str, Any]:
-    settings = {n: getattr(args, n) for n in ("problems", "calibrate", "steps", "alpha", "dtype")}
+    settings = {n: getattr(args, n) for n in ("problems", "calibrate", "steps", "alpha")}
     versions = {s["version"] for ways in cases.values() for o in ways.values() for s in o["servers"].values()}
     return {
         "provenance": provenance("python -m bench.e2e.agreement --vllm PYTHON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from atts_engine.pipeline import ATTSParams
 
 T = TypeVar("T")
 
+LISTENING_S = 10.0
 STORE_BYTES = 100_000_000
 """Object store of a local cluster. What workers say is small, and the default is a third of the memory."""
 
@@ -45,6 +47,7 @@ def cluster(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_listening(address)
     local: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, logging_level="error", **(local if address == "local" else {}))
@@ -57,6 +60,19 @@ def cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_listening(address: str) -> None:
+    """Ray itself goes on trying for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENING_S).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster at {address} ({error}): start one with `ray start --head`, or use --ray local"
+        ) from error
 
 
 def worker_count(wanted: int | None, need: Mapping[str, float]) -> int:
