@@ -252,7 +252,7 @@ class AsyncEngine:
         """Give back the pages of every prefix that `score` keeps."""
         await self._prefixes.clear()
 
-    def prompts(self, content: str | Sequence[Mapping[str, str]]) -> Prompts:
+    def prompts(self, content: str | Sequence[Mapping[str, Any]]) -> Prompts:
         """Both models' tokens of a text as it stands, or of chat messages through each model's own template."""
         codecs = self.draft_model.tokenizer, self.target_model.tokenizer
         made = [c.encode(content) if isinstance(content, str) else c.chat_prompt(content) for c in codecs]
@@ -275,8 +275,12 @@ class AsyncEngine:
     @property
     def context_tokens(self) -> int:
         """Tokens that one sequence of the target may hold: its context, or the KV pool where that is smaller."""
-        target = self._cores[1]
-        return min(target.max_length, target.pool.tokens)
+        return self.lane_context_tokens["target"]
+
+    @property
+    def lane_context_tokens(self) -> dict[str, int]:
+        """As `context_tokens`, of each lane."""
+        return {core.name: min(core.max_length, core.pool.tokens) for core in self._cores}
 
     @property
     def pool_tokens(self) -> dict[str, int]:
