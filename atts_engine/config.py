@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from atts_engine.backends.remote.address import Address, is_address
 from atts_engine.errors import InputError
 from atts_engine.ops import IMPLEMENTATIONS
 from atts_engine.pipeline.params import ATTSParams
@@ -25,7 +26,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class EngineConfig:
     """Which models, where, and how much memory.
 
-    draft, target: a Hugging Face folder, a .gguf file, or a built-in name. dtype: of weights and KV.
+    draft, target: a Hugging Face folder, a .gguf file, a built-in name, or the address of a server that has the model,
+    `vllm://HOST:PORT/NAME` or `sglang://HOST:PORT/NAME`, whose key is read from the environment as ATTS_DRAFT_API_KEY
+    or ATTS_TARGET_API_KEY. dtype: of weights and KV. Settings of devices, KV and kernels are for lanes in this process.
+    draft_tokenizer, target_tokenizer: where the tokenizer of a server's model is read from; None: the folder that the
+    server names, if it can be read here.
+    patience_s: seconds without any answer after which a server is given up. server_requests: to one server at a time.
     page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
     for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
     kv_tokens: capacity of each lane's KV pool, whatever is free.
@@ -53,6 +59,10 @@ class EngineConfig:
     target: str
     draft_device: str = "cpu"
     target_device: str = "cpu"
+    draft_tokenizer: str | None = None
+    target_tokenizer: str | None = None
+    patience_s: float = 60.0
+    server_requests: int = 256
     dtype: str = "float32"
     page_size: int = 16
     kv_tokens: int | None = None
@@ -75,13 +85,17 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)
-        for name in ("page_size", "max_batch_tokens", "chunk_tokens"):
+        for name in ("page_size", "max_batch_tokens", "chunk_tokens", "server_requests"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("kv_tokens", "max_sequences", "threads", "score_cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {value}")
+        if not self.patience_s > 0.0:
+            raise InputError(f"patience_s must be more than 0 seconds, not {self.patience_s}")
+        for lane in ("draft", "target"):
+            self._check_place(lane)
         if self.lane_threads not in ("one", "each"):
             raise InputError(f"lane_threads must be 'one' or 'each', not {self.lane_threads!r}")
         if self.kv_memory_fraction is not None and not 0.0 < self.kv_memory_fraction <= 1.0:
@@ -97,6 +111,15 @@ class EngineConfig:
             raise InputError(f"ops must be one of {', '.join(IMPLEMENTATIONS)}, not {self.ops!r}")
         if self.prompt is not None:
             fill_prompt(self.prompt, "")
+
+    def _check_place(self, lane: str) -> None:
+        name, device, tokenizer = (getattr(self, lane + part) for part in ("", "_device", "_tokenizer"))
+        if is_address(name):
+            Address.parse(name)
+            if device != "cpu":
+                raise InputError(f"{lane}_device {device} is for a model in this process, and {name} is a server's")
+        elif tokenizer is not None:
+            raise InputError(f"{lane}_tokenizer is for the model of a server; {name} brings its own")
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -7,18 +7,17 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
 from atts_engine import assembly, ops
-from atts_engine.backends import InProcessLane, Lane
+from atts_engine.backends import EngineLane, InProcessLane, Lane, ModelInfo
+from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.config import EngineConfig, fill_prompt, prompt_hash
 from atts_engine.conformal import Adaptive, Calibrator, GateRequest, Meta, Monitored, Policy, TopB, make_policy
 from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
-from atts_engine.models import Model
 from atts_engine.pipeline import (
     ATTSParams,
     CompletionEvent,
@@ -38,13 +37,10 @@ from atts_engine.pipeline import (
 from atts_engine.pipeline.events import SolutionEvent
 from atts_engine.pipeline.gate import PlacedRequest
 from atts_engine.runtime import (
-    EngineLoop,
-    LaneCore,
     Mailbox,
     Rates,
     SamplingParams,
     SpanResult,
-    kv_bytes_per_token,
     probe,
 )
 
@@ -62,43 +58,25 @@ class AsyncEngine:
     """Made by `await AsyncEngine.create(config)`; belongs to that event loop. Close it or use `async with`."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        draft: Model,
-        target: Model,
-        cores: tuple[LaneCore, LaneCore],
-        calibrator: Calibrator | None,
+        self, config: EngineConfig, draft: EngineLane, target: EngineLane, calibrator: Calibrator | None
     ) -> None:
         self.config = config
-        self.draft_model = draft
-        self.target_model = target
-        self._cores = cores
+        self._lanes = draft, target
         self._calibrator = calibrator
         self._defaults: OrderedDict[tuple[object, ...], Calibrator] = OrderedDict()
         self._gates: dict[tuple[int, str], ConformalGate] = {}
         self._listeners: list[DecisionListener] = []
         self._rates: dict[tuple[torch.device, torch.dtype], Rates] = {}
         self._open_chains = 0
-        self._prompt = config.prompt if config.prompt is not None else assembly.default_prompt(draft, target)
-        mailbox = Mailbox(asyncio.get_running_loop())
-
-        def decided(request: GateRequest, result: SpanResult) -> None:
-            mailbox.post(lambda: self._decided(request, result))
-
-        heard = [(core, decided) for core in cores]
-        self._loops = [EngineLoop(heard)] if config.lane_threads == "one" else [EngineLoop([lane]) for lane in heard]
-        lanes = [
-            InProcessLane(core, loop, mailbox, chunk_tokens=config.chunk_tokens)
-            for core, loop in zip(cores, (self._loops[0], self._loops[-1]), strict=True)
-        ]
-        self._pair = Pair(lanes[0], lanes[1], assembly.tongues(draft, target))
-        self._prefixes = PrefixStore(lanes[1], config.score_cache_tokens or cores[1].pool.tokens // 8)
-        for loop in self._loops:
-            loop.start()
+        models = draft.model, target.model
+        self._prompt = config.prompt if config.prompt is not None else assembly.default_prompt(*models)
+        self._pair = Pair(draft, target, assembly.tongues(*models))
+        self._prefixes = PrefixStore(target, self._prefix_tokens())
 
     @classmethod
     async def create(cls, config: EngineConfig, calibrator: Calibrator | None = None) -> AsyncEngine:
-        """Load both models and start. Raises `InputError` for a model that cannot be had or a pair that does not fit.
+        """Load both models, or ask for the servers that have them, and start. Raises `InputError` for a model that
+        cannot be had or a pair that does not fit, `LaneError` for a server that does not answer.
 
         calibrator: used by every request that brings none of its own; None: `Adaptive`, smoothed p-values by turn at
         an adaptive level that start cold and learn online, one for each setting that changes what scores mean.
@@ -110,9 +88,27 @@ class AsyncEngine:
         if config.check_ops:
             ops.checked()
         await asyncio.to_thread(assembly.tune, config)
-        draft, target = await asyncio.to_thread(assembly.load_pair, config)
-        cores = await asyncio.to_thread(assembly.cores, config, draft, target)
-        return cls(config, draft, target, cores, calibrator)
+        mailbox = Mailbox(asyncio.get_running_loop())
+
+        def heard(request: GateRequest, result: SpanResult) -> None:
+            assert isinstance(request, PlacedRequest)
+            mailbox.post(lambda: request.gate.heard(request, result))
+
+        lanes = await assembly.lanes(config, mailbox, heard)
+        try:
+            return cls(config, *lanes, calibrator)
+        except BaseException:
+            for lane in lanes:
+                await lane.aclose()
+            raise
+
+    @property
+    def draft_model(self) -> ModelInfo:
+        return self._lanes[0].model
+
+    @property
+    def target_model(self) -> ModelInfo:
+        return self._lanes[1].model
 
     async def generate(
         self,
@@ -240,7 +236,7 @@ class AsyncEngine:
         A prefix stays open for as long as `score_cache_tokens` has room: the next span of it, or of one that begins
         with it, computes nothing of it again. Raises `InputError` for tokens that do not fit, `LaneError`.
         """
-        vocab, context = self.target_model.config.vocab_size, self.context_tokens
+        vocab, context = self.target_model.vocab_size, self.context_tokens
         bad = next((t for t in span if not 0 <= t < vocab), None)
         if bad is not None:
             raise InputError(f"token id {bad} of the span is outside the vocabulary of {vocab}")
@@ -280,12 +276,12 @@ class AsyncEngine:
     @property
     def lane_context_tokens(self) -> dict[str, int]:
         """As `context_tokens`, of each lane."""
-        return {core.name: min(core.max_length, core.pool.tokens) for core in self._cores}
+        return {lane.name: min(lane.max_length, lane.pool_tokens or lane.max_length) for lane in self._lanes}
 
     @property
-    def pool_tokens(self) -> dict[str, int]:
-        """Tokens that each lane's KV pool holds."""
-        return {core.name: core.pool.tokens for core in self._cores}
+    def pool_tokens(self) -> dict[str, int | None]:
+        """Tokens that each lane's KV pool holds; None where a server keeps that to itself."""
+        return {lane.name: lane.pool_tokens for lane in self._lanes}
 
     def add_decision_listener(self, listener: DecisionListener) -> Callable[[], None]:
         """Have `listener` called with every verdict in decision_seq order, those of cancelled chains too;
@@ -310,26 +306,14 @@ class AsyncEngine:
         return len(prompts.draft), len(prompts.target)
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Counters of each lane since it began (see `LaneStats` and `LaneTotals`), its pool's pages, and its open
-        sequences. peak_kv_bytes: of the most pages that were in use on its device at once since `restart_peaks`."""
-        return {
-            core.name: asdict(core.stats)
-            | asdict(core.meter.totals)
-            | {
-                "free_pages": core.pool.free,
-                "used_pages": core.pool.used,
-                "peak_kv_bytes": core.pool.peak * core.pool.page_size * kv_bytes_per_token(core.model),
-                "host_free_pages": core.host_pool.free,
-                "host_used_pages": core.host_pool.used,
-                "open_sequences": core.open_sequences,
-            }
-            for core in self._cores
-        }
+        """Counters of each lane since it began: `InProcessLane.stats`, `RemoteLane.stats`."""
+        return {lane.name: lane.stats() for lane in self._lanes}
 
     def restart_peaks(self) -> None:
-        """Let `peak_kv_bytes` of each lane count from now on."""
-        for core in self._cores:
-            core.pool.restart_peak()
+        """Let `peak_kv_bytes` of each lane in this process count from now on."""
+        for lane in self._lanes:
+            if isinstance(lane, InProcessLane):
+                lane.restart_peak()
 
     def prefix_stats(self) -> dict[str, int]:
         """Of `score`: prefix tokens asked for and found since the engine began, and those held open now."""
@@ -337,21 +321,28 @@ class AsyncEngine:
         return {"queried": kept.queried_tokens, "hit": kept.hit_tokens, "held": kept.held_tokens}
 
     async def rates(self) -> dict[str, Rates]:
-        """What the device of each lane reaches in the lane's dtype, measured at the first call, which takes about a
-        second a device. Ask while no chain runs: a busy device measures low."""
+        """What the device of each lane in this process reaches in the lane's dtype, measured at the first call, which
+        takes about a second a device. Ask while no chain runs: a busy device measures low."""
         found = {}
-        for core in self._cores:
-            decoder = core.model.decoder
-            key = (decoder.lm_head.device, decoder.lm_head.dtype)
+        for lane in self._lanes:
+            if not isinstance(lane, InProcessLane):
+                continue
+            head = lane.model.decoder.lm_head
+            key = (head.device, head.dtype)
             if key not in self._rates:
                 self._rates[key] = await asyncio.to_thread(probe, *key)
-            found[core.name] = self._rates[key]
+            found[lane.name] = self._rates[key]
         return found
+
+    def servers(self) -> dict[str, dict[str, Any]]:
+        """Of each lane that is on a server: its address, engine and version, model, context, and whether scores append
+        to what the server holds or compute all of a chain again ("append", "recompute")."""
+        return {lane.name: lane.about() for lane in self._lanes if isinstance(lane, RemoteLane)}
 
     async def close(self) -> None:
         """Stop both lanes; chains that still run end with `LaneError`. Closing twice is allowed."""
-        for loop in self._loops:
-            await asyncio.to_thread(loop.stop)
+        for lane in self._lanes:
+            await lane.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -360,6 +351,14 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _prefix_tokens(self) -> int:
+        """Of prefixes that stay open for `score`."""
+        target = self._lanes[1]
+        if not target.appends:
+            # The server would compute them again all the same.
+            return 0
+        return self.config.score_cache_tokens or (target.pool_tokens or target.max_length) // 8
 
     def _admit(self, chains: int) -> None:
         limit = self.config.max_sequences
@@ -424,10 +423,6 @@ class AsyncEngine:
             _, forgotten = self._defaults.popitem(last=False)
             self._gates = {name: gate for name, gate in self._gates.items() if gate.calibrator is not forgotten}
         return self._defaults[key]
-
-    def _decided(self, request: GateRequest, result: SpanResult) -> None:
-        assert isinstance(request, PlacedRequest)
-        request.gate.heard(request, result)
 
     def _announce(self, decision: Decision) -> None:
         for listener in tuple(self._listeners):

@@ -72,7 +72,7 @@ def run_words(problems: Path, out: Path, *more: str) -> list[str]:
         (["--concurrency", "0"], "--concurrency must be 1 or more"),
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--draft", "nowhere"], "no model 'nowhere'"),
-        (["--target", "vllm://host:1/x"], "remote lanes are not in this version"),
+        (["--target", "vllm://host:1"], "vllm://HOST"),
         (["--problems", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["--task", "registers"], "either --problems FILE or --task registers"),
         (["--calibrator", "best"], "no calibrator 'best'; there are adaptive"),

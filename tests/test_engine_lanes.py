@@ -73,7 +73,7 @@ def test_a_fork_that_happens_when_its_caller_has_gone_leaves_no_children(parent_
             free.wait(60)
 
         # The scheduler's thread stands still until the caller is gone; only then is the parent computed and forked.
-        engine._loops[-1].post(stand_still)
+        engine._lanes[1]._loop.post(stand_still)
         await asyncio.to_thread(held.wait, 60)
         parent = await lane.open([1] * 300)
         fork = asyncio.create_task(lane.fork(parent, 3))

@@ -226,7 +226,7 @@ def test_a_fault_fails_the_lane_and_leaves_no_page_taken(monkeypatch: pytest.Mon
     """In the midst of a commit, when its step is in flight no more, and in a command, which no step runs."""
 
     async def work(engine: AsyncEngine) -> None:
-        core = engine._cores[0]
+        core = engine._lanes[0].core
 
         def fault(*_: Any) -> None:
             raise RuntimeError("device-side assert")

@@ -43,7 +43,10 @@ def test_an_engine_takes_its_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def sizes(config: EngineConfig) -> list[tuple[int, int]]:
         async with await AsyncEngine.create(config) as engine:
-            return [(core.pool.capacity * 16, core.host_pool.capacity * 16) for core in engine._cores]
+            return [
+                (core.pool.capacity * 16, core.host_pool.capacity * 16)
+                for core in (lane.core for lane in engine._lanes)
+            ]
 
     tokens = (100 << 20) // 10 // (1536 + 6144)
     assert (

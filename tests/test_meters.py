@@ -321,7 +321,7 @@ async def solve_two(config: EngineConfig, params: ATTSParams) -> tuple[dict[str,
         solved = await asyncio.gather(*(engine.solve(p, params) for p in drawn))
         while any(lane["open_sequences"] for lane in engine.stats().values()):
             await asyncio.sleep(0.005)
-        runners = {core.name: core._runner for core in engine._cores}
+        runners = {core.name: core._runner for core in (lane.core for lane in engine._lanes)}
         return engine.stats(), runners, [c for s in solved for c in s.chains]
 
 

@@ -157,8 +157,8 @@ def test_damaged_shards(tmp_path: Path) -> None:
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tiny-draft" in refusal("no-such-model")
-    assert "remote lanes" in refusal("vllm://localhost:8000/m")
-    assert "remote lanes" in refusal("sglang://localhost:8000/m")
+    assert "is on a server" in refusal("vllm://localhost:8000/m")
+    assert "is on a server" in refusal("sglang://localhost:8000/m")
     (tmp_path / "weights.pt").write_bytes(b"")
     assert "is not a model" in refusal(tmp_path / "weights.pt")
     assert resolve("smollm2-135m").suffix == ".gguf"

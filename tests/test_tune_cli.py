@@ -45,7 +45,7 @@ def words(out: Path, *more: str) -> list[str]:
         (["--budget-tokens", "5", "--pair", "tiny-draft"], "--pair must be DRAFT:TARGET, not 'tiny-draft'"),
         (["--budget-tokens", "5", "--pair", "a:b:c"], "--pair must be DRAFT:TARGET, not 'a:b:c'"),
         (["--budget-tokens", "5", "--pair", "nowhere:tiny-target"], "no model 'nowhere'"),
-        (["--budget-tokens", "5", "--pair", "tiny-draft:vllm://h:8000/m"], "remote lanes are not in this version"),
+        (["--budget-tokens", "5", "--pair", "tiny-draft:vllm://h:8000/m"], "is on a server"),
         (["--budget-tokens", "5", "--pair", "d:t", "--draft", "d"], "leave --draft and --target out"),
         (["--budget-tokens", "5", "--pair", "d:t", "--pair", "d:t"], "--pair names a pair twice"),
         (["--budget-tokens", "5", "--trials", "0"], "--trials must be 1 or more, not 0"),

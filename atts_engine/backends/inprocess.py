@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from atts_engine.backends.protocol import Seq
 from atts_engine.conformal import GateRequest
 from atts_engine.errors import InputError, LaneError
+from atts_engine.models import Model
+from atts_engine.runtime import kv_bytes_per_token
 from atts_engine.runtime.commands import Append, Command, Decode, Fork, Propose, Reply, Scored, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.loop import EngineLoop, Mailbox
@@ -27,7 +30,9 @@ class InProcessSeq:
 
 
 class InProcessLane:
-    """Implements `backends.protocol.Verifier`. All methods belong to the event loop the lane was made on."""
+    """Implements `Verifier` and `EngineLane`. All methods belong to the event loop the lane was made on."""
+
+    appends = True
 
     def __init__(self, core: LaneCore, loop: EngineLoop, mailbox: Mailbox, *, chunk_tokens: int = 64) -> None:
         self.core = core
@@ -35,6 +40,45 @@ class InProcessLane:
         self._mailbox = mailbox
         self._chunk_tokens = _checked_chunk(chunk_tokens)
         self._ids = itertools.count()
+
+    @property
+    def name(self) -> str:
+        return self.core.name
+
+    @property
+    def model(self) -> Model:
+        return self.core.model
+
+    @property
+    def max_length(self) -> int:
+        return self.core.max_length
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.core.pool.tokens
+
+    def stats(self) -> dict[str, float]:
+        """`LaneStats` and `LaneTotals`, the pool's pages, and the open sequences. peak_kv_bytes: of the most pages that
+        were in use on the device at once since `restart_peak`."""
+        core = self.core
+        return {
+            **asdict(core.stats),
+            **asdict(core.meter.totals),
+            "free_pages": core.pool.free,
+            "used_pages": core.pool.used,
+            "peak_kv_bytes": core.pool.peak * core.pool.page_size * kv_bytes_per_token(core.model),
+            "host_free_pages": core.host_pool.free,
+            "host_used_pages": core.host_pool.used,
+            "open_sequences": core.open_sequences,
+        }
+
+    def restart_peak(self) -> None:
+        """Let `peak_kv_bytes` count from now on."""
+        self.core.pool.restart_peak()
+
+    async def aclose(self) -> None:
+        """Ends the scheduler thread, and with it every lane that it drives."""
+        await asyncio.to_thread(self._loop.stop)
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> InProcessSeq:
         """Hold `prompt`; its forward pass begins at once and is awaited by whatever needs it."""

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
 from atts_engine.conformal import GateRequest
+from atts_engine.models import Tokenizer
 from atts_engine.runtime.records import Proposal, SamplingParams, SpanResult, TokenChunk
 
 
@@ -40,7 +41,8 @@ class Lane(Protocol):
     async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None: ...
 
     async def verdict(self, seq: Seq, gate: GateRequest | None) -> SpanResult:
-        """Result for all tokens scored since the last verdict."""
+        """Result for all tokens scored since the last verdict. A lane that cannot count leaves `outcome` None whatever
+        the gate: then the asker counts."""
         ...
 
     async def scored(self, seq: Seq, *, wait: bool = False) -> tuple[float, ...]:
@@ -72,4 +74,57 @@ class Verifier(Lane, Protocol):
         already: a stop string may begin in them. Whoever stops waiting for the answer does not know what the sequence
         holds, and truncates or closes it.
         """
+        ...
+
+
+class ModelInfo(Protocol):
+    """What there is to know of a lane's model beside its sequences. eos_token_ids: that end a text; fingerprint: of
+    all that decides what its scores mean."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class EngineLane(Lane, Protocol):
+    """A lane as an engine is made of two of them.
+
+    name: "draft" or "target"; max_length: tokens of the model's context; pool_tokens: that all its sequences may hold
+    together, None where a server keeps that to itself. All belongs to the event loop that the lane was made on.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def pool_tokens(self) -> int | None: ...
+
+    @property
+    def appends(self) -> bool:
+        """Whether a score costs the tokens of its span alone, those before it being held."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the lane began."""
+        ...
+
+    async def aclose(self) -> None:
+        """End the lane; its open sequences end with `LaneError`. Closing twice is allowed."""
         ...

@@ -78,7 +78,7 @@ def _strategies(text: str) -> tuple[str, ...]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from atts_engine.cli.job import CalibrationChoice, lane_table, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, lane_tables, resume_hint
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.grading import Grader
@@ -120,7 +120,8 @@ def _compare(args: argparse.Namespace) -> int:
     write_report(page, comparison_report(results, found))
     out = human_stream(args.json)
     show(_table(found, args.chains), out, args.plain)
-    show(lane_table(found["strategies"]), out, args.plain)
+    for table in lane_tables(found["strategies"]):
+        show(table, out, args.plain)
     out.write(f"report: {page}\n")
     write_json(found, args.json)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,16 +124,22 @@ async def watched_job(
         )
 
 
-def lane_table(figures: Mapping[str, dict[str, Any]]) -> Table:
-    """The lanes of each strategy. figures: {name of the strategy: `summary.figures`}."""
-    from atts_engine.evaluation import lanes
+def lane_tables(figures: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
+    """The lanes of each strategy, those in this process and those on servers. figures: {name of the strategy:
+    `summary.figures`}."""
+    from atts_engine.evaluation import lanes, servers
 
-    rows = [
-        row
-        for name, found in figures.items()
-        for row in lanes.lane_rows(found["lanes"], f"{name} " if len(figures) > 1 else "")
-    ]
-    return Table("lanes", lanes.COLUMNS, tuple(rows))
+    here: list[tuple[str, ...]] = []
+    away: list[tuple[str, ...]] = []
+    for name, found in figures.items():
+        prefix = f"{name} " if len(figures) > 1 else ""
+        here += lanes.lane_rows(found["lanes"], prefix)
+        away += servers.server_rows(found["servers"], prefix)
+    if here or not away:
+        yield Table("lanes", lanes.COLUMNS, tuple(here))
+    if away:
+        cost = "a scored token: prompt tokens sent to have it scored; a lane in this process computes 1"
+        yield Table("servers", servers.COLUMNS, tuple(away), note=cost)
 
 
 def resume_hint(args: argparse.Namespace, saved: str) -> str:

@@ -32,13 +32,36 @@ DEFAULTS: dict[str, Any] = {"draft_tokens": 500, "target_tokens": 500, "turns": 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Which models, where, and in which precision."""
     group = parser.add_argument_group("models")
-    text = "a Hugging Face folder, a .gguf file, tiny-draft, tiny-target or smollm2-135m"
+    text = (
+        "a Hugging Face folder, a .gguf file, tiny-draft, tiny-target, smollm2-135m, or a server's: "
+        "vllm://HOST:PORT/NAME, sglang://HOST:PORT/NAME"
+    )
     group.add_argument("--draft", metavar="MODEL", help=f"the model that writes: {text}")
     group.add_argument("--target", metavar="MODEL", help="the model that scores and takes over: as --draft")
     group.add_argument(
         "--draft-device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: %(default)s)"
     )
     group.add_argument("--target-device", default="cpu", metavar="DEVICE", help="as --draft-device")
+    group.add_argument(
+        "--draft-tokenizer",
+        metavar="MODEL",
+        help="where the tokenizer of a server's draft is read from (default: the folder that the server names)",
+    )
+    group.add_argument("--target-tokenizer", metavar="MODEL", help="as --draft-tokenizer")
+    group.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds without any answer after which a server is given up (default: 60)",
+    )
+    group.add_argument(
+        "--server-requests",
+        type=int,
+        default=256,
+        metavar="N",
+        help="open to one server at a time (default: %(default)s)",
+    )
     group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     group.add_argument(
         "--page-size", type=int, default=16, metavar="N", help="tokens in a KV page (default: %(default)s)"
@@ -260,14 +283,20 @@ def strategy_of(args: argparse.Namespace) -> str:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's settings. `InputError` for a model that is not there, before anything is written or loaded."""
+    from atts_engine.backends.remote.address import is_address
     from atts_engine.config import EngineConfig
     from atts_engine.models import resolve
 
-    resolve(args.draft)
-    resolve(args.target)
+    for name in (args.draft, args.target, args.draft_tokenizer, args.target_tokenizer):
+        if name is not None and not is_address(name):
+            resolve(name)
     return EngineConfig(
         draft=args.draft,
         target=args.target,
+        draft_tokenizer=args.draft_tokenizer,
+        target_tokenizer=args.target_tokenizer,
+        patience_s=args.patience,
+        server_requests=args.server_requests,
         draft_device=args.draft_device,
         target_device=args.target_device,
         dtype=args.dtype,

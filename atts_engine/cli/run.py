@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Solve, save, report. `InputError` before any work for anything that cannot be used."""
-    from atts_engine.cli.job import CalibrationChoice, lane_table, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, lane_tables, resume_hint
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.job import job_settings
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     write_report(folder.path / "report.html", run_report(result, found))
     out = human_stream(args.json)
     show(_table(found), out, args.plain)
-    show(lane_table({found["strategy"]: found}), out, args.plain)
+    for table in lane_tables({found["strategy"]: found}):
+        show(table, out, args.plain)
     out.write(f"report: {folder.path / 'report.html'}\n")
     write_json(found, args.json)
     return 0

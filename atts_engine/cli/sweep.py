@@ -34,6 +34,7 @@ def wanted(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Run the cells that are missing, fit, draw."""
+    from atts_engine.backends.remote.address import is_address
     from atts_engine.cli.job import CalibrationChoice, resume_hint
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.job import job_settings
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     options.fill_defaults(args)
     params = options.params(args, "atts")
+    for name in ("draft", "target"):
+        if is_address(getattr(args, name)):
+            raise InputError(f"a sweep measures lanes in this process, and --{name} is on a server")
     options.engine_config(args)
     cells = grid(
         _numbers("--sweep-chains", args.sweep_chains, args.chains),

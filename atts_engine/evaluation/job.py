@@ -11,10 +11,12 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from atts_engine.backends.remote.address import Address, is_address
 from atts_engine.conformal import Alarm, Calibrator, Monitored
 from atts_engine.evaluation.decisions import restore
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.lanes import LaneUse
+from atts_engine.evaluation.servers import ServerUse
 from atts_engine.evaluation.solutions import Ballot, SavedSolution
 from atts_engine.pipeline.events import ChainEvent, Event, Solution, SolutionEvent, TokensEvent, VerdictEvent
 from atts_engine.pipeline.params import ATTSParams
@@ -75,8 +77,8 @@ class JobResult:
     """A strategy's chains over the problems, in order of (problem, chain), and its decision log.
 
     wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them;
-    alarms: of a monitored calibrator; lanes: what each did in this process, where it is known. ballots: of each
-    problem, by its id.
+    alarms: of a monitored calibrator; lanes: what each did in this process, where it is known; servers: of the lanes
+    that are elsewhere. ballots: of each problem, by its id.
     """
 
     strategy: str
@@ -88,6 +90,7 @@ class JobResult:
     alarms: tuple[Alarm, ...] = ()
     lanes: Mapping[str, LaneUse] = field(default_factory=dict)
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
+    servers: Mapping[str, ServerUse] = field(default_factory=dict)
 
     def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
         """The problem's chains in order."""
@@ -102,14 +105,22 @@ def job_settings(
     calibration: dict[str, Any],
     problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    """All that decides what a run's chains are, as JSON. Devices and concurrency only decide how fast."""
+    """All that decides what a run's chains are, as JSON. Devices and concurrency only decide how fast, and a server may
+    have moved."""
     return {
         "format": "atts-run/1",
-        "models": {"draft": draft, "target": target, "dtype": dtype},
+        "models": {"draft": _model(draft), "target": _model(target), "dtype": dtype},
         "params": {**asdict(params), "options": dict(params.options)},
         "calibration": calibration,
         "problems": {"count": len(problems), "sha256": problems_digest(problems)},
     }
+
+
+def _model(name: str) -> str:
+    if not is_address(name):
+        return name
+    address = Address.parse(name)
+    return f"{address.kind}:{address.name}"
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:

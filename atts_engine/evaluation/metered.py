@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from atts_engine.conformal import Calibrator, Meta
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.job import JobResult, Observer, Solver, run_job
 from atts_engine.evaluation.lanes import Counters, LaneUse
+from atts_engine.evaluation.servers import ServerUse
 from atts_engine.pipeline.params import ATTSParams
 from atts_engine.pipeline.records import Problem
 from atts_engine.pipeline.task import Task
@@ -26,6 +27,8 @@ class Metered(Solver, Protocol):
     def calibration_meta(self, params: ATTSParams) -> Meta: ...
 
     async def rates(self) -> Mapping[str, Rates]: ...
+
+    def servers(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
 async def run_metered(
@@ -53,4 +56,8 @@ async def run_metered(
         task=task,
     )
     after, rates = engine.stats(), await engine.rates()
-    return replace(result, lanes={name: LaneUse.between(before[name], after[name], rates[name]) for name in after})
+    return replace(
+        result,
+        lanes={name: LaneUse.between(before[name], after[name], rate) for name, rate in rates.items()},
+        servers={name: ServerUse.between(before[name], after[name], about) for name, about in engine.servers().items()},
+    )

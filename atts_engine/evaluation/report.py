@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atts_engine.evaluation import chains_html, lanes, page, pareto, plots
+from atts_engine.evaluation import chains_html, lanes, page, pareto, plots, servers
 from atts_engine.evaluation.folder import write_text
 from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
@@ -164,12 +164,19 @@ def plot_sections(draw: Callable[[], list[plots.Plot]], title: str = "Plots") ->
 
 
 def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
-    rows, notes = [], []
+    rows, away, notes = [], [], []
     for name, figures in each.items():
-        rows += lanes.lane_rows(figures["lanes"], f"{name} " if len(each) > 1 else "")
+        prefix = f"{name} " if len(each) > 1 else ""
+        rows += lanes.lane_rows(figures["lanes"], prefix)
+        away += servers.server_rows(figures["servers"], prefix)
         if (cell := figures["waiting"]) is not None:
             notes.append(f"{name}: a chain waited {cell['mean_s']:.3g} s, {100 * cell['share']:.1f}% of its time.")
-    return [("Lanes", page.table(lanes.COLUMNS, rows, [lanes.NOTE, *notes]))] if rows else []
+    tables = []
+    if rows:
+        tables.append(page.table(lanes.COLUMNS, rows, [lanes.NOTE, *([] if away else notes)]))
+    if away:
+        tables.append(page.table(servers.COLUMNS, away, [servers.NOTE, *notes]))
+    return [("Lanes", "".join(tables))] if tables else []
 
 
 def chain_sections(result: JobResult) -> list[Section]:

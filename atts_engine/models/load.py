@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from atts_engine.errors import InputError
 from atts_engine.models.config import ModelConfig, config_from_hf, ids_of, read_json
 from atts_engine.models.decoder import Decoder
+from atts_engine.models.description import folder_fingerprint
 from atts_engine.models.devices import resolve_device
 from atts_engine.models.fingerprint import fingerprint
 from atts_engine.models.gguf_model import load_gguf
-from atts_engine.models.safetensors_folder import SafetensorsSource, weight_files
+from atts_engine.models.safetensors_folder import SafetensorsSource
 from atts_engine.models.tokenizer import Tokenizer, tokenizer_from_folder
 from atts_engine.models.weights import load_decoder
 
@@ -32,6 +34,15 @@ class Model:
     decoder: Decoder
     tokenizer: Tokenizer
     fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Those of the tokenizer and of the model's own configuration."""
+        return tuple(sorted({*self.tokenizer.eos_token_ids, *self.config.eos_token_ids}))
 
 
 def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -52,8 +63,8 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
 
 def resolve(name: str) -> Path:
     """The folder or .gguf file that a model's name stands for."""
-    if name.startswith(("vllm://", "sglang://")):
-        raise InputError(f"{name}: remote lanes are not in this version; name a local folder or a .gguf file")
+    if "://" in name:
+        raise InputError(f"{name} is on a server, and here a model's files are needed: name a folder or a .gguf file")
     if name in BUILTIN:
         return Path(__file__).parent / "builtin" / BUILTIN[name]
     if name == "smollm2-135m":
@@ -66,6 +77,12 @@ def resolve(name: str) -> Path:
     raise InputError(
         f"no model {name!r}: not a folder, not a .gguf file, and not one of {', '.join([*BUILTIN, 'smollm2-135m'])}"
     )
+
+
+@cache
+def builtin_fingerprints() -> frozenset[str]:
+    """Of the built-in models: a server may have them too."""
+    return frozenset(folder_fingerprint(resolve(name)) for name in BUILTIN)
 
 
 def _smollm2() -> Path:
@@ -89,9 +106,8 @@ def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dty
     eos = {*config.eos_token_ids, *ids_of(generation.get("eos_token_id"))}
     tokenizer = tokenizer_from_folder(folder, sorted(eos))
     config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
-    files = weight_files(folder)
     decoder = load_decoder(config, SafetensorsSource(folder), device, dtype)
-    return _checked(Model(name, config, decoder, tokenizer, fingerprint([config_file, *files])))
+    return _checked(Model(name, config, decoder, tokenizer, folder_fingerprint(folder)))
 
 
 def _checked(model: Model) -> Model:

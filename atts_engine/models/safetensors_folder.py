@@ -13,6 +13,11 @@ from atts_engine.models.config import read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are safetensors files of a model in it."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, sorted by name."""
     if (folder / SINGLE).is_file():

@@ -124,8 +124,9 @@ class ConformalGate:
     give it.
 
     A calibrator that a lane can run is counted and decided on the lane's device, in the step that finishes the score.
-    Any other calibrator, any budget policy and any score of another kind (`Appraisal`) is decided here, on the event
-    loop, one span after the other. All scores of a calibrator must be of one kind.
+    Any other calibrator, any budget policy, any score of another kind (`Appraisal`) and all spans of a lane that cannot
+    count (a server's) are decided here, on the event loop, one after the other. All scores of a calibrator must be of
+    one kind.
 
     `heard` is to be called with every (request, result) of a lane in decision_seq order; it moves the calibrator.
     """
@@ -176,10 +177,12 @@ class ConformalGate:
     ) -> Judged:
         u = place.uniform(seed)
         key = self.calibrator.key_of(place.turn if appraisal is None or appraisal.by_turn else 0)
+        decision: Decision | None = None
         if self._policy is None and self.calibrator.on_device and appraisal is None:
             decision, result = await self._ask_lane(lane, seq, place, key, u, most)
         else:
             result = await lane.verdict(seq, None)
+        if decision is None:
             if appraisal is not None:
                 score = float(np.float32(await appraised(appraisal, result)))
             else:
@@ -216,14 +219,14 @@ class ConformalGate:
 
     async def _ask_lane(
         self, lane: Lane, seq: Seq, place: Place, key: int, u: int, most: int | None
-    ) -> tuple[Decision, SpanResult]:
+    ) -> tuple[Decision | None, SpanResult]:
         plain = self.calibrator.request(key, u, Pending(self._asked_by_key[key], len(self._asked)))
         request = PlacedRequest(plain.store, plain.key, plain.level, plain.u, plain.insert, place, self, most=most)
         self._asked[place] = key
         self._asked_by_key[key] += 1
         try:
             result = await lane.verdict(seq, request)
-            return decision_of(request, result), result
+            return None if result.outcome is None else decision_of(request, result), result
         finally:
             # Heard before it is answered, unless there was no verdict: an error, or an asker that is gone.
             self._settle(place)

@@ -1,6 +1,6 @@
 """The in-process lane's loop: schedule, run, commit."""
 
-from atts_engine.runtime.lane import LaneCore
+from atts_engine.runtime.lane import DecisionListener, LaneCore
 from atts_engine.runtime.loop import EngineLoop, Mailbox
 from atts_engine.runtime.memory import available_bytes, kv_bytes_per_token, pool_tokens
 from atts_engine.runtime.probe import Rates, probe
@@ -8,6 +8,7 @@ from atts_engine.runtime.records import GateOutcome, Proposal, SamplingParams, S
 from atts_engine.runtime.stats import LaneStats
 
 __all__ = [
+    "DecisionListener",
     "EngineLoop",
     "GateOutcome",
     "LaneCore",

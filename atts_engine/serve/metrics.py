@@ -159,8 +159,20 @@ class ServerMetrics:
             self.monitor.reset()
 
 
+SERVER_COUNTERS = {
+    "requests": "Requests to the server of a lane",
+    "retries": "Of them, repeated after a failure",
+    "breaker_opened": "Times that the server was found to be away",
+    "sent_tokens": "Prompt tokens sent",
+    "cached_tokens": "Of them, those that the server said it had",
+    "score_sent_tokens": "Prompt tokens sent to have tokens behind them scored",
+}
+"""Of lanes on servers."""
+
+
 class LaneCollector(Collector):
-    """Reads both lanes when it is asked. rates: of their devices; without them T_c, T_m and r are left out."""
+    """Reads both lanes when it is asked. rates: of the devices of those in this process; without them T_c, T_m and r
+    are left out."""
 
     def __init__(self, engine: AsyncEngine, admission: Admission, monitor: ExchangeabilityMonitor, model: str) -> None:
         self._engine = engine
@@ -173,7 +185,9 @@ class LaneCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._engine.stats()
+        every, servers = self._engine.stats(), self._engine.servers()
+        stats = {name: lane for name, lane in every.items() if name not in servers}
+        away = {name: every[name] for name in servers}
         named = ["model_name", "lane"]
         yield self._by_lane(
             GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1", labels=named),
@@ -192,7 +206,10 @@ class LaneCollector(Collector):
         ):
             counter = CounterMetricFamily(name, text, labels=["lane"])
             yield self._by_lane(counter, {n: s[key] for n, s in stats.items()})
-        verified = stats["target"]["scored_tokens"]
+        for key, text in SERVER_COUNTERS.items():
+            counter = CounterMetricFamily(f"atts:server_{key}", text, labels=["lane"])
+            yield self._by_lane(counter, {n: s[key] for n, s in away.items()})
+        verified = every["target"]["scored_tokens"]
         yield CounterMetricFamily("atts:verify_tokens", "Tokens scored by the target", value=verified)
         kept = self._engine.prefix_stats()
         for name, key, text in (

@@ -64,11 +64,14 @@ class Service:
         self.settings = settings
         self.calibrator = calibrator
         self.created = int(time.time())
-        self.admission = Admission(
-            settings.max_chains,
-            {lane: settings.max_queued_tokens or POOLS * pool for lane, pool in engine.pool_tokens.items()},
-            reserve_tokens=settings.reserve_tokens,
-        )
+        # Of a server's pool nothing is known; it has a queue of its own, and this bounds ours.
+        room = {
+            lane: settings.max_chains * engine.lane_context_tokens[lane] if pool is None else POOLS * pool
+            for lane, pool in engine.pool_tokens.items()
+        }
+        if settings.max_queued_tokens is not None:
+            room = dict.fromkeys(room, settings.max_queued_tokens)
+        self.admission = Admission(settings.max_chains, room, reserve_tokens=settings.reserve_tokens)
         self.metrics = ServerMetrics(engine, self.admission, settings.model, settings.params.alpha)
         self._tracing = tracing if tracing is not None else Silence()
         self._forget_listener = engine.add_decision_listener(self.metrics.decision)

@@ -19,13 +19,14 @@ class ServerSettings:
     model: the name that requests call the pair by. params: of requests with `atts`, field by field where they leave one
     out. max_chains, max_queued_tokens: open at a time, in each lane, over all requests; a request beyond is refused
     with 503 (plain requests count a chain for each choice; tokens are what a request may hold at most, prompts
-    included). None: four times the lane's KV pool. reserve_tokens: counted for an answer, or a chain, whose request
-    names no limit; None: the moving mean of such answers, and of such chains. max_choices: of one plain request.
-    max_body_bytes: of a request's body. stream_tokens: of a plain request, that a chunk of its stream holds at most.
-    timeout_s: seconds after which a request ends with what it has; None: never. key_digests: sha256 of the bearer keys,
-    one of which every request must bring; none: no key is asked for. allowed_origins: web pages that browsers
-    let use the server (CORS), "*" for all. log_prompts: prompts into the log too. measure_rates: take about a second at
-    the start to measure what the devices reach, for T_c, T_m and r.
+    included). None: four times the lane's KV pool, or max_chains whole contexts where the lane is on a server.
+    reserve_tokens: counted for an answer, or a chain, whose request names no limit; None: the moving mean of such
+    answers, and of such chains. max_choices: of one plain request. max_body_bytes: of a request's body. stream_tokens:
+    of a plain request, that a chunk of its stream holds at most. timeout_s: seconds after which a request ends with
+    what it has; None: never. key_digests: sha256 of the bearer keys, one of which every request must bring; none: no
+    key is asked for. allowed_origins: web pages that browsers let use the server (CORS), "*" for all. log_prompts:
+    prompts into the log too. measure_rates: take about a second at the start to measure what the devices reach, for
+    T_c, T_m and r.
     Raises `InputError` for a value outside its range.
     """
 

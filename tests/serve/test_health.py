@@ -43,7 +43,7 @@ def test_a_device_fault_is_seen_at_once_and_stays(lane: str, monkeypatch: pytest
     with serving() as running, httpx.Client(base_url=running.url, timeout=60.0) as http:
         assert http.get("/health").status_code == 200
         running.service._checked_at = -1e9
-        core = running.engine._cores[lane == "target"]
+        core = running.engine._lanes[lane == "target"].core
 
         def fault(*_: Any) -> None:
             raise RuntimeError("device-side assert")
@@ -74,7 +74,7 @@ def test_a_device_fault_is_seen_at_once_and_stays(lane: str, monkeypatch: pytest
 def test_a_fault_in_the_middle_of_a_stream_ends_it_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as running:
         body = CHAT | {"stream": True, "ignore_eos": True, "max_tokens": 400}
-        core = running.engine._cores[1]
+        core = running.engine._lanes[1].core
         launch, launched = core._runner.launch, []
 
         def fault(*args: Any) -> Any:

@@ -40,8 +40,8 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """logprobs: nats, one for each token asked for. prompt_tokens: that the server was sent; cached_tokens: of them
-    those that it did not compute again; None where it does not tell."""
+    """logprobs: nats, of the tokens asked for, or of the first of them, one at the least. prompt_tokens: that the
+    server was sent; cached_tokens: of them those that it did not compute again; None where it does not tell."""
 
     logprobs: tuple[float, ...]
     prompt_tokens: int

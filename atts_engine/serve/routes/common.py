@@ -48,8 +48,8 @@ async def text_ids(service: Service, text: str | Sequence[int], param: str = "pr
         ids = await service.off_loop(len(text), lambda: model.tokenizer.encode(text))
     else:
         ids = list(text)
-        if (bad := next((i for i in ids if i >= model.config.vocab_size), None)) is not None:
-            raise bad_request(f"token id {bad} is outside the vocabulary of {model.config.vocab_size}", param)
+        if (bad := next((i for i in ids if i >= model.vocab_size), None)) is not None:
+            raise bad_request(f"token id {bad} is outside the vocabulary of {model.vocab_size}", param)
     if not ids:
         raise bad_request(f"{param} has no tokens", param)
     return ids

@@ -42,7 +42,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     model, ids = service.engine.target_model, body.tokens
-    if (bad := next((i for i in ids if i >= model.config.vocab_size), None)) is not None:
-        raise bad_request(f"token id {bad} is outside the vocabulary of {model.config.vocab_size}", "tokens")
+    if (bad := next((i for i in ids if i >= model.vocab_size), None)) is not None:
+        raise bad_request(f"token id {bad} is outside the vocabulary of {model.vocab_size}", "tokens")
     text = await service.off_loop(len(ids), lambda: model.tokenizer.decode(ids, skip_special=False))
     return Response(DetokenizeReply(prompt=text).json_bytes(), media_type="application/json")

@@ -1,0 +1,176 @@
+"""HTTP to one server: JSON out, JSON or server-sent events back, and what went wrong in the engine's own errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from atts_engine.backends.remote.stats import RemoteStats
+from atts_engine.errors import ChainError, InputError, LaneError, Unreachable
+
+if TYPE_CHECKING:
+    import aiohttp
+
+T = TypeVar("T")
+
+CONNECT_S = 10.0
+HEALTH_S = 5.0
+AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses of a server that may answer the same request later."""
+LONGEST = 300
+"""Characters of a server's message that are quoted."""
+
+
+class Client:
+    """server: its name in messages; key: sent as a bearer token. max_requests: open at a time; others wait. silence_s:
+    a request that hears nothing for so long asks /health whether it may go on waiting: a long queue is no fault."""
+
+    def __init__(
+        self, server: str, base_url: str, key: str | None, *, max_requests: int, silence_s: float, stats: RemoteStats
+    ) -> None:
+        try:
+            import aiohttp
+        except ImportError as error:
+            raise InputError(
+                f"{server}: a lane on a server needs aiohttp: pip install 'atts-engine[remote]'"
+            ) from error
+        self.server = server
+        self._base_url = base_url
+        self._silence_s = silence_s
+        self._stats = stats
+        self._places = asyncio.Semaphore(max_requests)
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+
+    async def get(self, path: str) -> Any:
+        return await self._whole("GET", path, None)
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer's JSON. `Unreachable` for a server that cannot be asked now, `ChainError` for a request that it
+        refuses, `LaneError` for one that it does not know or for an answer that is no JSON."""
+        return await self._whole("POST", path, body)
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """The JSON of each event until "[DONE]"; errors as in `post`, and `Unreachable` where the answer breaks off.
+        Closing it ends the request."""
+        async with self._places:
+            with self._stats.request():
+                answer = await self._begun("POST", path, body)
+                try:
+                    async for event in self._events(answer):
+                        yield event
+                finally:
+                    # Not given back to the pool: the server takes a closed connection for the end of the request.
+                    answer.close()
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        async with self._places:
+            with self._stats.request():
+                answer = await self._begun(method, path, body)
+                async with answer:
+                    text = await self._heard(answer.read())
+        return self._json(text)
+
+    async def _begun(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
+        answer = await self._patiently(self._http.request(method, self._base_url + path, json=body))
+        if answer.status == 200:
+            return answer
+        async with answer:
+            text = (await self._heard(answer.read())).decode("utf-8", "replace")
+        raise self._refusal(answer.status, f"{path}: {_message(text)}", answer.headers.get("Retry-After"))
+
+    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Any, None]:
+        async for line in self._lines(answer):
+            if not line.startswith(b"data:"):
+                # Comments keep a connection alive.
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            event = self._json(data)
+            if isinstance(event, dict) and isinstance(event.get("error"), dict):
+                code = event["error"].get("code")
+                raise self._refusal(code if isinstance(code, int) else 500, _message(data.decode("utf-8", "replace")))
+            yield event
+        raise Unreachable(f"{self.server}: the answer broke off")
+
+    async def _lines(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        # Not `readline`: that has a limit on the length of a line, which one with many log-probabilities exceeds.
+        kept = b""
+        while True:
+            block = await self._heard(answer.content.readany())
+            if not block:
+                return
+            *lines, kept = (kept + block).split(b"\n")
+            for line in lines:
+                yield line
+
+    async def _patiently(self, answer: Awaitable[T]) -> T:
+        """Wait for an answer for as long as the server says that it lives."""
+        task = asyncio.ensure_future(answer)
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=self._silence_s)
+                if done:
+                    return await self._heard(task)
+                if not await self._alive():
+                    raise Unreachable(f"{self.server}: no word for {self._silence_s:g} seconds")
+        finally:
+            task.cancel()
+
+    async def _heard(self, answer: Awaitable[T]) -> T:
+        import aiohttp
+
+        try:
+            return await answer
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unreachable(f"{self.server}: {str(error) or type(error).__name__}") from error
+
+    async def _alive(self) -> bool:
+        import aiohttp
+
+        try:
+            async with asyncio.timeout(HEALTH_S), self._http.get(self._base_url + "/health") as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    def _json(self, text: bytes) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            said = " ".join(text[:LONGEST].decode("utf-8", "replace").split())
+            raise LaneError(
+                f"{self.server}: the answer is no JSON: {said!r}; is another program on this port?"
+            ) from error
+
+    def _refusal(self, status: int, said: str, retry_after: str | None = None) -> Exception:
+        if status in AGAIN:
+            seconds = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+            return Unreachable(f"{self.server}: {status} {said}", seconds)
+        if status in (401, 403):
+            return LaneError(
+                f"{self.server}: {status} {said}; its key goes into ATTS_DRAFT_API_KEY or ATTS_TARGET_API_KEY"
+            )
+        if status == 404:
+            return LaneError(f"{self.server}: {status} {said}")
+        return ChainError(f"{self.server}: {status} {said}")
+
+
+def _message(text: str) -> str:
+    """What an error's body says, in one line."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    while isinstance(found, dict):
+        found = next((found[name] for name in ("error", "message", "detail") if name in found), str(found))
+    return " ".join(str(found).split())[:LONGEST]
