@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options, suite, sweep
-from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, human_stream, percent, show, write_json
 from atts_engine.errors import InputError
 
@@ -78,7 +78,7 @@ def _strategies(text: str) -> tuple[str, ...]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from atts_engine.cli.job import CalibrationChoice, lane_tables, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, lane_tables, resumable
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.grading import Grader
@@ -98,32 +98,32 @@ def _compare(args: argparse.Namespace) -> int:
     choice = CalibrationChoice.of(args)
     choice.check_early(args)
     folders: dict[str, RunFolder] = {}
-    try:
-        for name in names:
-            settings = job_settings(args.draft, args.target, args.dtype, params[name], choice.settings(), problems)
-            folders[name] = RunFolder.open(Path(args.out) / name, settings, resume=args.resume)
-        results = asyncio.run(_jobs(args, problems, params, choice, folders))
-    except KeyboardInterrupt:
-        saved = sum(folder.saved_chains for folder in folders.values())
-        raise Interrupted(resume_hint(args, f"{saved} chains are saved in {args.out}")) from None
-    finally:
-        for folder in folders.values():
-            folder.close()
-    found = {
-        **comparison(results, params, Grader().equal),
-        "settings": {name: _settings_of(folder) for name, folder in folders.items()},
-    }
-    for name, folder in folders.items():
-        save_json(folder.path / "summary.json", found["strategies"][name])
-    save_json(Path(args.out) / "summary.json", found)
-    page = Path(args.out) / "report.html"
-    write_report(page, comparison_report(results, found))
-    out = human_stream(args.json)
-    show(_table(found, args.chains), out, args.plain)
-    for table in lane_tables(found["strategies"]):
-        show(table, out, args.plain)
-    out.write(f"report: {page}\n")
-    write_json(found, args.json)
+
+    def saved() -> str:
+        return f"{sum(folder.saved_chains for folder in folders.values())} chains are saved in {args.out}"
+
+    with resumable(args, saved):
+        with ExitStack() as stack:
+            for name in names:
+                settings = job_settings(args.draft, args.target, args.dtype, params[name], choice.settings(), problems)
+                folders[name] = RunFolder.open(Path(args.out) / name, settings, resume=args.resume)
+                stack.callback(folders[name].close)
+            results = asyncio.run(_jobs(args, problems, params, choice, folders))
+        found = {
+            **comparison(results, params, Grader().equal),
+            "settings": {name: _settings_of(folder) for name, folder in folders.items()},
+        }
+        for name, folder in folders.items():
+            save_json(folder.path / "summary.json", found["strategies"][name])
+        save_json(Path(args.out) / "summary.json", found)
+        page = Path(args.out) / "report.html"
+        write_report(page, comparison_report(results, found))
+        out = human_stream(args.json)
+        show(_table(found, args.chains), out, args.plain)
+        for table in lane_tables(found["strategies"]):
+            show(table, out, args.plain)
+        out.write(f"report: {page}\n")
+        write_json(found, args.json)
     return 0
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
+from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, count, human_stream, percent, rounded, seconds
-from atts_engine.errors import InputError
+from atts_engine.errors import InputError, LaneError
+from atts_engine.evaluation.files import FULL
 
 if TYPE_CHECKING:
     from atts_engine.config import ATTSParams
@@ -142,12 +145,26 @@ def lane_tables(figures: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
         yield Table("servers", servers.COLUMNS, tuple(away), note=cost)
 
 
-def resume_hint(args: argparse.Namespace, saved: str) -> str:
-    """One line for a job that Ctrl-C has stopped."""
+@contextmanager
+def resumable(args: argparse.Namespace, saved: Callable[[], str]) -> Iterator[None]:
+    """Work that `--resume` goes on with: Ctrl-C, a file that cannot be written and a lane that fails end it with a line
+    that says so. saved: what is saved by then."""
     words = ["atts", *args.command_line]
     if "--resume" not in words:
         words.append("--resume")
-    return f"interrupted; {saved}; go on with: {shlex.join(words)}"
+    go_on = f"go on with: {shlex.join(words)}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {saved()}; {go_on}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        error.add_note(f"{saved()}; {'free some space, then ' if error.errno in FULL else ''}{go_on}")
+        raise
+    except LaneError as error:
+        error.add_note(f"{saved()}; {go_on}")
+        raise
 
 
 def accuracy_cell(interval: dict[str, float] | None) -> str:

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from atts_engine.cli.interrupt import Interrupted
 from atts_engine.errors import AttsError, InputError
@@ -72,27 +72,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(words)
         args.command_line = words
-        return int(args.handler(args))
+        code = int(args.handler(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         return _fail(stop.message if isinstance(stop, Interrupted) else "interrupted; nothing was saved", 130)
     except BrokenPipeError:
         # The reader of a pipe went away (`| head`); what is left in stdout's buffer must not be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon(sys.stdout)
         return 1
     except Exception as error:
+        if isinstance(error, OSError):
+            _settle_stdout()
         if traceback:
             raise
         return _report(error)
 
 
 def _report(error: Exception) -> int:
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, InputError) or _of_calibration(error):
         return _fail(f"error: {error}", 2)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"error: {where}{error.strerror or error}", 2)
+        return _fail(f"error: {where}{error.strerror or error}{notes}", 2)
     if isinstance(error, AttsError):
-        return _fail(f"error: {error}", 1)
+        return _fail(f"error: {error}{notes}", 1)
     return _fail(f"unexpected error: {type(error).__name__}: {error} (add --traceback to see where)", 1)
 
 
@@ -103,8 +108,27 @@ def _of_calibration(error: Exception) -> bool:
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
-    sys.stderr.write(f"atts: {line}\n")
+    try:
+        sys.stderr.write(f"atts: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        # Nobody can be told: the log is on the full disk too, say. The exit code still stands.
+        _abandon(sys.stderr)
     return code
+
+
+def _settle_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _abandon(sys.stdout)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Let what is left in the buffer of `stream` go nowhere at exit, in place of failing there once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 if __name__ == "__main__":

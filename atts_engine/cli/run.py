@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, count, human_stream, percent, seconds, show, write_json
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Solve, save, report. `InputError` before any work for anything that cannot be used."""
-    from atts_engine.cli.job import CalibrationChoice, lane_tables, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, lane_tables, resumable
     from atts_engine.evaluation.folder import RunFolder
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.job import job_settings
@@ -50,21 +50,18 @@ def run(args: argparse.Namespace) -> int:
     choice.check_early(args)
     settings = job_settings(args.draft, args.target, args.dtype, params, choice.settings(), problems)
     folder = RunFolder.open(args.out, settings, resume=args.resume)
-    try:
-        result = asyncio.run(_job(args, problems, params, choice, folder))
-    except KeyboardInterrupt:
-        raise Interrupted(resume_hint(args, f"{folder.saved_chains} chains are saved in {folder.path}")) from None
-    finally:
-        folder.close()
-    found = {**figures(result, params), "settings": settings}
-    save_json(folder.path / "summary.json", found)
-    write_report(folder.path / "report.html", run_report(result, found))
-    out = human_stream(args.json)
-    show(_table(found), out, args.plain)
-    for table in lane_tables({found["strategy"]: found}):
-        show(table, out, args.plain)
-    out.write(f"report: {folder.path / 'report.html'}\n")
-    write_json(found, args.json)
+    with resumable(args, lambda: f"{folder.saved_chains} chains are saved in {folder.path}"):
+        with closing(folder):
+            result = asyncio.run(_job(args, problems, params, choice, folder))
+        found = {**figures(result, params), "settings": settings}
+        save_json(folder.path / "summary.json", found)
+        write_report(folder.path / "report.html", run_report(result, found))
+        out = human_stream(args.json)
+        show(_table(found), out, args.plain)
+        for table in lane_tables({found["strategy"]: found}):
+            show(table, out, args.plain)
+        out.write(f"report: {folder.path / 'report.html'}\n")
+        write_json(found, args.json)
     return 0
 
 

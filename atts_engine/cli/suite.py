@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atts_engine.cli import options
-from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, human_stream, show, write_json
 from atts_engine.errors import InputError
 
@@ -40,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run what is missing of the suite, and show its tables."""
-    from atts_engine.cli.job import resume_hint, task_of
+    from atts_engine.cli.job import resumable, task_of
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.plan import blocks
     from atts_engine.evaluation.report import write_report
@@ -63,23 +62,23 @@ def run(args: argparse.Namespace) -> int:
         passes=args.passes,
         concurrency=args.concurrency,
     )
-    try:
+    with resumable(args, lambda: f"what had ended is saved in {args.out}"):
         rows = asyncio.run(_rows(args, setting))
-    except KeyboardInterrupt:
-        raise Interrupted(resume_hint(args, f"what had ended is saved in {args.out}")) from None
-    same = task_of(args).equal
-    found = suite_figures(rows, setting.blocks, same)
-    save_json(Path(args.out) / "suite.json", found)
-    page = Path(args.out) / "report.html"
-    write_report(page, suite_report(setting, rows, found))
-    out = human_stream(args.json)
-    for block in found["blocks"]:
-        show(
-            Table(TITLES[block["equal"]], COLUMNS, tuple(table_rows(block)), left=2, note=note(block)), out, args.plain
-        )
-        out.write("\n")
-    out.write(f"report: {page}\n")
-    write_json(found, args.json)
+        same = task_of(args).equal
+        found = suite_figures(rows, setting.blocks, same)
+        save_json(Path(args.out) / "suite.json", found)
+        page = Path(args.out) / "report.html"
+        write_report(page, suite_report(setting, rows, found))
+        out = human_stream(args.json)
+        for block in found["blocks"]:
+            show(
+                Table(TITLES[block["equal"]], COLUMNS, tuple(table_rows(block)), left=2, note=note(block)),
+                out,
+                args.plain,
+            )
+            out.write("\n")
+        out.write(f"report: {page}\n")
+        write_json(found, args.json)
     return 0
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, human_stream, percent, seconds, show, write_json
 from atts_engine.errors import InputError
 
@@ -35,7 +35,7 @@ def wanted(args: argparse.Namespace) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Run the cells that are missing, fit, draw."""
     from atts_engine.backends.remote.address import is_address
-    from atts_engine.cli.job import CalibrationChoice, resume_hint
+    from atts_engine.cli.job import CalibrationChoice, resumable
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.job import job_settings
     from atts_engine.evaluation.plots import can_plot
@@ -63,20 +63,17 @@ def run(args: argparse.Namespace) -> int:
         "concurrency": args.concurrency,
     }
     folder = SweepFolder(Path(args.out), settings, resume=args.resume)
-    try:
-        runs = asyncio.run(_cells(args, problems, params, choice, cells, folder))
-    except KeyboardInterrupt:
-        raise Interrupted(resume_hint(args, f"{len(folder.done)} runs are saved in {args.out}")) from None
-    finally:
-        folder.close()
-    found = {**sweep_figures(runs), "runs": runs, "settings": settings}
-    save_json(folder.path / "sweep.json", found)
-    out = human_stream(args.json)
-    show(_table(found), out, args.plain)
-    show(_laws(found["growth"]), out, args.plain)
-    if can_plot():
-        out.write("plots: " + ", ".join(str(path) for path in draw_sweep(found, folder.path)) + "\n")
-    write_json(found, args.json)
+    with resumable(args, lambda: f"{len(folder.done)} runs are saved in {args.out}"):
+        with closing(folder):
+            runs = asyncio.run(_cells(args, problems, params, choice, cells, folder))
+        found = {**sweep_figures(runs), "runs": runs, "settings": settings}
+        save_json(folder.path / "sweep.json", found)
+        out = human_stream(args.json)
+        show(_table(found), out, args.plain)
+        show(_laws(found["growth"]), out, args.plain)
+        if can_plot():
+            out.write("plots: " + ", ".join(str(path) for path in draw_sweep(found, folder.path)) + "\n")
+        write_json(found, args.json)
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import named, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def check_json_target(json_target: str | None) -> None:
     path = Path(str(json_target))
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"--json {path}: not a file in an existing directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if _is_stream(path) else path.parent, os.W_OK):
         raise InputError(f"--json {path}: no permission to write there")
 
 
@@ -106,7 +107,19 @@ def write_json(figures: dict[str, Any], json_target: str | None) -> None:
     if json_target == "-":
         sys.stdout.write(text)
     else:
-        Path(json_target).write_text(text, encoding="utf-8")
+        path = Path(json_target)
+        if _is_stream(path):
+            try:
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise named(error, path) from error
+        else:
+            write_text(path.resolve(), text)
+
+
+def _is_stream(path: Path) -> bool:
+    """A device or a pipe, which cannot be replaced."""
+    return path.exists() and not path.is_file()
 
 
 def percent(value: float | None, digits: int = 1) -> str:

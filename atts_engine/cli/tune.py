@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from atts_engine.cli import options
-from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, human_stream, seconds, show, write_json
 from atts_engine.errors import InputError
 
@@ -107,7 +106,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Search, save, report. `InputError` before any work for anything that cannot be used."""
-    from atts_engine.cli.job import resume_hint
+    from atts_engine.cli.job import resumable
     from atts_engine.evaluation.folder import write_json as save_json
     from atts_engine.evaluation.report import write_report
     from atts_engine.evaluation.tuning import StudyFolder, best, run_study
@@ -120,35 +119,33 @@ def run(args: argparse.Namespace) -> int:
     folder = StudyFolder.open(args.out, study.settings(), study.space, resume=args.resume)
     out = human_stream(args.json)
     validation: Measurement | None = None
-    try:
-        with study.evaluator() as evaluator:
-            if folder.restored:
-                out.write(f"{folder.restored} trials were saved by an earlier process\n")
+    with resumable(args, lambda: f"{len(folder.trials)} trials are saved in {folder.path}"):
+        try:
+            with folder, study.evaluator() as evaluator:
+                if folder.restored:
+                    out.write(f"{folder.restored} trials were saved by an earlier process\n")
 
-            def ended(trial: Trial) -> None:
-                out.write(f"[{trial.number}/{args.trials}] {_trial_line(trial, study.budget)}\n")
-                out.flush()
+                def ended(trial: Trial) -> None:
+                    out.write(f"[{trial.number}/{args.trials}] {_trial_line(trial, study.budget)}\n")
+                    out.flush()
 
-            run_study(
-                folder, study.budget, study.proposer, evaluator, trials=args.trials, prune=args.prune, ended=ended
-            )
-            top = best(folder.trials, study.budget)
-            if top is not None and study.kept_out:
-                assert top[0].configuration is not None
-                validation = evaluator.validate(top[0].configuration, study.kept_out)
-    except KeyboardInterrupt:
-        raise Interrupted(resume_hint(args, f"{len(folder.trials)} trials are saved in {folder.path}")) from None
-    except EndpointError as error:
-        raise EndpointError(f"{error} ({len(folder.trials)} trials are saved; --resume goes on with them)") from error
-    finally:
-        folder.close()
-    found = figures(folder.trials, study.budget, study.settings(), validation)
-    save_json(folder.path / "summary.json", found)
-    page = folder.path / "report.html"
-    write_report(page, study_report(folder.trials, study.budget, study.settings(), validation))
-    show(_table(folder, study.budget, validation), out, args.plain)
-    out.write(f"report: {page}\n")
-    write_json(found, args.json)
+                run_study(
+                    folder, study.budget, study.proposer, evaluator, trials=args.trials, prune=args.prune, ended=ended
+                )
+                top = best(folder.trials, study.budget)
+                if top is not None and study.kept_out:
+                    assert top[0].configuration is not None
+                    validation = evaluator.validate(top[0].configuration, study.kept_out)
+        except EndpointError as error:
+            saved = f"{len(folder.trials)} trials are saved; --resume goes on with them"
+            raise EndpointError(f"{error} ({saved})") from error
+        found = figures(folder.trials, study.budget, study.settings(), validation)
+        save_json(folder.path / "summary.json", found)
+        page = folder.path / "report.html"
+        write_report(page, study_report(folder.trials, study.budget, study.settings(), validation))
+        show(_table(folder, study.budget, validation), out, args.plain)
+        out.write(f"report: {page}\n")
+        write_json(found, args.json)
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,17 +83,25 @@ def save_state(
     arrays: dict[str, npt.NDArray[Any]],
     meta: Meta,
 ) -> None:
-    """Write a state. The file appears whole or not at all; `OSError` as the system gives it."""
+    """Write a state. The file appears whole or not at all; `OSError` with the file's name where it cannot."""
     path = Path(path)
     state = State(calibrator, options, arrays, meta)
     record = _record(state) | {"sha256": content_hash(state)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A zip file that is closed on a full disk raises what hides the disk's own error.
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, meta=np.array(json.dumps(record)), **arrays)
     try:
         with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, meta=np.array(json.dumps(record)), **arrays)
+            file.write(packed.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load_state(path: str | os.PathLike[str], expect: Meta | None = None) -> State:

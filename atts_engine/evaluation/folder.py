@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import decision_to_json, read_decisions
+from atts_engine.evaluation.files import cannot_write, write_text
 from atts_engine.evaluation.jsonl import JsonlWriter
 from atts_engine.evaluation.solutions import SavedSolution, read_solutions, solution_to_json
 from atts_engine.evaluation.traces import chain_to_json, read_chains
@@ -25,25 +27,31 @@ class Restored:
     solutions: tuple[SavedSolution, ...] = ()
 
 
+class _Files(NamedTuple):
+    decisions: JsonlWriter
+    chains: JsonlWriter
+    solutions: JsonlWriter
+
+
 class RunFolder:
     """Writes one run.
 
     decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, so a calibration
     restored from it is one that the run really had. A chain's line comes after the lines of its decisions, and the line
-    of a problem's answer in solutions.jsonl after those of its chains.
+    of a problem's answer in solutions.jsonl after those of its chains. Once a line could not be written none follows
+    it, in any of the files, and every `add_` raises that `OSError` again.
     """
 
-    def __init__(self, path: Path, restored: Restored) -> None:
+    def __init__(self, path: Path, files: _Files, restored: Restored) -> None:
         self.path = path
         self.restored = restored
+        self._files = files
+        self._failure: OSError | None = None
         self._saved = {(c.problem_id, c.chain) for c in restored.chains}
         last = restored.decisions[-1] if restored.decisions else None
         self._next_seq = last.decision_seq + 1 if last else 0
         self._batch = last.batch if last else -1
         self._engine_batch: int | None = None
-        self._decisions = JsonlWriter(path / "decisions.jsonl", append=True)
-        self._chains = JsonlWriter(path / "chains.jsonl", append=True)
-        self._solutions = JsonlWriter(path / "solutions.jsonl", append=True)
 
     @property
     def saved_chains(self) -> int:
@@ -54,63 +62,76 @@ class RunFolder:
     def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> RunFolder:
         """Make the folder, or take up the run it holds.
 
-        `InputError`: it cannot be written; it holds a run and `resume` is off; it was made with other settings, which
-        are named.
+        `InputError`: it cannot be written; another process has it; it holds a run and `resume` is off; it was made
+        with other settings, which are named.
         """
         folder = Path(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(13, "Permission denied")
-            restored = _restore(folder, settings, resume)
-            write_json(folder / "settings.json", settings)
+            if any(_size(folder / f"{name}.jsonl") for name in ("chains", "decisions")):
+                check_resumed(folder, settings, resume=resume)
+            with ExitStack() as stack:
+                # Locked, and rid of torn lines, before anything is read.
+                files = _Files(
+                    *(
+                        stack.enter_context(JsonlWriter(folder / f"{name}.jsonl", append=True))
+                        for name in _Files._fields
+                    )
+                )
+                restored = Restored(
+                    tuple(read_chains(files.chains.path, allow_torn_tail=True)),
+                    tuple(read_decisions(files.decisions.path)),
+                    tuple(read_solutions(files.solutions.path)),
+                )
+                write_json(folder / "settings.json", settings)
+                stack.pop_all()
         except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
-        return cls(folder, restored)
+            raise cannot_write(folder, error) from error
+        return cls(folder, files, restored)
 
     def add_decision(self, decision: Decision) -> None:
         """Log the next decision. An engine counts from its own beginning, the log from the run's, across resumes."""
         if decision.batch != self._engine_batch:
             self._engine_batch = decision.batch
             self._batch += 1
-        self._decisions.write(decision_to_json(replace(decision, decision_seq=self._next_seq, batch=self._batch)))
+        numbered = replace(decision, decision_seq=self._next_seq, batch=self._batch)
+        self._write(self._files.decisions, decision_to_json(numbered))
         self._next_seq += 1
 
     def add_chain(self, chain: Chain) -> None:
         """Save a chain that has ended. One that an earlier run has saved already is left as it was."""
         key = (chain.problem_id, chain.chain)
         if key not in self._saved:
-            self._chains.write(chain_to_json(chain))
+            self._write(self._files.chains, chain_to_json(chain))
             self._saved.add(key)
 
     def add_solution(self, solution: SavedSolution) -> None:
         """Save the answer of a problem whose chains have all been saved."""
-        self._solutions.write(solution_to_json(solution))
+        self._write(self._files.solutions, solution_to_json(solution))
+
+    def _write(self, file: JsonlWriter, record: dict[str, Any]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            file.write(record)
+        except OSError as error:
+            self._failure = error
+            raise
 
     def decisions(self) -> tuple[Decision, ...]:
         """The decision log so far."""
         return tuple(read_decisions(self.path / "decisions.jsonl", allow_torn_tail=True))
 
     def close(self) -> None:
-        """Close the files; all that was added is in them already."""
-        self._decisions.close()
-        self._chains.close()
-        self._solutions.close()
+        """Close the files; all that was added is in them already. `OSError` where the device could not take it."""
+        with ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON so that the file is there whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text so that the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -144,17 +165,5 @@ def check_resumed(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
         )
 
 
-def _restore(folder: Path, settings: dict[str, Any], resume: bool) -> Restored:
-    chains, decisions, solutions = (folder / f"{name}.jsonl" for name in ("chains", "decisions", "solutions"))
-    held = chains.exists() and chains.stat().st_size > 0 or decisions.exists() and decisions.stat().st_size > 0
-    if not held:
-        return Restored()
-    check_resumed(folder, settings, resume=resume)
-    for file in (chains, decisions, solutions):
-        # A kill can cut a line in the middle of a character, so the torn tail goes before anything is decoded.
-        JsonlWriter(file, append=True).close()
-    return Restored(
-        tuple(read_chains(chains, allow_torn_tail=True)),
-        tuple(read_decisions(decisions)),
-        tuple(read_solutions(solutions)),
-    )
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -156,9 +156,11 @@ async def run_job(
     try:
         async with asyncio.TaskGroup() as group:
             clock = group.create_task(_tick(observer))
+            unsaved = group.create_task(work.unsaved())
             workers = [group.create_task(work.run(queue)) for _ in range(min(concurrency, len(problems)))]
             await asyncio.gather(*workers)
             clock.cancel()
+            unsaved.cancel()
     except BaseExceptionGroup as failures:
         raise _first(failures) from None
     finally:
@@ -199,6 +201,7 @@ class _Work:
         self._calibrator = calibrator
         self._folder = folder
         self._task = task
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._per_chain = params.settings.per_chain
         self._saved: dict[str, dict[int, Chain]] = {}
         for chain in folder.restored.chains if folder else ():
@@ -257,10 +260,19 @@ class _Work:
         return Ballot(winner(votes), votes)
 
     def decided(self, decision: Decision) -> None:
-        if self._folder is not None:
-            self._folder.add_decision(decision)
-        else:
+        if self._folder is None:
             self.decisions.append(decision)
+            return
+        try:
+            self._folder.add_decision(decision)
+        except OSError as error:
+            # The engine that calls this can do nothing about it.
+            if not self._failed.done():
+                self._failed.set_exception(error)
+
+    async def unsaved(self) -> None:
+        """Raise the `OSError` of the first decision that cannot be saved, when there is one."""
+        await self._failed
 
     def _finish(self, problem: Problem, chains: Mapping[int, Chain], ballot: Ballot, *, restored: bool) -> None:
         ordered = [chains[number] for number in sorted(chains)]

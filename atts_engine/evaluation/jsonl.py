@@ -3,16 +3,20 @@ loses at most a line."""
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import cannot_write, named
 
 
 class Line:
@@ -118,30 +122,67 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8")
 
 
-class JsonlWriter:
-    """Appends one object a line and flushes each, so a killed process leaves whole lines and at most one torn
-    one.
+def _open_to_append(path: Path) -> FileIO:
+    return FileIO(path, "ab")
 
-    append: keep what the file holds, less a torn last line; otherwise the file is begun anew. `InputError` if
-    the file cannot be written. Use as a context manager or call `close`.
+
+class JsonlWriter:
+    """Appends one object a line, each with one write to the system: a killed process leaves whole lines and at most one
+    torn one, a full disk whole lines alone.
+
+    append: keep what the file holds, less a torn last line; otherwise the file is begun anew. The file is locked until
+    `close`: two processes that appended to one file would mix their runs. `InputError` if the file cannot be written,
+    or another writer has it. Use as a context manager or call `close`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = Path(path)
         try:
-            if append and self.path.exists():
-                _drop_torn_tail(self.path)
-            self._file = self.path.open("a" if append else "w", encoding="utf-8")
+            self._file = _open_to_append(self.path)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if append:
+                _drop_torn_tail(self.path)
+            else:
+                self._file.truncate(0)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"{self.path} is being written by another process: wait for it, or end it") from error
+        except OSError as error:
+            self._file.close()
+            raise cannot_write(self.path, error) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line. `ValueError` for NaN or infinity, which are not JSON."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        """One line. `ValueError` for NaN or infinity, which are not JSON; `OSError` with the file's name for a line
+        that could not be written whole, of which nothing is left."""
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise named(error, self.path) from error
+
+    def sync(self) -> None:
+        """Have all lines on the device. Some file systems tell only now that they are full: `OSError` as `write`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise named(error, self.path) from error
 
     def close(self) -> None:
-        self._file.close()
+        """`OSError` as `sync`; the file is closed in any case."""
+        if self._file.closed:
+            return
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

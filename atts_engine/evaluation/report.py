@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.evaluation import chains_html, lanes, page, pareto, plots, servers
-from atts_engine.evaluation.folder import write_text
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.grading import Grader, is_right
 from atts_engine.evaluation.job import JobResult
 from atts_engine.pipeline.records import Chain, Problem

@@ -16,6 +16,7 @@ from typing import Any
 from atts_engine.conformal import Calibrator
 from atts_engine.errors import InputError
 from atts_engine.evaluation import measures
+from atts_engine.evaluation.files import cannot_write
 from atts_engine.evaluation.folder import RunFolder, check_resumed, write_json
 from atts_engine.evaluation.frozen import match_level, of_decisions, settle
 from atts_engine.evaluation.job import JobResult, Unwatched, job_settings
@@ -105,7 +106,7 @@ class Suite:
                 check_resumed(folder, settings, resume=resume)
             write_json(folder / "settings.json", settings)
         except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+            raise cannot_write(folder, error) from error
         self._pilots: dict[ATTSParams, JobResult] = {}
         self._levels: dict[tuple[ATTSParams, Callable[[JobResult], float], float], float] = {}
         # What stands in several blocks is run once.

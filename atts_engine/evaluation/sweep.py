@@ -10,6 +10,7 @@ from typing import Any
 
 from atts_engine.errors import InputError
 from atts_engine.evaluation import growth
+from atts_engine.evaluation.files import cannot_write
 from atts_engine.evaluation.folder import check_resumed, write_json
 from atts_engine.evaluation.job import JobResult
 from atts_engine.evaluation.jsonl import JsonlWriter, read_lines
@@ -68,12 +69,12 @@ class SweepFolder:
                     self.done[cell] = line.fields
             write_json(path / "settings.json", settings)
         except OSError as error:
-            raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another --out") from error
+            raise cannot_write(path, error) from error
         self._cells = JsonlWriter(cells, append=True)
 
     def add(self, cell: Cell, figures: dict[str, Any]) -> None:
-        self.done[cell] = figures
         self._cells.write(figures)
+        self.done[cell] = figures
 
     def close(self) -> None:
         self._cells.close()

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atts_engine.evaluation.files import atomically
 from atts_engine.evaluation.growth import Law
 from atts_engine.evaluation.sweep import LANES, MODES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LOOK = {"async": ("-", "o"), "sync": ("--", "s")}
 
@@ -23,7 +25,6 @@ def draw_sweep(figures: Mapping[str, Any], folder: Path, suffix: str = ".svg") -
     style = {"svg.hashsalt": "sweep", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
     cells = figures["cells"]
     paths = [folder / f"{name}{suffix}" for name in ("intensity", "growth")]
-    metadata = {"Date": None} if suffix == ".svg" else None
     with rc_context(style):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         for axes, lane in zip(figure.subplots(1, 2), LANES, strict=True):
@@ -31,7 +32,7 @@ def draw_sweep(figures: Mapping[str, Any], folder: Path, suffix: str = ".svg") -
             axes.set_title(f"{lane} lane", loc="left")
             axes.set_ylabel("r = T_c / (T_m + T_s)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-        figure.savefig(paths[0], dpi=150, metadata=metadata)
+        _save(figure, paths[0])
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         for axes, (x, other) in zip(figure.subplots(1, 2), (("chains", "turns"), ("turns", "chains")), strict=True):
             most = max(c[other] for c in cells)
@@ -41,8 +42,14 @@ def draw_sweep(figures: Mapping[str, Any], folder: Path, suffix: str = ".svg") -
             axes.set_yscale("log")
             axes.set_ylabel("seconds that chains waited")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-        figure.savefig(paths[1], dpi=150, metadata=metadata)
+        _save(figure, paths[1])
     return paths
+
+
+def _save(figure: Figure, path: Path) -> None:
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with atomically(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
 
 
 def _lines(axes: Axes, cells: Sequence[Mapping[str, Any]], x: str, other: str, y: Any) -> None:

@@ -51,6 +51,7 @@ class Tokenizer:
         self._backend = backend
         self.eos_token_ids = tuple(eos_token_ids)
         self._special_tokens = dict(special_tokens or {})
+        self._template_source = chat_template
         self._template = ChatTemplate(chat_template, self._special_tokens) if chat_template is not None else None
         self._add_bos = add_bos
         self._tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
@@ -86,6 +87,13 @@ class Tokenizer:
         decoder = "ByteLevel" if self._byte_level else json.loads(self._backend.decoder.__getstate__())
         content = [sorted(self._tokens.items()), sorted(self.special_ids), decoder]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `tokenizer_from_folder` makes it again."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = {**self._special_tokens, "chat_template": self._template_source}
+        text = json.dumps({k: v for k, v in config.items() if v is not None}, indent=1)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added around it; a special token written out in the text becomes its id.

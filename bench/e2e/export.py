@@ -12,7 +12,7 @@ from atts_engine.models import Model
 
 
 def export(model: Model, folder: Path) -> None:
-    """Write config.json and model.safetensors of a Llama without biases and without scaled positions."""
+    """Write configuration, weights and tokenizer of a Llama without biases and without scaled positions."""
     c, w = model.config, model.decoder.weights
     if c.family != "llama" or c.rope_scaling is not None:
         raise SystemExit(f"{model.name}: only a plain Llama can be exported")
@@ -52,6 +52,8 @@ def export(model: Model, folder: Path) -> None:
         "rope_theta": c.rope_theta,
         "max_position_embeddings": c.max_positions,
         "tie_word_embeddings": c.tie_embeddings,
+        "eos_token_id": list(c.eos_token_ids),
         "torch_dtype": str(model.decoder.dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    model.tokenizer.save(folder)

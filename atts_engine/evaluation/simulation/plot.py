@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import atomically, cannot_write
 
 COLOURS = {"atts": "#1b7f5c", "atts-sync": "#b3541e", "draft": "#6b7280", "target": "#3b5ba9"}
 
@@ -21,7 +22,7 @@ def check_plot_folder(out: str | None) -> None:
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+        raise cannot_write(Path(out), error) from error
 
 
 def draw_sweep(found: Mapping[str, Any], path: Path) -> None:
@@ -61,7 +62,8 @@ def draw_sweep(found: Mapping[str, Any], path: Path) -> None:
         axes.grid(linewidth=0.4)
         axes.legend(fontsize=8)
     figure.suptitle("simulated", fontsize=9)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with atomically(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
 
 
 def _fitting(

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import cannot_write
 from atts_engine.evaluation.folder import differences, write_json
 from atts_engine.evaluation.jsonl import JsonlWriter, read_lines
 from atts_engine.evaluation.tuning.space import Space
@@ -45,7 +46,7 @@ class StudyFolder:
                 trials = _read(file, space)
             write_json(folder / "settings.json", settings)
         except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+            raise cannot_write(folder, error) from error
         return cls(folder, trials)
 
     def add(self, trial: Trial) -> None:
