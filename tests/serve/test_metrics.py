@@ -95,7 +95,7 @@ def test_counters_are_the_sums_of_the_answers() -> None:
 def test_token_counters_rise_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, launched = threading.Event(), []
     with serving() as running:
-        core = running.engine._cores[1]
+        core = running.engine._lanes[1].core
         launch = core._runner.launch
 
         def held(*args: Any) -> Any:
