@@ -335,8 +335,8 @@ class AsyncEngine:
         return found
 
     def servers(self) -> dict[str, dict[str, Any]]:
-        """Of each lane that is on a server: its address, engine and version, model, context, and whether scores append
-        to what the server holds or compute all of a chain again ("append", "recompute")."""
+        """Of each lane that is on a server: its address, engine and version, model, context, whether scores append to
+        what the server holds or compute all of a chain again ("append", "recompute"), and whether it heeds seeds."""
         return {lane.name: lane.about() for lane in self._lanes if isinstance(lane, RemoteLane)}
 
     async def close(self) -> None:

@@ -33,6 +33,22 @@ class Abort(Exception):
         self.status = status
 
 
+class Local:
+    """A model that is asked for the logits of whole sequences, and remembers them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def rows(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits [len, V]."""
+        key = tuple(tokens)
+        if key not in self._known:
+            self._known[key] = paged_logits(self.model.decoder, [key])[0]
+        return self._known[key]
+
+
 @dataclass(slots=True)
 class FakeSGLang:
     """Flags are those of the server. computed: positions forwarded so far; heard: bodies of /generate, in order; pace:
@@ -41,7 +57,7 @@ class FakeSGLang:
     answer, or ends the stream in place of it where it gives None.
     """
 
-    model: Model
+    local: Local
     incremental: bool = False  # --incremental-streaming-output
     original: bool = False  # SGLANG_RETURN_ORIGINAL_LOGPROB=1
     deterministic: bool = False  # --enable-deterministic-inference
@@ -56,8 +72,11 @@ class FakeSGLang:
     fail: Abort | None = None
     broken: Any = None
     _cache: list[tuple[int, ...]] = field(default_factory=list)
-    _rows: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _noise: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(1))
+
+    @property
+    def model(self) -> Model:
+        return self.local.model
 
     @property
     def context(self) -> int:
@@ -196,7 +215,7 @@ class FakeSGLang:
             finish = {"type": "abort", "message": str(abort), "status_code": abort.status, "err_type": None}
             if abort.status == 400:
                 finish["err_type"] = "BadRequestError"
-            written = [int(self._row([0]).argmax())]
+            written = [int(self.local.rows([0])[-1].argmax())]
             yield _answer(written, finish, 1, 0, {})
             return
         if any(not 0 <= token < self.model.config.vocab_size for token in ids) or body.get("top_logprobs_num", 0) > (
@@ -242,29 +261,18 @@ class FakeSGLang:
         if self.radix:
             self._cache.append(tuple(ids))
 
-    def _row(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits [V] behind ids."""
-        key = tuple(ids)
-        if key not in self._rows:
-            self._rows[key] = self.rows(ids)[-1]
-        return self._rows[key]
-
-    @torch.inference_mode()
-    def rows(self, ids: Sequence[int]) -> torch.Tensor:
-        return paged_logits(self.model.decoder, [ids])[0]
-
     def _told(self, ids: list[int], start: int, body: dict[str, Any]) -> dict[str, Any]:
         """scheduler_components/logprob_result_processor.py: None at logprob_start_len; the last id told as 0."""
         told: dict[str, Any] = {"input_token_logprobs": [], "output_token_logprobs": []}
         if 0 <= start < len(ids):
-            logprobs = self.rows(ids).log_softmax(1)
+            logprobs = self.local.rows(ids).log_softmax(1)
             values = [None, *(float(logprobs[i - 1, ids[i]]) for i in range(start + 1, len(ids)))]
             shown = [token if token < self.model.config.vocab_size - 1 else 0 for token in ids[start:]]
             told["input_token_logprobs"] = [[value, token, None] for value, token in zip(values, shown, strict=True)]
         if body.get("top_logprobs_num", 0):
             told |= {"input_top_logprobs": [], "output_top_logprobs": []}
         if body.get("token_ids_logprob"):
-            logprobs = self._row(ids).log_softmax(0)
+            logprobs = self.local.rows(ids)[-1].log_softmax(0)
             rows = [[float(logprobs[token]), token, None] for token in body["token_ids_logprob"]]
             told |= {"input_token_ids_logprobs": [], "output_token_ids_logprobs": [rows]}
         return told
@@ -272,7 +280,7 @@ class FakeSGLang:
     def _draw(self, ids: list[int], written: list[int], body: dict[str, Any], told: dict[str, Any]) -> None:
         """layers/sampler.py: seeds count with --enable-deterministic-inference alone, logprobs are tempered."""
         settings = body["sampling_params"]
-        logits, temperature = self._row([*ids, *written]), settings.get("temperature", 1.0)
+        logits, temperature = self.local.rows([*ids, *written])[-1], settings.get("temperature", 1.0)
         scaled = logits / temperature if temperature > 0 else logits
         noise = self._noise
         if self.deterministic:

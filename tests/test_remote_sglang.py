@@ -1,17 +1,11 @@
-"""SGLang as a server of a remote lane: against a fake that answers as the real one did, and against the real one."""
+"""SGLang as a server of a remote lane, against a fake that answers as the real one did."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +15,19 @@ import pytest
 import torch
 
 from atts_engine import ops
+from atts_engine.backends.remote.client import Client
+from atts_engine.backends.remote.connect import connect
+from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.backends.remote.server import Written
-from atts_engine.backends.remote.sglang import SGLangServer
+from atts_engine.backends.remote.sglang import STREAM_INTERVAL, SGLangServer
+from atts_engine.backends.remote.stats import RemoteStats
 from atts_engine.errors import ChainError, LaneError, Unreachable
 from atts_engine.models import load_model
-from atts_engine.models.load import resolve
 from atts_engine.runtime.records import SamplingParams
-from tests.fake_sglang import Abort, FakeSGLang, serving
+from tests.fake_sglang import Abort, FakeSGLang, Local, serving
 
 MODEL = load_model("tiny-target")
+LOCAL = Local(MODEL)
 ANSWERS = json.loads((Path(__file__).parent / "sglang_answers.json").read_text())
 VOCAB = MODEL.config.vocab_size
 PROMPT = MODEL.tokenizer.encode("<bos>Q: a = 85; b = a-43; c = b+11; c?\n\n")
@@ -39,42 +37,17 @@ GREEDY = SamplingParams(temperature=0.0)
 WARM = SamplingParams(temperature=0.8, seed=3)
 
 
-class PlainHttp:
-    def __init__(self, url: str) -> None:
-        self.url, self.session = url, aiohttp.ClientSession()
-
-    async def _checked(self, response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-        if response.status >= 400:
-            said = await response.text()
-            raise (ChainError if response.status < 500 and response.status != 429 else Unreachable)(said)
-        return response
-
-    async def get(self, path: str) -> Any:
-        async with self.session.get(self.url + path) as response:
-            return await (await self._checked(response)).json()
-
-    async def post(self, path: str, body: Any) -> Any:
-        async with self.session.post(self.url + path, json=body) as response:
-            return await (await self._checked(response)).json()
-
-    async def stream(self, path: str, body: Any) -> AsyncIterator[Any]:
-        async with self.session.post(self.url + path, json=body) as response:
-            await self._checked(response)
-            async for line in response.content:
-                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                    yield json.loads(line[6:])
-
-    async def close(self) -> None:
-        await self.session.close()
+def server_at(url: str) -> SGLangServer:
+    return SGLangServer(Client(url, url, None, max_requests=8, silence_s=30.0, stats=RemoteStats()))
 
 
 def asked(body: Callable[[SGLangServer, FakeSGLang], Awaitable[Any]], **flags: Any) -> Any:
     """What `body` gives on a server that talks to a fake with these flags."""
 
     async def run() -> Any:
-        fake = FakeSGLang(MODEL, **flags)
+        fake = FakeSGLang(LOCAL, **flags)
         async with serving(fake) as url:
-            server = SGLangServer(PlainHttp(url))
+            server = server_at(url)
             try:
                 return await body(server, fake)
             finally:
@@ -103,21 +76,16 @@ def whole(pieces: Sequence[Written]) -> Written:
     )
 
 
-def rows(tokens: Sequence[int]) -> torch.Tensor:
-    """Logits [len, V] by the local model."""
-    return FakeSGLang(MODEL).rows(tokens)
-
-
 def logprobs_of(tokens: Sequence[int], start: int) -> list[float]:
     """Of tokens[start:] under the local model."""
-    return ops.score_logits(rows(tokens)[start - 1 : -1], torch.tensor(tokens[start:])).tolist()
+    return ops.score_logits(LOCAL.rows(tokens)[start - 1 : -1], torch.tensor(tokens[start:])).tolist()
 
 
 def greedy(tokens: Sequence[int], n: int) -> list[int]:
-    fake, all_tokens = FakeSGLang(MODEL), list(tokens)
+    text = list(tokens)
     for _ in range(n):
-        all_tokens.append(int(fake.rows(all_tokens)[-1].argmax()))
-    return all_tokens[len(tokens) :]
+        text.append(int(LOCAL.rows(text)[-1].argmax()))
+    return text[len(tokens) :]
 
 
 async def told(url: str, case: dict[str, Any]) -> tuple[int, Any]:
@@ -145,19 +113,37 @@ def check_alike(name: str, said: Any, recorded: Any) -> None:
         assert said == recorded, name
 
 
-async def check_answers(url: str, mode: str) -> None:
+def joined(answer: Any) -> Any:
+    """A stream as one answer: a server that is busy sends in one event what it else sends in several."""
+    if not isinstance(answer, list):
+        return answer
+    events = [event for event in answer if event != "[DONE]"]
+    last = events[-1]
+    if "meta_info" not in last or len(last["output_ids"]) == last["meta_info"]["completion_tokens"]:
+        return last
+
+    def all_of(key: str) -> list[Any]:
+        return [row for event in events for row in event["meta_info"][key]]
+
+    told = {key: all_of(key) for key in ("output_token_logprobs", "output_top_logprobs") if key in last["meta_info"]}
+    ids = [token for event in events for token in event["output_ids"]]
+    return {"output_ids": ids, "meta_info": {**last["meta_info"], **told}}
+
+
+async def check_answers(url: str, mode: str, view: Callable[[Any], Any]) -> None:
     for case in ANSWERS[mode]:
         status, answer = await told(url, case)
         assert status == case["status"], case["name"]
-        check_alike(case["name"], answer, case["answer"])
+        check_alike(case["name"], view(answer), view(case["answer"]))
 
 
+@pytest.mark.parametrize("view", [lambda answer: answer, joined], ids=["events", "joined"])
 @pytest.mark.parametrize("mode", ["cumulative", "incremental"])
-def test_fake_answers_as_the_real_one_did(mode: str) -> None:
+def test_fake_answers_as_the_real_one_did(mode: str, view: Callable[[Any], Any]) -> None:
     async def run() -> None:
         incremental = mode == "incremental"
-        async with serving(FakeSGLang(MODEL, incremental=incremental, original=incremental)) as url:
-            await check_answers(url, mode)
+        async with serving(FakeSGLang(LOCAL, incremental=incremental, original=incremental)) as url:
+            await check_answers(url, mode, view)
 
     asyncio.run(run())
 
@@ -214,7 +200,6 @@ def test_spans_keep_what_ended_them(incremental: bool) -> None:
         assert await span(20) == (line[:20], "length")
         assert await span(stop=("= 42",)) == (line[:15], "stop")
         assert await span(stop_token_ids=(four,)) == (line[: line.index(four) + 1], "stop")
-        assert await span(stop_token_ids=(four,), ignore_eos=True) == (line[: line.index(four) + 1], "stop")
         on = await span(40, ignore_eos=True)
         assert (on[0][:37], len(on[0]), on[1]) == (line, 40, "length")
 
@@ -238,7 +223,7 @@ def test_logprobs_and_confidences_are_the_models_own_or_none(incremental: bool) 
                 await written(server, PROMPT, 30, sure)
             sure = replace(sure, temperature=1.0)
         said = whole(await written(server, PROMPT, 30, sure))
-        logits = rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
+        logits = LOCAL.rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
         assert said.logprobs == ()
         assert said.confidences == pytest.approx(ops.token_confidence(logits, 5).tolist(), abs=1e-4)
 
@@ -289,7 +274,7 @@ def test_one_seed_one_span_where_the_server_is_deterministic() -> None:
 def test_ids_outside_the_vocabulary_do_not_reach_the_model() -> None:
     async def run(server: SGLangServer, fake: FakeSGLang) -> None:
         for tokens in ([1, VOCAB], [1, -1]):
-            with pytest.raises(ChainError, match=f"token id {tokens[1]}: .*another tokenizer"):
+            with pytest.raises(ChainError, match=f"token id {tokens[1]} made by another tokenizer"):
                 await server.score(tokens, 1)
             with pytest.raises(ChainError, match="another tokenizer"):
                 await written(server, tokens, 4, GREEDY)
@@ -324,7 +309,7 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 SCORE_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no scores": ({"broken": with_meta(input_token_logprobs=None)}, LaneError, "no log-probabilities"),
-    "too few": ({"broken": with_rows(lambda rows: rows[:-1])}, LaneError, "22 .* where 23"),
+    "too few": ({"broken": with_rows(lambda rows: rows[:-1])}, LaneError, "22 log-probabilities where 23"),
     "NaN in one": ({"broken": with_rows(lambda rows: [*rows[:-1], [None, *rows[-1][1:]]])}, ChainError, "no finite"),
     "of other tokens": ({"broken": with_rows(lambda rows: [rows[-1], *rows[:-1]])}, LaneError, "in place of"),
 }
@@ -401,73 +386,53 @@ def test_who_stops_listening_ends_the_request() -> None:
     asked(run)
 
 
-@contextmanager
-def real_server(*flags: str, **environment: str) -> Iterator[str]:
-    """SGLang on the CPU, with tiny-target; its address."""
-    python = os.environ.get("ATTS_SGLANG_PYTHON")
-    if not python:
-        pytest.skip("ATTS_SGLANG_PYTHON does not name a Python that has SGLang")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = (
-        f"-m sglang.launch_server --model-path {resolve('tiny-target')} --served-model-name tiny --host 127.0.0.1 "
-        f"--port {port} --device cpu --attention-backend torch_native --dtype float32 --max-total-tokens 20000 "
-        "--mem-fraction-static 0.1 --chunked-prefill-size 64 --disable-cuda-graph --skip-server-warmup --sleep-on-idle"
-    ).split()
-    settings = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    with subprocess.Popen([python, *words, *flags], env=settings, start_new_session=True) as process:
-        try:
-            end = time.monotonic() + 300
-            while not _answers(port):
-                assert process.poll() is None and time.monotonic() < end, "SGLang does not start"
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+async def check_stop(lane: RemoteLane, text: Sequence[int]) -> None:
+    """A stop id counts beside ignore_eos, which keeps SGLang from looking at any."""
+    (end,) = greedy(text, 1)
+    ignoring = replace(GREEDY, stop_token_ids=(end,), ignore_eos=True)
+    chunks = [chunk async for chunk in lane.decode(await lane.open(text), 40, ignoring)]
+    assert [(chunk.tokens, chunk.finish) for chunk in chunks] == [((end,), "stop")]
 
 
-def _answers(port: int) -> bool:
+async def check_lane(url: str, fresh: Callable[[], int] = lambda: 0) -> None:
+    """Chains of one problem on a lane: scores of spans that come in pieces, takeovers, forks, cuts. fresh: tokens that
+    the server has computed."""
+    lane = await connect(f"sglang{url.removeprefix('http')}/tiny", lane="target", tokenizer="tiny-target")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/model_info", timeout=5):
-            return True
-    except OSError:
-        return False
+        assert lane.appends
+        distinct, before = len(PROMPT), fresh()
+        for chain in range(3):
+            seq = await lane.open(PROMPT)
+            span = STEP[: 12 + chain]
+            for at in range(0, len(span), 5):
+                await lane.append(seq, span[at : at + 5], score=True)
+            result = await lane.verdict(seq, None)
+            local = logprobs_of(PROMPT + span, len(PROMPT))
+            assert (result.n_tokens, result.outcome) == (len(span), None)
+            assert result.sum_logprob == pytest.approx(sum(local), abs=2e-2)
+            assert result.logprobs == pytest.approx(local, abs=2e-3)
+            (child,) = await lane.fork(seq, 1)
+            taken = [token async for piece in lane.decode(child, 8, GREEDY) for token in piece.tokens]
+            assert taken == greedy(PROMPT + span, 8)
+            await check_stop(lane, PROMPT + span + taken)
+            await lane.truncate(child, seq.length + 3)
+            await lane.append(child, WRONG, score=True)
+            await lane.append(child, STEP)
+            local = logprobs_of(PROMPT + span + taken[:3] + WRONG, len(PROMPT + span) + 3)
+            assert (await lane.verdict(child, None)).logprobs == pytest.approx(local, abs=2e-3)
+            distinct += len(span) + len(taken) + STREAM_INTERVAL + len(WRONG)
+        stats = lane.stats()
+        # Of each request at the most the token before its own is computed again; the first ones ask about the model.
+        assert fresh() - before <= distinct + stats["requests"]
+        assert stats["score_cached_tokens"] >= stats["score_sent_tokens"] - distinct - stats["score_requests"]
+    finally:
+        await lane.aclose()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("mode", ["cumulative", "incremental"])
-def test_the_real_one(mode: str) -> None:
-    """It still answers as recorded, and a `Server` on it scores and writes as the local model does."""
-    text = PROMPT + STEP + WRONG
+def test_a_lane_on_a_server() -> None:
+    async def run() -> None:
+        fake = FakeSGLang(LOCAL)
+        async with serving(fake) as url:
+            await check_lane(url, lambda: fake.computed)
 
-    async def run(url: str) -> None:
-        await check_answers(url, mode)
-        server = SGLangServer(PlainHttp(url))
-        try:
-            assert (await server.describe()).context == 505
-            assert await server.encode("b = a-43\n\n") == MODEL.tokenizer.encode("b = a-43\n\n")
-            start = len(PROMPT) + len(STEP)
-            await server.score(text[:start], len(PROMPT))
-            scores = await server.score(text, start)
-            assert scores.logprobs == pytest.approx(logprobs_of(text, start), abs=2e-3)
-            assert scores.cached_tokens == start - 1
-            with pytest.raises(ChainError, match="another tokenizer"):
-                await server.score([1, VOCAB], 1)
-            said = whole(await written(server, PROMPT, 60, GREEDY))
-            assert list(said.tokens) == greedy(PROMPT, 37)
-            for temperature in (0.0, 0.8, 1.0):
-                said = whole(await written(server, PROMPT, 60, replace(WARM, temperature=temperature, logprobs=True)))
-                own = temperature != 0.8 or mode == "incremental"
-                drawn = PROMPT + list(said.tokens)
-                wanted = logprobs_of(drawn, len(PROMPT)) if own else ()
-                assert said.logprobs == pytest.approx(wanted, abs=2e-3)
-        finally:
-            await server.close()
-
-    if mode == "incremental":
-        flags, environment = ["--incremental-streaming-output"], {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
-    else:
-        flags, environment = [], {}
-    with real_server(*flags, **environment) as url:
-        asyncio.run(run(url))
+    asyncio.run(run())

@@ -134,15 +134,16 @@ def lane_tables(figures: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
 
     here: list[tuple[str, ...]] = []
     away: list[tuple[str, ...]] = []
+    notes = ["a scored token: prompt tokens sent to have it scored; a lane in this process computes 1"]
     for name, found in figures.items():
         prefix = f"{name} " if len(figures) > 1 else ""
         here += lanes.lane_rows(found["lanes"], prefix)
         away += servers.server_rows(found["servers"], prefix)
+        notes += [prefix + note for note in servers.server_notes(found["servers"])]
     if here or not away:
         yield Table("lanes", lanes.COLUMNS, tuple(here))
     if away:
-        cost = "a scored token: prompt tokens sent to have it scored; a lane in this process computes 1"
-        yield Table("servers", servers.COLUMNS, tuple(away), note=cost)
+        yield Table("servers", servers.COLUMNS, tuple(away), note="\n".join(notes))
 
 
 @contextmanager

@@ -164,11 +164,14 @@ def plot_sections(draw: Callable[[], list[plots.Plot]], title: str = "Plots") ->
 
 
 def _lane_sections(each: Mapping[str, Mapping[str, Any]]) -> list[Section]:
-    rows, away, notes = [], [], []
+    rows: list[tuple[str, ...]] = []
+    away: list[tuple[str, ...]] = []
+    notes: list[str] = []
     for name, figures in each.items():
         prefix = f"{name} " if len(each) > 1 else ""
         rows += lanes.lane_rows(figures["lanes"], prefix)
         away += servers.server_rows(figures["servers"], prefix)
+        notes += [prefix + note for note in servers.server_notes(figures["servers"])]
         if (cell := figures["waiting"]) is not None:
             notes.append(f"{name}: a chain waited {cell['mean_s']:.3g} s, {100 * cell['share']:.1f}% of its time.")
     tables = []

@@ -70,6 +70,15 @@ def server_figures(use: ServerUse) -> dict[str, Any]:
     }
 
 
+def server_notes(servers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a user should know of these servers beside their figures."""
+    return [
+        f"{name}: this server draws from noise of its own, whatever the seed (docs/remote-sglang.md)"
+        for name, server in servers.items()
+        if server["requests"] and not server["seeded"]
+    ]
+
+
 def server_rows(servers: Mapping[str, Mapping[str, Any]], prefix: str = "") -> list[tuple[str, ...]]:
     """Rows of a table with the columns `COLUMNS`, of the servers that were asked something. servers: {name of the lane:
     `server_figures`}."""

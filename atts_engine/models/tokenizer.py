@@ -34,6 +34,9 @@ class Tokenizer:
     backend: the tokenizer; eos_token_ids: ids that end a text; chat_template: Jinja source or None;
     special_tokens: the template's variables (`bos_token`, `eos_token`, ...); add_bos: whether a plain prompt
     starts with `bos_token`, None to do as the backend's post-processor does.
+
+    special_ids: of the special tokens; added_tokens: texts that are one token wherever they stand, special or not, by
+    their ids.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Tokenizer:
                 f"tokenizer decoder {strange[0] if strange else None!r} is not supported; supported are "
                 f"{sorted(_STREAMABLE)}"
             )
+        self.added_tokens = tuple(token.content for _, token in sorted(added.items()))
         self._byte_level = ByteLevelVocabulary(self._tokens, self.special_ids) if "ByteLevel" in kinds else None
         self._byte_ids = (
             frozenset(i for i, t in self._tokens.items() if _is_byte(t)) if "ByteFallback" in kinds else frozenset()

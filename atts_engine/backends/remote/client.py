@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atts_engine.backends.remote.stats import RemoteStats
@@ -16,9 +18,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONNECT_S = 10.0
-HEALTH_S = 5.0
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses of a server that may answer the same request later."""
+IDLE_S = 4.0
+"""A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
+HEALTH_S = 25.0
+"""SGLang's /health runs a request, and a busy server takes up to 20 seconds."""
+AGAIN = frozenset({408, 425, 429})
+"""Statuses, beside all from 500 on, of a server that may answer the same request later."""
 LONGEST = 300
 """Characters of a server's message that are quoted."""
 
@@ -42,7 +47,7 @@ class Client:
         self._stats = stats
         self._places = asyncio.Semaphore(max_requests)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
@@ -64,8 +69,10 @@ class Client:
                 try:
                     async for event in self._events(answer):
                         yield event
+                    await self._patiently(answer.content.readany)
                 finally:
-                    # Not given back to the pool: the server takes a closed connection for the end of the request.
+                    # Read to its end, the connection is in the pool by now. Any other is closed, which the server
+                    # takes for the end of the request.
                     answer.close()
 
     async def close(self) -> None:
@@ -80,7 +87,7 @@ class Client:
         return self._json(text)
 
     async def _begun(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
-        answer = await self._patiently(self._http.request(method, self._base_url + path, json=body))
+        answer = await self._patiently(lambda: self._http.request(method, self._base_url + path, json=body))
         if answer.status == 200:
             return answer
         async with answer:
@@ -106,16 +113,16 @@ class Client:
         # Not `readline`: that has a limit on the length of a line, which one with many log-probabilities exceeds.
         kept = b""
         while True:
-            block = await self._heard(answer.content.readany())
+            block = await self._patiently(answer.content.readany)
             if not block:
                 return
             *lines, kept = (kept + block).split(b"\n")
             for line in lines:
                 yield line
 
-    async def _patiently(self, answer: Awaitable[T]) -> T:
-        """Wait for an answer for as long as the server says that it lives."""
-        task = asyncio.ensure_future(answer)
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Wait for an answer, or for more of it, for as long as the server says that it lives."""
+        task = asyncio.ensure_future(ask())
         try:
             while True:
                 done, _ = await asyncio.wait({task}, timeout=self._silence_s)
@@ -153,9 +160,8 @@ class Client:
             ) from error
 
     def _refusal(self, status: int, said: str, retry_after: str | None = None) -> Exception:
-        if status in AGAIN:
-            seconds = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
-            return Unreachable(f"{self.server}: {status} {said}", seconds)
+        if status in AGAIN or status >= 500:
+            return Unreachable(f"{self.server}: {status} {said}", _seconds(retry_after))
         if status in (401, 403):
             return LaneError(
                 f"{self.server}: {status} {said}; its key goes into ATTS_DRAFT_API_KEY or ATTS_TARGET_API_KEY"
@@ -163,6 +169,20 @@ class Client:
         if status == 404:
             return LaneError(f"{self.server}: {status} {said}")
         return ChainError(f"{self.server}: {status} {said}")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a Retry-After header: a number of seconds, or a date (RFC 9110, section 10.2.3)."""
+    if retry_after is None:
+        return None
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return None
 
 
 def _message(text: str) -> str:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from atts_engine.backends.remote.server import Served, Server, Written
 from atts_engine.backends.remote.stats import RemoteStats
 from atts_engine.conformal import GateRequest
 from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
+from atts_engine.runtime.commands import Decode
+from atts_engine.runtime.decoding import DecodeState
 from atts_engine.runtime.gating import DeviceGate, ScoredSpan
 from atts_engine.runtime.records import SamplingParams, SpanResult, TokenChunk
 
@@ -89,6 +92,7 @@ class RemoteLane:
         self._patience = patience
         self._stats = stats
         self._chunk_tokens = chunk_tokens
+        self._eos = frozenset(model.eos_token_ids)
         self._closed = False
 
     @property
@@ -113,6 +117,7 @@ class RemoteLane:
             "root": self.served.root,
             "context": self.served.context,
             "scores": "append" if self.appends else "recompute",
+            "seeded": self.served.seeded,
         }
 
     async def open(self, prompt: Sequence[int], *, group: Hashable = None, priority: int = 0) -> RemoteSeq:
@@ -144,18 +149,20 @@ class RemoteLane:
         size = self._chunk_tokens if chunk_tokens is None else chunk_tokens
         if max_tokens < 1 or size < 1:
             raise InputError(f"max_tokens and chunk_tokens must be 1 or more, not {max_tokens} and {size}")
+        room = self.max_length - own.length
+        if room < 1:
+            raise ContextFull(f"{self.name}: the chain has filled the server's context of {self.max_length} tokens")
         self._stats.decode_requests += 1
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        confidences: list[float] = []
-        async with aclosing(self._written(own, max_tokens, sampling)) as pieces:
+        # What ends a span is found here too, as an in-process lane finds it: the server may have another idea of what
+        # ends a text, and does not know what came before it was asked again.
+        state = DecodeState(Decode(max_tokens, sampling, size, _unheard, _unheard), limit=min(max_tokens, room))
+        async with aclosing(self._written(own, state)) as pieces:
             async for piece in pieces:
-                tokens += piece.tokens
-                logprobs += piece.logprobs
-                confidences += piece.confidences
-                if piece.finish is not None or len(tokens) >= size:
-                    yield TokenChunk(tuple(tokens), piece.finish, tuple(logprobs), confidences=tuple(confidences))
-                    tokens, logprobs, confidences = [], [], []
+                finish = self._take(own, state, piece) or piece.finish
+                if finish is not None or len(state.buffer) >= size:
+                    yield state.hand_over(finish)
+                if finish is not None:
+                    return
 
     async def append(self, seq: Seq, tokens: Sequence[int], *, score: bool = False) -> None:
         own, added = self._own(seq), [int(t) for t in tokens]
@@ -204,33 +211,37 @@ class RemoteLane:
             self._closed = True
             await self.server.close()
 
-    async def _written(
-        self, own: RemoteSeq, max_tokens: int, sampling: SamplingParams
-    ) -> AsyncGenerator[Written, None]:
+    async def _written(self, own: RemoteSeq, state: DecodeState) -> AsyncGenerator[Written, None]:
         """Pieces of the span as they come, of as many requests as it takes."""
-        left, tries = max_tokens, self._patience.tries()
+        sampling, tries = state.command.sampling, self._patience.tries()
+        ends = () if sampling.ignore_eos else self.model.eos_token_ids
+        asked = replace(sampling, stop_token_ids=tuple(sorted({*sampling.stop_token_ids, *ends})))
         while not tries.done:
-            room = self.max_length - own.length
-            if room < 1:
-                raise ContextFull(f"{self.name}: the chain has filled the server's context of {self.max_length} tokens")
             async with tries:
                 self._check_open()
-                own_noise = replace(sampling, seed=request_seed(sampling.seed, own.length))
-                begun = False
-                async with aclosing(self.server.decode(tuple(own.tokens), min(left, room), own_noise)) as pieces:
+                noisy, begun = replace(asked, seed=request_seed(sampling.seed, own.length)), False
+                left = state.limit - state.produced
+                async with aclosing(self.server.decode(tuple(own.tokens), left, noisy)) as pieces:
                     async for piece in pieces:
                         if not begun:
                             begun = True
                             tries.answered()
-                            self._stats.resumed_spans += left < max_tokens
+                            self._stats.resumed_spans += state.produced > 0
                         if piece.prompt_tokens is not None:
                             self._stats.sent(piece.prompt_tokens, piece.cached_tokens)
-                        own.tokens.extend(piece.tokens)
-                        left -= len(piece.tokens)
-                        self._stats.sampled_tokens += len(piece.tokens)
                         yield piece
-                        if piece.finish is not None:
-                            return
+
+    def _take(self, own: RemoteSeq, state: DecodeState, piece: Written) -> str | None:
+        """The piece's tokens up to one that ends the span; returns how it does."""
+        if not all(map(math.isfinite, (*piece.logprobs, *piece.confidences))):
+            raise ChainError(f"{self.name}: the log-probability of a sampled token is not finite")
+        for token, logprob, confidence in zip_longest(piece.tokens, piece.logprobs, piece.confidences):
+            own.tokens.append(token)
+            self._stats.sampled_tokens += 1
+            finish = state.take(token, logprob, confidence, self._eos, self.model.tokenizer)
+            if finish is not None:
+                return finish
+        return None
 
     def _score_on(self, own: RemoteSeq) -> None:
         """Have all that is to be scored scored, if nobody is at it."""
@@ -244,7 +255,8 @@ class RemoteLane:
     async def _all_scored(self, own: RemoteSeq) -> None:
         self._score_on(own)
         if own.scoring is not None:
-            await own.scoring
+            # Whoever stops waiting leaves the score to those who still want it; closing the sequence ends it.
+            await asyncio.shield(own.scoring)
 
     async def _score(self, own: RemoteSeq) -> None:
         while positions := own.to_score[len(own.logprobs) :]:
@@ -256,6 +268,8 @@ class RemoteLane:
                     self._check_open()
                     found = await self.server.score(tuple(own.tokens[:end]), start)
             self._stats.sent(found.prompt_tokens, found.cached_tokens, score=True)
+            if not found.logprobs:
+                raise LaneError(f"{self.name}: the server scored nothing of {end - start} tokens")
             logprobs = [found.logprobs[at - start] for at in positions if at - start < len(found.logprobs)]
             if not all(map(math.isfinite, logprobs)):
                 raise ChainError(f"{self.name}: the span's log-probabilities hold NaN or infinity")
@@ -270,6 +284,10 @@ class RemoteLane:
     def _check_open(self) -> None:
         if self._closed:
             raise LaneError(f"{self.name}: the engine is closed")
+
+
+def _unheard(*_: object) -> None:
+    """Nobody listens to a command that is not a lane thread's."""
 
 
 def request_seed(seed: int, length: int) -> int:

@@ -21,6 +21,8 @@ PROBES = (
     "a = 85; b = a-43; c = b*3",
 )
 """Texts that tokenizers of different families, or versions, cut differently."""
+ADDED = 32
+"""Added tokens that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ def _here(name: str | None) -> Path | None:
 
 async def check_tokenizer(model: RemoteModel, encode: Callable[[str], Awaitable[list[int]]]) -> None:
     """Whether the server cuts texts as the tokenizer here does. `InputError` with the first text that it does not."""
-    for text in PROBES:
+    # What is one token wherever it stands is told to a tokenizer beside its vocabulary, and easily differs.
+    added = (f"1{token} 2" for token in model.tokenizer.added_tokens[:ADDED])
+    for text in (*PROBES, *added):
         try:
             own = model.tokenizer.encode(text)
         except InputError:

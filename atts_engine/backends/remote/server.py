@@ -14,7 +14,8 @@ class Served:
     """What a server says of the model that it serves.
 
     name: to ask for it by; root: folder or hub name of its weights, tokenizer: of its tokenizer, as the server sees
-    them, None where it does not tell; context: tokens that a sequence may have; version: of the engine.
+    them, None where it does not tell; context: tokens that a sequence may have; version: of the engine;
+    seeded: whether a request's seed decides what is drawn.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Served:
     tokenizer: str | None
     context: int
     version: str
+    seeded: bool = True
 
 
 @dataclass(frozen=True, slots=True)

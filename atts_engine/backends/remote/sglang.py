@@ -7,8 +7,9 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
+from atts_engine.backends.remote.client import AGAIN, Client
 from atts_engine.backends.remote.server import Scores, Served, Written
 from atts_engine.errors import ChainError, LaneError, Unreachable
 from atts_engine.runtime.records import SamplingParams
@@ -17,22 +18,16 @@ STREAM_INTERVAL = 16
 """Tokens of a piece. By default SGLang sends each token with all that came before it, which is quadratic."""
 
 # A server may be started with other defaults (--preferred-sampling-params); what is said here overrules them.
-_NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_new_tokens": 0}
+_NEUTRAL = {
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "min_new_tokens": 0,
+}
 _GREEDY = {**_NEUTRAL, "temperature": 0.0}
-
-
-class Http(Protocol):
-    """What is asked of the client. It raises `Unreachable` and `ChainError` by status, as `Server` says."""
-
-    async def get(self, path: str) -> Any: ...
-
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any: ...
-
-    def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
-        """What each event of the answer holds, without the closing [DONE]."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 class SGLangServer:
@@ -45,12 +40,12 @@ class SGLangServer:
     - Logprobs and confidences at a temperature other than 0 and 1 are of the tempered distribution
       (`Sampler.forward`), unless the server runs with SGLANG_RETURN_ORIGINAL_LOGPROB=1. Two requests of one token find
       out. Where they are not the model's own, no logprobs are handed over, and confidences are refused.
-    - A stop string is looked for in the last tokens only, as many as its own encoding has and one
-      (`Req._stop_match_tail_len`), so one that the model spells in smaller tokens is passed over.
+    - With ignore_eos it looks at no stop id (`Req._check_token_based_finish`), and for a stop string in as many of the
+      last tokens as its own spelling has and one (`Req._stop_match_tail_len`). What it passes over, the lane finds.
     """
 
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._appends = True
         self._asking = asyncio.Lock()
         self._largest = -1
@@ -61,25 +56,30 @@ class SGLangServer:
         return self._appends
 
     async def describe(self) -> Served:
-        model, server = await self._http.get("/model_info"), await self._http.get("/server_info")
+        model, server = await self._client.get("/model_info"), await self._client.get("/server_info")
         try:
             if not model["is_generation"]:
-                raise LaneError(f"the SGLang server serves {model['model_path']} for embeddings, which writes no text")
+                raise LaneError(f"{self._client.server}: the server makes embeddings, and writes no text")
             self._appends = not server["disable_radix_cache"]
             # A request has to be shorter than max_req_input_len (`validate_input_length`), also one that only scores.
             context = server["max_req_input_len"] - 1
             return Served(
-                model["served_model_name"], model["model_path"], model["tokenizer_path"], context, server["version"]
+                model["served_model_name"],
+                model["model_path"],
+                model["tokenizer_path"],
+                context,
+                server["version"],
+                seeded=bool(server["enable_deterministic_inference"]),
             )
         except (KeyError, TypeError) as error:
-            raise LaneError(f"/model_info and /server_info do not answer as SGLang 0.5.23 does: no {error}") from error
+            raise _strange(self._client.server, "/model_info and /server_info", error) from error
 
     async def encode(self, text: str) -> list[int]:
-        answer = await self._http.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+        answer = await self._client.post("/tokenize", {"prompt": text, "add_special_tokens": False})
         try:
             return [int(token) for token in answer["tokens"]]
         except (KeyError, TypeError) as error:
-            raise LaneError(f"/tokenize does not answer as SGLang does: no {error}") from error
+            raise _strange(self._client.server, "/tokenize", error) from error
 
     async def decode(
         self, tokens: Sequence[int], max_tokens: int, sampling: SamplingParams
@@ -89,44 +89,43 @@ class SGLangServer:
         judged = judged and (sampling.temperature in (0.0, 1.0) or await self._tells_original(tokens))
         if sampling.confidence and not judged:
             raise ChainError(
-                f"at temperature {sampling.temperature} the SGLang server tells no confidences of the model itself: "
-                "start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment, or sample at temperature 1"
+                f"{self._client.server}: at temperature {sampling.temperature} SGLang does not tell the model's own "
+                "confidences: start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment, or sample at 1"
             )
         body: dict[str, Any] = {"input_ids": list(tokens), "stream": True, "sampling_params": _settings(sampling)}
         body["sampling_params"]["max_new_tokens"] = max_tokens
         if judged:
             body |= {"return_logprob": True, "top_logprobs_num": sampling.confidence}
-        # With ignore_eos SGLang looks at no stop id at all (`Req._check_token_based_finish`).
-        ends = frozenset(sampling.stop_token_ids if sampling.ignore_eos else ())
-        count = 0
-        async with aclosing(self._http.stream("/generate", body)) as events:
+        server, count = self._client.server, 0
+        async with aclosing(self._client.stream("/generate", body)) as events:
             async for event in events:
-                piece = _written(event, count, sampling if judged else None, len(tokens), ends)
+                piece = _written(server, event, count, sampling if judged else None, len(tokens))
                 count += len(piece.tokens)
                 if piece.finish == "length" and count < max_tokens:
                     raise ChainError(
-                        f"the SGLang server ended a span after {count} of {max_tokens} tokens by a limit of its own "
-                        "(context, KV cache or SGLANG_MAX_NEW_TOKENS_LIMIT)"
+                        f"{server}: the span ended after {count} of {max_tokens} tokens, by a limit of the server "
+                        "(its context, its KV cache, or SGLANG_MAX_NEW_TOKENS_LIMIT)"
                     )
                 if piece.tokens or piece.finish:
                     yield piece
                 if piece.finish:
                     return
-        raise LaneError("the SGLang server ended the stream of a span without a reason")
+        raise LaneError(f"{server}: the span ended without a reason")
 
     async def score(self, tokens: Sequence[int], start: int) -> Scores:
         """One request that writes nothing. The cached prefix ends at the token before `start`
         (`Req._compute_max_prefix_len`), so the tokens scored and that one are computed, and nothing twice."""
         await self._admit(tokens)
-        # The first entry is null, it stands for the token at logprob_start_len (`LogprobResultProcessor`).
+        # The first entry is null, it stands for the token at logprob_start_len (`SchedulerLogprobResultProcessor`).
         body = {"input_ids": list(tokens), "return_logprob": True, "logprob_start_len": start - 1}
-        answer = await self._http.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
-        meta = _meta(answer, len(tokens))
-        logprobs = _logprobs(meta.get("input_token_logprobs"), tokens[start - 1 :], first_null=True)
+        answer = await self._client.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
+        meta = _meta(self._client.server, answer, len(tokens))
+        rows = meta.get("input_token_logprobs")
+        logprobs = _logprobs(self._client.server, rows, tokens[start - 1 :], first_null=True)
         return Scores(logprobs, len(tokens), meta.get("cached_tokens"))
 
     async def close(self) -> None:
-        await self._http.close()
+        await self._client.close()
 
     async def _admit(self, tokens: Sequence[int], likeliest: int = 0) -> None:
         """Raise for ids outside the vocabulary, and for more likeliest tokens than it holds.
@@ -143,9 +142,9 @@ class SGLangServer:
                 return
             body = {"input_ids": [0], "return_logprob": True, "token_ids_logprob": [largest]}
             try:
-                await self._http.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
+                await self._client.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
             except ChainError as error:
-                raise ChainError(f"token id {largest}: {error}; was it made by another tokenizer?") from error
+                raise ChainError(f"{error}; was token id {largest} made by another tokenizer?") from error
             self._largest = largest
 
     async def _tells_original(self, tokens: Sequence[int]) -> bool:
@@ -162,8 +161,8 @@ class SGLangServer:
     async def _distance(self, tokens: Sequence[int], temperature: float) -> float:
         settings = {**_NEUTRAL, "temperature": temperature, "max_new_tokens": 1}
         body = {"input_ids": list(tokens), "return_logprob": True, "top_logprobs_num": 2, "sampling_params": settings}
-        meta = _meta(await self._http.post("/generate", body), len(tokens))
-        first, second = _likeliest(meta.get("output_top_logprobs"), 1, 2)[0]
+        meta = _meta(self._client.server, await self._client.post("/generate", body), len(tokens))
+        ((first, second),) = _likeliest(self._client.server, meta.get("output_top_logprobs"), 1, 2)
         return first - second
 
 
@@ -183,11 +182,9 @@ def _settings(sampling: SamplingParams) -> dict[str, Any]:
     }
 
 
-def _written(
-    event: Any, count: int, judged: SamplingParams | None, prompt_tokens: int, ends: frozenset[int]
-) -> Written:
+def _written(server: str, event: Any, count: int, judged: SamplingParams | None, prompt_tokens: int) -> Written:
     """What is new in an event, `count` tokens having come before. judged: the logprobs and confidences asked for."""
-    meta = _meta(event, prompt_tokens)
+    meta = _meta(server, event, prompt_tokens)
     try:
         ids, total, reason = event["output_ids"], meta["completion_tokens"], meta["finish_reason"]
         # Cumulative by default, new tokens alone with --incremental-streaming-output, and then shorter than the total.
@@ -195,79 +192,69 @@ def _written(
         skip = count if len(ids) >= total else 0
         tokens = tuple(ids[skip : skip + total - count])
     except (KeyError, TypeError) as error:
-        raise LaneError(f"/generate does not answer as SGLang does: no {error}") from error
+        raise _strange(server, "/generate", error) from error
     if len(tokens) != total - count:
-        raise LaneError(f"the SGLang server told {len(tokens)} of {total - count} new tokens")
+        raise LaneError(f"{server}: {len(tokens)} tokens where the server counts {total - count}")
     finish = None if reason is None else str(reason["type"])
-    cut = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-    if cut is not None:
-        tokens, finish = tokens[:cut], "stop"
-    stretch = slice(skip, skip + len(tokens))
+    new = slice(skip, skip + len(tokens))
     logprobs: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
     if judged is not None and judged.logprobs:
-        logprobs = _logprobs((meta.get("output_token_logprobs") or [])[stretch], tokens)
+        logprobs = _logprobs(server, (meta.get("output_token_logprobs") or [])[new], tokens)
     if judged is not None and judged.confidence:
-        top = (meta.get("output_top_logprobs") or [])[stretch]
-        confidences = tuple(-math.fsum(row) / len(row) for row in _likeliest(top, len(tokens), judged.confidence))
+        rows = _likeliest(server, (meta.get("output_top_logprobs") or [])[new], len(tokens), judged.confidence)
+        confidences = tuple(-math.fsum(row) / len(row) for row in rows)
     if count:
         return Written(tokens, finish, logprobs, confidences)
     return Written(tokens, finish, logprobs, confidences, prompt_tokens, meta.get("cached_tokens"))
 
 
-def _meta(answer: Any, prompt_tokens: int) -> Mapping[str, Any]:
-    """meta_info of an answer to a prompt of so many tokens; raises for one that tells of a failure.
-
-    A stream tells of it with status 200: as an error in place of an answer, or as a reason to finish. What such an
-    answer holds of tokens are not the model's."""
-    if isinstance(answer, dict) and "error" in answer:
-        said = answer["error"]
-        raise _refusal(said.get("message"), said.get("code")) if isinstance(said, dict) else _refusal(said, 400)
+def _meta(server: str, answer: Any, prompt_tokens: int) -> Mapping[str, Any]:
+    """meta_info of an answer to a prompt of so many tokens. Raises for one that tells of a failure with status 200; the
+    tokens beside it are not the model's."""
     try:
         meta = answer["meta_info"]
         reason = meta["finish_reason"]
         if reason is not None and reason["type"] == "abort":
-            raise _refusal(reason["message"], reason["status_code"])
+            # No status at all: a pause, or /abort_request.
+            status = reason["status_code"]
+            passes = status is None or status in AGAIN or status >= 500
+            raise (Unreachable if passes else ChainError)(f"{server}: {reason['message']}")
         if reason is not None and reason.get("matched") == "NaN happened":  # `Req._check_vocab_boundary_finish`
-            raise ChainError("the model on the SGLang server answered with NaN")
+            raise ChainError(f"{server}: the model answered with NaN")
         read = meta["prompt_tokens"]
-    except (KeyError, TypeError) as error:
-        raise LaneError(f"/generate does not answer as SGLang does: no {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _strange(server, "/generate", error) from error
     if read != prompt_tokens:
-        raise ChainError(
-            f"the SGLang server read {read} of {prompt_tokens} tokens: start it without --allow-auto-truncate"
-        )
+        raise ChainError(f"{server}: {read} of {prompt_tokens} tokens were read: serve without --allow-auto-truncate")
     assert isinstance(meta, dict)
     return meta
 
 
-def _refusal(message: Any, status: Any) -> ChainError | Unreachable:
-    """A request was refused for what it asks (4xx), or ended for a reason that may pass: a full queue or KV cache, a
-    pause, /abort_request (no status at all)."""
-    said = f"the SGLang server: {message}"
-    return ChainError(said) if isinstance(status, int) and 400 <= status < 500 and status != 429 else Unreachable(said)
-
-
-def _logprobs(rows: Any, tokens: Sequence[int], *, first_null: bool = False) -> tuple[float, ...]:
+def _logprobs(server: str, rows: Any, tokens: Sequence[int], *, first_null: bool = False) -> tuple[float, ...]:
     """Of rows [logprob, id, text], one for each token; `first_null`: the first has none."""
     if not isinstance(rows, list) or len(rows) != len(tokens):
         told = len(rows) if isinstance(rows, list) else "no"
-        raise LaneError(f"the SGLang server told {told} log-probabilities where {len(tokens)} were asked for")
+        raise LaneError(f"{server}: {told} log-probabilities where {len(tokens)} were asked for")
     for row, token in zip(rows, tokens, strict=True):
         # The last id of the vocabulary is told as 0 (`_process_input_token_logprobs`).
         if row[1] not in (token, 0):
-            raise LaneError(f"the SGLang server told the log-probability of token {row[1]} in place of {token}'s")
-    values = [row[0] for row in rows[first_null:]]
-    if any(not isinstance(value, int | float) for value in values):  # NaN and infinities are null in its JSON
-        raise ChainError("the SGLang server told a log-probability that is no finite number")
-    return tuple(map(float, values))
+            raise LaneError(f"{server}: the log-probability of token {row[1]} in place of {token}'s")
+    return tuple(_number(server, row[0]) for row in rows[first_null:])
 
 
-def _likeliest(rows: Any, n: int, k: int) -> list[list[float]]:
+def _likeliest(server: str, rows: Any, n: int, k: int) -> list[list[float]]:
     """Log-probabilities of the k likeliest tokens at each of n places."""
     if not isinstance(rows, list) or len(rows) != n or any(not row or len(row) != k for row in rows):
-        raise LaneError(f"the SGLang server did not tell the {k} likeliest tokens of each of {n}")
-    values = [[entry[0] for entry in row] for row in rows]
-    if any(not isinstance(value, int | float) for row in values for value in row):
-        raise ChainError("the SGLang server told a log-probability that is no finite number")
-    return values
+        raise LaneError(f"{server}: the {k} likeliest tokens are not told at each of {n} places")
+    return [[_number(server, entry[0]) for entry in row] for row in rows]
+
+
+def _number(server: str, value: Any) -> float:
+    if not isinstance(value, int | float):  # NaN and infinities are null in SGLang's JSON
+        raise ChainError(f"{server}: a log-probability is no finite number")
+    return float(value)
+
+
+def _strange(server: str, route: str, error: Exception) -> LaneError:
+    return LaneError(f"{server}: {route} answers otherwise than SGLang 0.5.23 does ({error!r})")

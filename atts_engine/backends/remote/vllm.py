@@ -32,13 +32,15 @@ class VllmServer:
     Scores over `/v1/completions` are prompt log-probabilities, which vLLM takes past its prefix cache: every score
     computes the whole chain again. Where the server offers `/inference/v1/generate` and runs its V2 model runner
     (--enable-scale-out, a GPU), scores are asked for from a row on, with the cache: a span costs its own tokens. Which
-    of the two it is, `describe` finds out by asking.
+    of the two it is, `describe` finds out by asking. The log-probability of one token behind a prompt is asked for as
+    that of a token to be written, which takes either server's cache.
     """
 
     def __init__(self, client: Client, name: str) -> None:
         self._client = client
         self._name = name
         self._rows = False
+        self._context = 0
 
     @property
     def appends(self) -> bool:
@@ -54,11 +56,11 @@ class VllmServer:
                 raise LaneError(
                     f"{self._client.server}: the server has no model {self._name!r}; it has {', '.join(cards)}"
                 )
-            context = int(card["max_model_len"])
+            self._context = int(card["max_model_len"])
         except (KeyError, TypeError) as error:
             raise LaneError(f"{self._client.server}: /v1/models does not answer as vLLM does: no {error}") from error
         self._rows = await self._offers_rows()
-        return Served(self._name, card.get("root"), card.get("root"), context, version)
+        return Served(self._name, card.get("root"), card.get("root"), self._context, version)
 
     async def encode(self, text: str) -> list[int]:
         body = {"model": self._name, "prompt": text, "add_special_tokens": False}
@@ -108,7 +110,15 @@ class VllmServer:
         yield last
 
     async def score(self, tokens: Sequence[int], start: int) -> Scores:
-        return await (self._score_rows(tokens, start) if self._rows else self._score_whole(tokens, start))
+        end = len(tokens)
+        # Every request writes a token, for which a full context has no room. And a prompt of whole blocks is cached
+        # whole, while the next score needs the row of its last token again.
+        if end >= self._context or (self._rows and end % BLOCK == 0):
+            if end - start == 1:
+                return await self._score_next(tokens)
+            # What is left over here comes with the next request.
+            end -= 1
+        return await (self._score_rows if self._rows else self._score_whole)(tokens[:end], start)
 
     async def close(self) -> None:
         await self._client.close()
@@ -118,29 +128,39 @@ class VllmServer:
         found = await self._client.post("/v1/completions", body)
         rows = self._field(self._field(found, "choices")[0], "prompt_logprobs")
         try:
-            logprobs = [float(rows[at][str(tokens[at])]["logprob"]) for at in range(start, len(tokens))]
+            logprobs = [_logprob(rows[at][str(tokens[at])]["logprob"]) for at in range(start, len(tokens))]
         except (KeyError, IndexError, TypeError) as error:
             raise LaneError(f"{self._client.server}: a prompt's log-probabilities are missing: {error!r}") from error
         prompt, cached = _usage(found)
         return Scores(tuple(logprobs), prompt or len(tokens), cached)
 
+    async def _score_next(self, tokens: Sequence[int]) -> Scores:
+        """Of the last token alone."""
+        *prompt, last = tokens
+        asked = {"logprobs": 1, "logprob_token_ids": [last], "return_tokens_as_token_ids": True}
+        found = await self._client.post("/v1/completions", {**_SCORE, "model": self._name, "prompt": prompt, **asked})
+        try:
+            logprob = _logprob(self._field(found, "choices")[0]["logprobs"]["top_logprobs"][0][f"token_id:{last}"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise LaneError(f"{self._client.server}: a token's log-probability is missing: {error!r}") from error
+        sent, cached = _usage(found)
+        return Scores((logprob,), sent or len(prompt), cached)
+
     async def _score_rows(self, tokens: Sequence[int], start: int) -> Scores:
-        end = len(tokens)
-        if end % BLOCK == 0 and end - start > 1:
-            # A prompt of whole blocks is cached whole, and the next score needs the row of its last token again. What
-            # is left over here comes with the next request.
-            end -= 1
-        found = await self._client.post(_ROUTE, self._rows_body(tokens[:end], start, skip=False))
+        found = await self._client.post(_ROUTE, self._rows_body(tokens, start, skip=False))
+        prompt, cached = _usage(found)
         rows = found.get("prompt_token_id_logprobs") if isinstance(found, dict) else None
         if rows is None:
             # The cache held more than the rows asked for begin with: vLLM then leaves them all out without a word.
-            found = await self._client.post(_ROUTE, self._rows_body(tokens[:end], start, skip=True))
+            found = await self._client.post(_ROUTE, self._rows_body(tokens, start, skip=True))
             rows = self._field(found, "prompt_token_id_logprobs")
+            again, cached_again = _usage(found)
+            prompt = None if prompt is None or again is None else prompt + again
+            cached = None if cached is None or cached_again is None else cached + cached_again
         logprobs = self._decoded(rows)
-        if len(logprobs) != end - start:
-            raise LaneError(f"{self._client.server}: {len(logprobs)} scores for {end - start} tokens")
-        prompt, cached = _usage(found)
-        return Scores(logprobs, prompt or end, cached)
+        if len(logprobs) != len(tokens) - start:
+            raise LaneError(f"{self._client.server}: {len(logprobs)} scores for {len(tokens) - start} tokens")
+        return Scores(logprobs, prompt or len(tokens), cached)
 
     def _rows_body(self, tokens: Sequence[int], start: int, *, skip: bool) -> dict[str, Any]:
         rows = {
@@ -163,6 +183,8 @@ class VllmServer:
     def _written(self, choice: dict[str, Any], sampling: SamplingParams) -> Written:
         tokens = tuple(int(i) for i in choice.get("token_ids") or ())
         finish = choice.get("finish_reason")
+        if finish == "abort":
+            raise Unreachable(f"{self._client.server}: the server gave up the span: is it shutting down?")
         if finish not in (None, "stop", "length"):
             raise ChainError(f"{self._client.server}: the span ended with {finish!r}")
         logprobs: tuple[float, ...] = ()
@@ -170,9 +192,9 @@ class VllmServer:
         if sampling.logprobs or sampling.confidence:
             told = choice.get("logprobs") or {}
             of_tokens = told.get("token_logprobs") or []
-            if len(of_tokens) != len(tokens) or None in of_tokens:
+            if len(of_tokens) != len(tokens):
                 raise LaneError(f"{self._client.server}: {len(of_tokens)} log-probabilities for {len(tokens)} tokens")
-            logprobs = tuple(of_tokens) if sampling.logprobs else ()
+            logprobs = tuple(map(_logprob, of_tokens)) if sampling.logprobs else ()
             if sampling.confidence:
                 confidences = tuple(_confidence(likeliest, sampling.confidence) for likeliest in told["top_logprobs"])
         return Written(tokens, finish, logprobs, confidences)
@@ -189,6 +211,11 @@ class VllmServer:
         if not isinstance(answer, dict) or answer.get(name) is None:
             raise LaneError(f"{self._client.server}: an answer without {name}: is this a vLLM server?")
         return answer[name]
+
+
+def _logprob(told: float | None) -> float:
+    """vLLM writes -9999 for what is not finite, and JSON null for NaN: neither is a log-probability."""
+    return math.nan if told is None or told <= -9999.0 else float(told)
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int | None, int | None]:
