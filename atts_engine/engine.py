@@ -250,7 +250,7 @@ class AsyncEngine:
         """Give back the pages of every prefix that `score` keeps."""
         await self._prefixes.clear()
 
-    def prompts(self, content: str | Sequence[Mapping[str, str]]) -> Prompts:
+    def prompts(self, content: str | Sequence[Mapping[str, Any]]) -> Prompts:
         """Both models' tokens of a text as it stands, or of chat messages through each model's own template."""
         codecs = self.draft_model.tokenizer, self.target_model.tokenizer
         made = [c.encode(content) if isinstance(content, str) else c.chat_prompt(content) for c in codecs]
@@ -273,8 +273,12 @@ class AsyncEngine:
     @property
     def context_tokens(self) -> int:
         """Tokens that one sequence of the target may hold: its context, or the KV pool where that is smaller."""
-        target = self._lanes[1]
-        return min(target.max_length, target.pool_tokens or target.max_length)
+        return self.lane_context_tokens["target"]
+
+    @property
+    def lane_context_tokens(self) -> dict[str, int]:
+        """As `context_tokens`, of each lane."""
+        return {lane.name: min(lane.max_length, lane.pool_tokens or lane.max_length) for lane in self._lanes}
 
     @property
     def pool_tokens(self) -> dict[str, int | None]:

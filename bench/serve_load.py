@@ -137,12 +137,15 @@ def load(url: str, args: argparse.Namespace, seconds: float, seed: int) -> Tally
 
 
 def scrape(url: str) -> dict[str, float]:
-    """Figures of /metrics without labels of their own, or by lane: "name" or "name.lane"."""
+    """Figures of /metrics without labels beside the model's name, or by lane: "name" or "name.lane"."""
     text = httpx.get(f"{url}/metrics", timeout=60.0).text
     found = {}
     for line in text.splitlines():
-        if match := re.match(r"^([\w:]+)(?:\{lane=\"(\w+)\"\})? (\S+)$", line):
-            found[match[1] + (f".{match[2]}" if match[2] else "")] = float(match[3])
+        if match := re.match(r"^([\w:]+)(?:\{(.*)\})? (\S+)$", line):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+            labels.pop("model_name", None)
+            if not labels.keys() - {"lane"}:
+                found[".".join((match[1], *labels.values()))] = float(match[3])
     return found
 
 

@@ -158,8 +158,12 @@ def test_warm_up_steps_touch_the_first_slot_of_the_padding_page_alone_and_leave_
     assert shapes == [(1, 1, 1), (1, 1, 4), (16, 1, 4), (40, 40, 1), (40, 40, 4)]
     for rows, sequences, pages in shapes:
         runner = Runner(model.decoder, 4, 4, CPU, torch.float32)
-        logits, scores = runner._forward(_idle_arrays(rows, sequences, pages), None)
+        arrays = _idle_arrays(rows, sequences, pages)
+        logits, scores = runner._forward(arrays, None)
         assert logits is not None and scores is not None
+        # Whatever a request may ask to be told of its samples is computed too.
+        sampled, told = runner._sample(arrays, logits)
+        assert [len(each) for each in (sampled, *told)] == [rows] * 3
         assert logits.shape == (rows, model.config.vocab_size) and scores.shape == (rows,)
         assert torch.isfinite(logits).all() and torch.isfinite(scores).all()
         assert runner.kv[:, :, 0, 0].any() and torch.isfinite(runner.kv).all()

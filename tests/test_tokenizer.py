@@ -200,6 +200,16 @@ def test_an_unfinished_character_waits(smollm2: Tokenizer) -> None:
     assert stream.push(ids[:-1]) == "" and stream.flush() == "\ufffd"
 
 
+def test_a_token_has_bytes_of_its_own(smollm2: Tokenizer) -> None:
+    for text in ("a 😀 é\n 日本", " the<|im_end|>"):
+        parts = [smollm2.bytes_of(i) for i in smollm2.encode(text)]
+        assert b"".join(parts) == text.encode()
+    assert [len(smollm2.bytes_of(i)) for i in smollm2.encode("😀")] < [4]
+    pieces = sentencepiece()
+    ids = [pieces._backend.token_to_id(t) for t in ("<0xF0>", "<0x9F>", "▁the", "▁", "é", "</s>")]
+    assert [pieces.bytes_of(i) for i in ids] == [b"\xf0", b"\x9f", b" the", b" ", "é".encode(), b"</s>"]
+
+
 def test_characters_without_a_token(smollm2: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"U\+0004"):
         smollm2.encode("a\x04b")
@@ -248,6 +258,12 @@ def test_chat_templates() -> None:
     for messages in ([], [{"role": "user"}]):
         with pytest.raises(InputError, match='"role" and "content"'):
             chat("").chat_prompt(messages)
+    called = [*user, {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"x": "b"}}}]}]
+    told = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    assert chat(told).chat_prompt(called) == [2]
+    for template in ("", "{{ messages[0].content }}"):
+        with pytest.raises(InputError, match="no place for tool calls"):
+            chat(template).chat_prompt(called)
     with pytest.raises(InputError, match="no token for 'c'"):
         chat("").chat_prompt([{"role": "user", "content": "abc"}])
 

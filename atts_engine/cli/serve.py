@@ -45,6 +45,13 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served-name", metavar="NAME", help="model name of requests (default: the target's)")
     group.add_argument("--api-key-file", metavar="FILE", help="bearer keys, one a line; without it none is asked for")
     group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=(),
+        metavar="ORIGIN",
+        help="web pages whose scripts may use the server, such as https://chat.example.org, or '*' (default: none)",
+    )
+    group.add_argument(
         "--max-chains",
         type=int,
         default=256,
@@ -55,7 +62,13 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         "--max-queued-tokens",
         type=int,
         metavar="N",
-        help="tokens that open requests may come to hold in a lane (default: four times the target's KV pool)",
+        help="tokens that open requests may come to hold in a lane (default: four times its KV pool)",
+    )
+    group.add_argument(
+        "--reserve-tokens",
+        type=int,
+        metavar="N",
+        help="tokens counted for an answer whose request names no limit (default: the mean of such answers so far)",
     )
     group.add_argument(
         "--max-choices", type=int, default=64, metavar="N", help="choices of a plain request (default: %(default)s)"
@@ -101,11 +114,13 @@ def run(args: argparse.Namespace) -> int:
         params=params,
         max_chains=args.max_chains,
         max_queued_tokens=args.max_queued_tokens,
+        reserve_tokens=args.reserve_tokens,
         max_choices=args.max_choices,
         max_body_bytes=args.max_body_bytes,
         stream_tokens=args.stream_tokens,
         timeout_s=args.timeout_s,
         key_digests=() if args.api_key_file is None else read_keys(args.api_key_file),
+        allowed_origins=tuple(args.allowed_origins),
         log_prompts=args.log_prompts,
     )
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

@@ -34,6 +34,8 @@ class ChatTemplate:
 
     The environment is that of transformers less `strftime_now`: a prompt that holds today's date would give
     other chains tomorrow, and templates that use it carry a fixed date for engines without it.
+
+    tells_tools: whether it has a place for calls of tools that a chat records.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
@@ -43,18 +45,19 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         self._variables = dict(variables)
+        self.tells_tools = "tool_calls" in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise InputError(f"the model's chat template is not valid Jinja: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt up to where the assistant's answer begins."""
         try:
             return self._template.render(
                 messages=[dict(m) for m in messages], add_generation_prompt=True, **self._variables
             )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from error
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -109,6 +110,17 @@ class Tokenizer:
         """Text of all ids at once; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token adds to a text, as bytes of UTF-8: perhaps a part of a character alone. Special tokens stand
+        for their names."""
+        if self._byte_level is not None:
+            return self._byte_level.bytes_of(token_id)
+        if token_id in self._byte_ids:
+            return bytes([int(self._tokens[token_id][3:5], 16)])
+        # The first token of a text may lose its leading space.
+        once, twice = (self.decode([token_id] * n, skip_special=False) for n in (1, 2))
+        return twice[len(once) :].encode("utf-8")
+
     def detokenizer(self, skip_special: bool = True) -> Detokenizer:
         """A fresh stream: `push(ids) -> str`, `flush() -> str`."""
         if self._byte_level is not None:
@@ -133,14 +145,19 @@ class Tokenizer:
         named = self._backend.token_to_id(self._special_tokens.get("eos_token", ""))
         return named if named is not None else next(iter(self.eos_token_ids), None)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of `[{"role": ..., "content": ...}, ...]` up to where the answer begins.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of `[{"role": ..., "content": ...}, ...]` up to where the answer begins; messages may have `tool_calls`
+        and `tool_call_id` too, where the template has a place for them.
 
         Without a template: the contents, a blank line after each, started as the tokenizer starts a text.
         Raises InputError where the template refuses the messages or a character cannot be spelled.
         """
         if not messages or any("role" not in m or "content" not in m for m in messages):
             raise InputError('a chat prompt needs one message or more, each with "role" and "content"')
+        if any("tool_calls" in m or "tool_call_id" in m for m in messages) and not (
+            self._template is not None and self._template.tells_tools
+        ):
+            raise InputError("the model's chat template has no place for tool calls; leave them out of the messages")
         if self._template is not None:
             return self._encode(self._template.render(messages), around=False)
         text = "".join(message["content"] + "\n\n" for message in messages)

@@ -320,6 +320,7 @@ def _idle_arrays(rows: int, sequences: int, pages: int) -> StepArrays:
         sample_rows=np.arange(len(some)),
         asked=np.arange(len(some)),
         sampling=SamplingRows.of([SamplingParams()] * len(some), [1] * len(some)),
+        judged=((1, np.arange(len(some))),),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,9 @@ from atts_engine.serve.errors import ApiError, bad_request, overloaded
 
 LANES = ("draft", "target")
 MAX_RETRY_S = 60
+FIRST_GUESS = 1024
+MEMORY = 0.05
+"""What the latest answer weighs in the mean length of answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,40 @@ class Load:
     tokens: int = 0
 
 
-class Admission:
-    """max_chains, max_tokens: of each lane. clock: seconds."""
+class Guess:
+    """How long an answer will be whose request names no limit: the moving mean of those that have ended, or `fixed`.
 
-    def __init__(self, max_chains: int, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max = Demand(max_chains, max_tokens)
+    To count all that the context has room for would fill the server with a handful of ordinary chats. Where answers
+    turn out longer than was guessed, lanes preempt.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self._fixed = fixed
+        self._mean = float(FIRST_GUESS)
+
+    def tokens(self, room: int) -> int:
+        """At most `room`."""
+        return min(room, self._fixed if self._fixed is not None else math.ceil(self._mean))
+
+    def learn(self, mean: float) -> None:
+        """mean: tokens of each of a request's answers."""
+        self._mean += MEMORY * (mean - self._mean)
+
+
+class Admission:
+    """max_chains: of each lane. max_tokens: by lane. clock: seconds. reserve_tokens: see `Guess`, of which there is one
+    for plain answers and one for chains."""
+
+    def __init__(
+        self,
+        max_chains: int,
+        max_tokens: Mapping[str, int],
+        clock: Callable[[], float] = time.monotonic,
+        reserve_tokens: int | None = None,
+    ) -> None:
+        self._max = {lane: Demand(max_chains, max_tokens[lane]) for lane in LANES}
+        self.answers = Guess(reserve_tokens)
+        self.chains = Guess(reserve_tokens)
         self._clock = clock
         self._held_s = 1.0
         self.loads = {lane: Load() for lane in LANES}
@@ -58,18 +90,18 @@ class Admission:
 
     def check(self, demand: dict[str, Demand]) -> None:
         """As `admit`, without counting anything in."""
-        for wanted in demand.values():
+        for lane, wanted in demand.items():
             for unit in ("chains", "tokens"):
-                if getattr(wanted, unit) > getattr(self._max, unit):
+                if getattr(wanted, unit) > getattr(self._max[lane], unit):
                     raise bad_request(
-                        f"the request asks for {getattr(wanted, unit)} {unit}, prompts included, and the server allows "
-                        f"{getattr(self._max, unit)} at any time"
+                        f"the request asks for {getattr(wanted, unit)} {unit}, prompts included, and the {lane} lane "
+                        f"allows {getattr(self._max[lane], unit)} at any time"
                     )
         if self.draining:
             raise overloaded("the server is going down and takes no new requests", "draining", MAX_RETRY_S)
         for lane, wanted in demand.items():
             for unit in ("chains", "tokens"):
-                if getattr(self.loads[lane], unit) + getattr(wanted, unit) > getattr(self._max, unit):
+                if getattr(self.loads[lane], unit) + getattr(wanted, unit) > getattr(self._max[lane], unit):
                     raise self._full(lane, unit)
 
     def _full(self, lane: str, unit: str) -> ApiError:

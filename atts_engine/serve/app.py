@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from atts_engine import __version__
 from atts_engine.conformal import Calibrator
@@ -60,8 +61,17 @@ def create_app(
     errors.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     if settings.key_digests:
-        # Outermost: nothing of a request without a key is read.
+        # Around the routes: nothing of a request without a key is read.
         app.add_middleware(BearerKeys, digests=settings.key_digests)
+    if settings.allowed_origins:
+        # Before the keys: a browser asks without one whether it may ask.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after"],
+        )
     app.openapi = lambda: _description(app, bool(settings.key_digests))  # type: ignore[method-assign]
     return app
 

@@ -11,8 +11,8 @@ from atts_engine.config import ATTSParams
 from atts_engine.pipeline import Prompts
 from atts_engine.pipeline.streams import stream_key
 from atts_engine.runtime import SamplingParams
-from atts_engine.serve.admission import Demand
-from atts_engine.serve.errors import bad_request
+from atts_engine.serve.admission import LANES, Demand, Guess
+from atts_engine.serve.errors import TOO_LONG, bad_request
 from atts_engine.serve.generation import AttsJob, Delta, PlainPrompt, atts_deltas, plain_deltas
 from atts_engine.serve.requests import AttsOptions, Sampling
 from atts_engine.serve.service import Account, Service
@@ -22,7 +22,8 @@ Source = Callable[[Account], AsyncGenerator[Delta, None]]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One generation request, ready to be admitted. choices: how many; attributes: for its trace."""
+    """One generation request, ready to be admitted. choices: how many; guess: what its length was taken for, None where
+    it names a limit; attributes: for its trace."""
 
     id: str
     operation: str
@@ -31,6 +32,7 @@ class Ask:
     demand: dict[str, Demand]
     source: Source
     by_chains: bool
+    guess: Guess | None
     stream: bool
     usage: bool
     running_usage: bool
@@ -61,12 +63,13 @@ def plain_ask(
         PlainPrompt(
             tuple(ids),
             tuple(_sampling(body, seed, i * choices + j, logprobs) for j in range(choices)),
-            _room(service, len(ids), limit),
+            _room(service, "target", len(ids), limit),
             i * choices,
         )
         for i, ids in enumerate(prompts)
     ]
-    tokens = sum(len(p.ids) + choices * p.max_tokens for p in made)
+    guess = service.admission.answers if limit is None else None
+    tokens = sum(len(p.ids) + choices * _reserved(guess, p.max_tokens) for p in made)
     deadline_s = service.deadline_s(body.timeout_s)
 
     def source(account: Account) -> AsyncGenerator[Delta, None]:
@@ -74,7 +77,7 @@ def plain_ask(
             service.engine,
             made,
             account.counts,
-            priority=body.priority,
+            priority=body.priority or 0,
             deadline_s=deadline_s,
             # What a lane has not handed over when the deadline comes is lost to the answer.
             chunk_tokens=service.settings.stream_tokens if body.stream or deadline_s is not None else None,
@@ -88,6 +91,7 @@ def plain_ask(
         demand={"target": Demand(choices * len(made), tokens)},
         source=source,
         by_chains=False,
+        guess=guess,
         stream=bool(body.stream),
         usage=body.wants_usage,
         running_usage=body.wants_running_usage,
@@ -111,18 +115,18 @@ def atts_ask(
         "logprobs": logprobs,
         "stop": bool(body.stops),
         "stop_token_ids": bool(body.stop_token_ids),
-        "ignore_eos": body.ignore_eos,
+        "ignore_eos": bool(body.ignore_eos),
     }
     for name, asked in plain_only.items():
         if asked:
             raise bad_request(f"{name} belongs to plain requests, not to one with atts", name)
     params = _atts_params(service, body, options, limit)
     service.check_calibration(params)
-    room = service.engine.context_tokens
+    guess = service.admission.chains if limit is None else None
     demand = {}
-    for lane, ids in zip(("draft", "target"), prompts, strict=True):
-        written = min(params.token_limit, _room(service, len(ids), None))
-        demand[lane] = Demand(params.chains, min(len(ids), room) + params.chains * written)
+    for lane, ids in zip(LANES, prompts, strict=True):
+        written = min(params.token_limit, _room(service, lane, len(ids), None))
+        demand[lane] = Demand(params.chains, len(ids) + params.chains * _reserved(guess, written))
 
     def source(account: Account) -> AsyncGenerator[Delta, None]:
         job = AttsJob(
@@ -136,7 +140,7 @@ def atts_ask(
             on_chain=lambda chain: service.metrics.chain(chain.finish),
         )
         deadline_s = service.deadline_s(body.timeout_s)
-        return atts_deltas(service.engine, job, account.counts, priority=body.priority, deadline_s=deadline_s)
+        return atts_deltas(service.engine, job, account.counts, priority=body.priority or 0, deadline_s=deadline_s)
 
     return Ask(
         id=ask_id,
@@ -146,6 +150,7 @@ def atts_ask(
         demand=demand,
         source=source,
         by_chains=True,
+        guess=guess,
         stream=bool(body.stream),
         usage=body.wants_usage,
         running_usage=body.wants_running_usage,
@@ -162,22 +167,27 @@ def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> Samplin
         seed=stream_key(seed, "serve", choice, "plain"),
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
     )
 
 
-def _room(service: Service, prompt_tokens: int, limit: int | None) -> int:
-    """Tokens that may be written behind a prompt: `limit`, or all that there is room for."""
-    room = service.engine.context_tokens - prompt_tokens
+def _room(service: Service, lane: str, prompt_tokens: int, limit: int | None) -> int:
+    """Tokens that the lane may write behind a prompt: `limit`, or all that there is room for."""
+    context = service.engine.lane_context_tokens[lane]
+    room = context - prompt_tokens
     if room < 1 or (limit is not None and limit > room):
         wanted = "" if limit is None else f", {limit} more were asked for"
         raise bad_request(
-            f"the prompt has {prompt_tokens} tokens{wanted}, and there is room for {service.engine.context_tokens} "
-            "in all",
+            f"the prompt has {prompt_tokens} tokens{wanted}, and the {lane} has room for {context} in all",
             "max_tokens" if room >= 1 else "prompt",
+            TOO_LONG,
         )
     return room if limit is None else limit
+
+
+def _reserved(guess: Guess | None, most: int) -> int:
+    return most if guess is None else guess.tokens(most)
 
 
 def _atts_params(service: Service, body: Sampling, options: AttsOptions, limit: int | None) -> ATTSParams:

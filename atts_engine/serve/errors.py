@@ -18,6 +18,8 @@ from atts_engine.serve.replies import ErrorBody, ErrorReply
 log = logging.getLogger("atts.serve")
 
 INVALID = "invalid_request_error"
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code, by which clients know that they may shorten a chat and ask again."""
 CLIENT_CLOSED = 499
 """nginx's status of a request whose client has left. Nobody reads it but the log."""
 
@@ -57,8 +59,8 @@ class ClientGone(Exception):
     """The client closed the connection before its answer was there."""
 
 
-def bad_request(message: str, param: str | None = None) -> ApiError:
-    return ApiError(400, message, param=param)
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
 
 
 def overloaded(message: str, code: str, retry_after_s: int) -> ApiError:
@@ -96,12 +98,18 @@ def _code(status: int) -> str | None:
 
 
 def _invalid(errors: Any) -> ApiError:
-    first = errors[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
-    message = first["msg"] if first["type"] != "json_invalid" else f"the body is no JSON: {first['ctx']['error']}"
-    if first["type"] == "extra_forbidden":
+    # Where a value may be of several kinds each says what it misses; the one that got furthest was meant.
+    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+    # Less the names of those kinds.
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier())
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        message = f"the body is no JSON: {first['ctx']['error']}"
+    elif first["type"] == "extra_forbidden":
         message = "this field is not known here"
-    return bad_request(f"{where}: {message}" if where else str(message), where or None)
+    elif first["type"] == "none_required" or first.get("ctx", {}).get("max_length") == 0:
+        message = "this server cannot do that; leave the field out"
+    return bad_request(f"{where}: {message}" if where else message, where or None)
 
 
 def install(app: FastAPI) -> None:
@@ -110,8 +118,14 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).reply()
 
+    async def invalid(request: Request, error: Exception) -> Response:
+        kind = request.headers.get("content-type", "")
+        if not kind.partition(";")[0].strip().lower().endswith("json"):
+            return bad_request(f"send the body under content-type: application/json, not {kind!r}").reply()
+        return await answer(request, error)
+
     for kind in (ApiError, InputError, CalibrationError, QueueFull, LaneError, ChainError, ClientGone):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer)
-    app.add_exception_handler(RequestValidationError, answer)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, answer)

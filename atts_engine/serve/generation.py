@@ -47,11 +47,21 @@ class Delta:
 
 @dataclass(slots=True)
 class Counts:
-    """Tokens of a request so far, by who wrote them."""
+    """Tokens of a request so far, by who wrote them. on_written: told of each addition."""
 
     prompt: int = 0
     draft: int = 0
     target: int = 0
+    on_written: Callable[[str, int], None] | None = None
+
+    def wrote(self, author: str, n: int) -> None:
+        """author: "draft" or "target"."""
+        if author == "draft":
+            self.draft += n
+        else:
+            self.target += n
+        if self.on_written is not None:
+            self.on_written(author, n)
 
     @property
     def completion(self) -> int:
@@ -90,7 +100,7 @@ async def plain_deltas(
         )
         async with aclosing(stream) as events:
             async for event in events:
-                counts.target += len(event.tokens)
+                counts.wrote("target", len(event.tokens))
                 yield Delta(
                     prompt.first + event.index,
                     event.text,
@@ -181,10 +191,7 @@ async def atts_deltas(
         async for event in events:
             match event:
                 case TokensEvent():
-                    if event.author == "draft":
-                        counts.draft += event.n_tokens
-                    else:
-                        counts.target += event.n_tokens
+                    counts.wrote(event.author, event.n_tokens)
                     if event.chain == LEAD and not job.streamed:
                         # Told for the clocks alone; the text comes with the vote.
                         yield Delta(0, "", event.n_tokens)

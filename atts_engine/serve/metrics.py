@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,7 +17,7 @@ from atts_engine.engine import AsyncEngine
 from atts_engine.evaluation.lanes import LaneUse, lane_figures
 from atts_engine.pipeline import Decision, VerdictEvent
 from atts_engine.runtime import Rates
-from atts_engine.serve.admission import Admission
+from atts_engine.serve.admission import LANES, Admission
 from atts_engine.serve.generation import LEVEL_ONE
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,6 +43,7 @@ SECONDS = (
 )
 MARGINS = tuple(i / 10 for i in range(-10, 11))
 TOKENS = tuple(float(1 << i) for i in range(18))
+M = TypeVar("M", Counter, Gauge, Histogram)
 LaneFamily = GaugeMetricFamily | CounterMetricFamily
 
 MAX_TURN_LABEL = 63
@@ -57,22 +59,32 @@ class ServerMetrics:
     def __init__(self, engine: AsyncEngine, admission: Admission, model: str, alpha: float) -> None:
         self.registry = CollectorRegistry()
         self.monitor = ExchangeabilityMonitor()
+        self._model = model
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)
-        self._running = gauge("vllm:num_requests_running", "Requests that have begun to answer")
-        self._waiting = gauge("vllm:num_requests_waiting", "Requests admitted, without a token yet")
-        self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts")
-        self._generated = counter("vllm:generation_tokens", "Tokens of answers, of all chains and both models")
-        self._finished = counter("vllm:request_success", "Requests by how they ended", ["finished_reason"])
-        self._first = histogram("vllm:time_to_first_token_seconds", "Until the first token", buckets=SECONDS)
-        self._between = histogram("vllm:inter_token_latency_seconds", "Between tokens", buckets=SECONDS)
-        self._whole = histogram("vllm:e2e_request_latency_seconds", "Until the last token", buckets=SECONDS)
-        self._prompt_sizes = histogram("vllm:request_prompt_tokens", "Tokens of a prompt", buckets=TOKENS)
-        self._sizes = histogram("vllm:request_generation_tokens", "Tokens of an answer", buckets=TOKENS)
+
+        def named(make: Callable[..., M], name: str, text: str, **more: Any) -> M:
+            """One of vLLM's, which its dashboards find by the model's name."""
+            return make(name, text, ["model_name"], **more).labels(model)
+
+        self._running = named(gauge, "vllm:num_requests_running", "Requests that have begun to answer")
+        self._waiting = named(gauge, "vllm:num_requests_waiting", "Requests admitted, without a token yet")
+        self._prompt = named(counter, "vllm:prompt_tokens", "Tokens of prompts")
+        self._generated = named(counter, "vllm:generation_tokens", "Tokens of answers, of all chains and both models")
+        self._finished = counter(
+            "vllm:request_success", "Requests by how they ended", ["model_name", "finished_reason"]
+        )
+        self._first = named(histogram, "vllm:time_to_first_token_seconds", "Until the first token", buckets=SECONDS)
+        self._between = named(histogram, "vllm:inter_token_latency_seconds", "Between tokens", buckets=SECONDS)
+        self._whole = named(histogram, "vllm:e2e_request_latency_seconds", "Until the last token", buckets=SECONDS)
+        self._prompt_sizes = named(histogram, "vllm:request_prompt_tokens", "Tokens of a prompt", buckets=TOKENS)
+        self._sizes = named(histogram, "vllm:request_generation_tokens", "Tokens of an answer", buckets=TOKENS)
         self._refused = counter("atts:requests_refused", "Requests that were not begun", ["reason"])
         self._chains = counter("atts:chains", "Chains of ATTS requests by how they ended", ["finish"])
         self._tokens = counter("atts:generation_tokens", "Tokens by who wrote them", ["author"])
+        for author in LANES:
+            self._tokens.labels(author)
         self._verdicts = counter("atts:verdicts", "Draft spans judged", ["turn"])
         self._takeovers = counter("atts:takeovers", "Draft spans taken over", ["turn"])
         self._nominal = counter(
@@ -87,10 +99,10 @@ class ServerMetrics:
         info = gauge("atts:model_info", "1", ["model_name", "draft", "target"])
         info.labels(model, engine.draft_model.name, engine.target_model.name).set(1)
         for reason in ("stop", "length", "abort", "error"):
-            self._finished.labels(reason)
+            self._finished.labels(model, reason)
         for reason in ("overloaded", "draining", "too_large"):
             self._refused.labels(reason)
-        self.lanes = LaneCollector(engine, admission, self.monitor)
+        self.lanes = LaneCollector(engine, admission, self.monitor, model)
         self.registry.register(self.lanes)
 
     def text(self) -> bytes:
@@ -109,16 +121,21 @@ class ServerMetrics:
     def between_tokens(self, seconds: float) -> None:
         self._between.observe(seconds)
 
-    def finished(self, reason: str, seconds: float, prompt: int, draft: int, target: int) -> None:
+    def prompt(self, tokens: int) -> None:
+        """A prompt that has been computed: its first token, or its scores, are there."""
+        self._prompt.inc(tokens)
+
+    def written(self, author: str, tokens: int) -> None:
+        """As they come: a running server shows its rate."""
+        self._generated.inc(tokens)
+        self._tokens.labels(author).inc(tokens)
+
+    def finished(self, reason: str, seconds: float, prompt: int, written: int) -> None:
         """reason: stop, length, abort or error. Counts are tokens."""
-        self._finished.labels(reason).inc()
+        self._finished.labels(self._model, reason).inc()
         self._whole.observe(seconds)
-        self._prompt.inc(prompt)
-        self._generated.inc(draft + target)
-        self._tokens.labels("draft").inc(draft)
-        self._tokens.labels("target").inc(target)
         self._prompt_sizes.observe(prompt)
-        self._sizes.observe(draft + target)
+        self._sizes.observe(written)
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
@@ -157,8 +174,9 @@ class LaneCollector(Collector):
     """Reads both lanes when it is asked. rates: of the devices of those in this process; without them T_c, T_m and r
     are left out."""
 
-    def __init__(self, engine: AsyncEngine, admission: Admission, monitor: ExchangeabilityMonitor) -> None:
+    def __init__(self, engine: AsyncEngine, admission: Admission, monitor: ExchangeabilityMonitor, model: str) -> None:
         self._engine = engine
+        self._model = model
         self._admission = admission
         self._monitor = monitor
         self.rates: Mapping[str, Rates] = {}
@@ -170,12 +188,19 @@ class LaneCollector(Collector):
         every, servers = self._engine.stats(), self._engine.servers()
         stats = {name: lane for name, lane in every.items() if name not in servers}
         away = {name: every[name] for name in servers}
+        named = ["model_name", "lane"]
         yield self._by_lane(
-            GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1", labels=["lane"]),
+            GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1", labels=named),
             {n: s["used_pages"] / (s["used_pages"] + s["free_pages"]) for n, s in stats.items()},
+            self._model,
+        )
+        yield self._by_lane(
+            CounterMetricFamily("vllm:num_preemptions", "Sequences that gave up their pages", labels=named),
+            {n: s["preemptions"] for n, s in stats.items()},
+            self._model,
         )
         for name, key, text in (
-            ("vllm:num_preemptions", "preemptions", "Sequences that gave up their pages"),
+            ("atts:steps", "steps", "Steps taken; computed_tokens over it is the mean of a step"),
             ("atts:computed_tokens", "computed_tokens", "Tokens forwarded"),
             ("atts:recomputed_tokens", "recomputed_tokens", "Tokens forwarded again after a preemption"),
         ):
@@ -187,8 +212,13 @@ class LaneCollector(Collector):
         verified = every["target"]["scored_tokens"]
         yield CounterMetricFamily("atts:verify_tokens", "Tokens scored by the target", value=verified)
         kept = self._engine.prefix_stats()
-        yield CounterMetricFamily("vllm:prefix_cache_queries", "Prefix tokens asked for", value=kept["queried"])
-        yield CounterMetricFamily("vllm:prefix_cache_hits", "Prefix tokens not computed again", value=kept["hit"])
+        for name, key, text in (
+            ("vllm:prefix_cache_queries", "queried", "Prefix tokens asked for"),
+            ("vllm:prefix_cache_hits", "hit", "Prefix tokens not computed again"),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self._model], kept[key])
+            yield counter
         for name, key, text in (
             ("atts:open_sequences", "open_sequences", "Sequences that a lane holds"),
             ("atts:used_pages", "used_pages", "Pages of the KV pool in use"),
@@ -225,7 +255,8 @@ class LaneCollector(Collector):
         )
 
     @staticmethod
-    def _by_lane(family: LaneFamily, values: Mapping[str, float]) -> Metric:
+    def _by_lane(family: LaneFamily, values: Mapping[str, float], *named: str) -> Metric:
+        """named: values of the labels before the lane's."""
         for lane, value in values.items():
-            family.add_metric([lane], value)
+            family.add_metric([*named, lane], value)
         return family

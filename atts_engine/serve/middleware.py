@@ -59,7 +59,6 @@ class BearerKeys:
             refusal = ApiError(
                 401,
                 "no valid key; send one as `Authorization: Bearer KEY`",
-                kind="authentication_error",
                 code="invalid_api_key",
             )
             await refusal.reply()(scope, receive, send)

@@ -27,7 +27,12 @@ from atts_engine.serve.replies import (
     Vote,
 )
 
-TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], bytes]
+
+
+def as_text(data: bytes) -> str:
+    """Of a token's bytes; U+FFFD for what is no character by itself."""
+    return data.decode("utf-8", "replace")
 
 
 @dataclass(slots=True)
@@ -82,12 +87,12 @@ class Heading:
 
 
 class ChatRenderer:
-    """logprobs: told; token_text: text of one token."""
+    """logprobs: told; token_bytes: of one token."""
 
-    def __init__(self, heading: Heading, logprobs: bool, token_text: TokenText) -> None:
+    def __init__(self, heading: Heading, logprobs: bool, token_bytes: TokenBytes) -> None:
         self._heading = heading
         self._logprobs = logprobs
-        self._token_text = token_text
+        self._token_bytes = token_bytes
         self._begun: set[int] = set()
 
     def chunk(self, delta: Delta, usage: Usage | None) -> ChatChunk:
@@ -147,18 +152,18 @@ class ChatRenderer:
             return None
         content = []
         for token, logprob in zip(tokens, logprobs, strict=True):
-            text = self._token_text(token)
-            content.append(TokenLogprob(token=text, logprob=logprob, bytes=list(text.encode()), top_logprobs=[]))
+            data = self._token_bytes(token)
+            content.append(TokenLogprob(token=as_text(data), logprob=logprob, bytes=list(data), top_logprobs=[]))
         return ChatLogprobs(content=content)
 
 
 class CompletionRenderer:
     """As `ChatRenderer`, for text."""
 
-    def __init__(self, heading: Heading, logprobs: bool, token_text: TokenText) -> None:
+    def __init__(self, heading: Heading, logprobs: bool, token_bytes: TokenBytes) -> None:
         self._heading = heading
         self._logprobs = logprobs
-        self._token_text = token_text
+        self._token_bytes = token_bytes
         self._lengths: dict[int, int] = {}
 
     def chunk(self, delta: Delta, usage: Usage | None) -> CompletionReply:
@@ -204,7 +209,7 @@ class CompletionRenderer:
     def _told(self, index: int, tokens: Sequence[int], logprobs: Sequence[float]) -> CompletionLogprobs | None:
         if not self._logprobs:
             return None
-        texts = [self._token_text(token) for token in tokens]
+        texts = [as_text(self._token_bytes(token)) for token in tokens]
         ends = list(accumulate((len(text) for text in texts), initial=self._lengths.get(index, 0)))
         self._lengths[index] = ends[-1]
         return CompletionLogprobs(

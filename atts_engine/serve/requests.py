@@ -1,14 +1,16 @@
 """What requests may say. Strict: a wrong type, an unknown field or a value out of range is refused by name.
 
-A field of OpenAI's that the engine has no way to honour is allowed at the value that changes nothing, since clients
-send those unasked; fields that could not change an answer are accepted and not used.
+Null is a field left out. A field of OpenAI's or vLLM's that the engine has no way to honour is allowed at the value
+that changes nothing, since clients send those unasked; hints, and fields that could not change an answer, are accepted
+and not used.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from atts_engine.pipeline import VOTES
 from atts_engine.pipeline.params import POLICIES
@@ -25,6 +27,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0.0, le=0.0)]
 One = Annotated[float, Field(ge=1.0, le=1.0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
+Label = Annotated[str, Field(max_length=1024)]
+TimeoutS = Annotated[float | None, Field(gt=0.0, le=86400.0, description="of the request, from its admission")]
 
 
 class Strict(BaseModel):
@@ -46,8 +50,9 @@ class AttsOptions(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="accepted and not used: nothing is padded")
 
 
 class TextFormat(Strict):
@@ -57,7 +62,7 @@ class TextFormat(Strict):
 class Sampling(Strict):
     """What chat and text completions have in common."""
 
-    model: str = Field(max_length=1024)
+    model: str | None = Field(None, max_length=1024)
     atts: AttsOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -70,9 +75,11 @@ class Sampling(Strict):
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
-    ignore_eos: bool = False
-    priority: int = Field(0, ge=0, le=1000, description="requests with a higher number are served after those of 0")
-    timeout_s: float | None = Field(None, gt=0.0, le=86400.0, description="ends with what there is by then")
+    ignore_eos: bool | None = None
+    priority: int | None = Field(
+        None, ge=0, le=1000, description="those with a higher number are served after those of 0"
+    )
+    timeout_s: TimeoutS = None
 
     # At the value that changes nothing.
     presence_penalty: Zero | None = None
@@ -80,11 +87,26 @@ class Sampling(Strict):
     repetition_penalty: One | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     min_tokens: int | None = Field(None, ge=0, le=0)
+    length_penalty: One | None = None
     skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None
+    return_token_ids: Literal[False] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    bad_words: Nothing | None = None
+    allowed_token_ids: None = None
+    truncate_prompt_tokens: None = None
+    prompt_logprobs: None = None
+    structured_outputs: None = None
+    echo: Literal[False] | None = None
 
     # Without an effect on the answer.
     user: Text | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    cache_salt: Label | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -92,11 +114,11 @@ class Sampling(Strict):
 
     @property
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def wants_running_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class TextPart(Strict):
@@ -104,21 +126,62 @@ class TextPart(Strict):
     text: Text
 
 
+class CalledFunction(Strict):
+    name: Label
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """That an earlier answer of another server made."""
+
+    id: Label
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """Templates spell arguments out themselves: they want them as an object."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    """Of a tool's part in a chat its record alone can be told: the template must have a place for it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(max_length=1024)] | None = None
     name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Label | None = None
     # What clients hand back of an answer.
     refusal: None = None
-    tool_calls: Nothing | None = None
     function_call: None = None
     audio: None = None
     annotations: Nothing | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to messages of the assistant")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to messages of role tool, and each of them needs one")
+        if not self.content and self.content != "" and self.role != "assistant":
+            raise ValueError("content may be left out by the assistant alone")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As a chat template wants it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        parts = self.content if isinstance(self.content, list) else ()
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            made["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            made["tool_call_id"] = self.tool_call_id
+        return made
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -133,14 +196,29 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=0, description="alternatives are not told")
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
+    documents: Nothing | None = None
+    chat_template: None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    thinking_token_budget: None = None
     modalities: list[Literal["text"]] | None = None
-    store: bool | None = None
+    audio: None = None
+    web_search_options: None = None
+    store: Literal[False] | None = None
+
+    # Hints, and what has no effect on the answer.
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Label | None = None
+    include_reasoning: bool | None = None
+    verbosity: Label | None = None
+    prediction: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Label | None = None
 
     @property
     def limit(self) -> int | None:
@@ -158,7 +236,6 @@ class CompletionRequest(Sampling):
     )
     logprobs: int | None = Field(None, ge=0, le=1, description="0 or 1: of each token that was sampled")
     best_of: int | None = Field(None, ge=1, le=4096, description="as `n`")
-    echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
 
     @property
@@ -173,11 +250,12 @@ class ScoreRequest(Strict):
     """`/v1/score`: how likely the target finds each span after the prefix, which is a text, token ids, or a chat up to
     where its answer begins. Prefix and spans are turned into tokens apart."""
 
-    model: str = Field(max_length=1024)
+    model: str | None = Field(None, max_length=1024)
     prompt: Text | TokenIds | None = None
     messages: Messages | None = None
     spans: Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     logprobs: bool = Field(False, description="tell the log-probability of every token")
+    timeout_s: TimeoutS = None
 
 
 class TokenizeRequest(Strict):

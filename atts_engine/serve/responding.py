@@ -30,6 +30,7 @@ async def _events(service: Service, request: Request, ask: Ask, renderer: Render
             async for delta in deltas:
                 running = _usage(ask, account.counts) if ask.running_usage else None
                 yield event(renderer.chunk(delta, running).json_bytes())
+        _learn(ask, account.counts)
         if ask.usage:
             yield event(renderer.usage_chunk(_usage(ask, account.counts)).json_bytes())
 
@@ -44,8 +45,14 @@ async def _whole(service: Service, request: Request, ask: Ask, renderer: Rendere
                 choices[delta.index].add(delta)
                 if delta.atts is not None and delta.atts.vote is not None:
                     vote = delta.atts.vote
+        _learn(ask, account.counts)
         reply = renderer.whole(choices, _usage(ask, account.counts), vote)
     return Response(reply.json_bytes(), media_type="application/json")
+
+
+def _learn(ask: Ask, counts: Counts) -> None:
+    if ask.guess is not None:
+        ask.guess.learn(counts.completion / ask.demand["target"].chains)
 
 
 def _usage(ask: Ask, counts: Counts) -> Usage:

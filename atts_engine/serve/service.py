@@ -28,7 +28,7 @@ log = logging.getLogger("atts.serve")
 T = TypeVar("T")
 
 POOLS = 4
-"""Tokens that may be admitted where nothing is said: so many times the target's KV pool."""
+"""Tokens that may be admitted to a lane where nothing is said: so many times its KV pool."""
 
 LONG_TEXT = 4096
 """Characters from which on a text is turned into tokens on another thread."""
@@ -64,10 +64,14 @@ class Service:
         self.settings = settings
         self.calibrator = calibrator
         self.created = int(time.time())
-        pool = engine.pool_tokens["target"]
         # Of a server's pool nothing is known; it has a queue of its own, and this bounds ours.
-        tokens = settings.max_chains * engine.context_tokens if pool is None else POOLS * pool
-        self.admission = Admission(settings.max_chains, settings.max_queued_tokens or tokens)
+        room = {
+            lane: settings.max_chains * engine.lane_context_tokens[lane] if pool is None else POOLS * pool
+            for lane, pool in engine.pool_tokens.items()
+        }
+        if settings.max_queued_tokens is not None:
+            room = dict.fromkeys(room, settings.max_queued_tokens)
+        self.admission = Admission(settings.max_chains, room, reserve_tokens=settings.reserve_tokens)
         self.metrics = ServerMetrics(engine, self.admission, settings.model, settings.params.alpha)
         self._tracing = tracing if tracing is not None else Silence()
         self._forget_listener = engine.add_decision_listener(self.metrics.decision)
@@ -110,9 +114,9 @@ class Service:
         """`work` on a text of `size` characters, on another thread where it may take long."""
         return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
-    def token_text(self, token: int) -> str:
-        """Of one token by itself, special ones too."""
-        return self.engine.target_model.tokenizer.decode([token], skip_special=False)
+    def token_bytes(self, token: int) -> bytes:
+        """Of one token of the target by itself, special ones too."""
+        return self.engine.target_model.tokenizer.bytes_of(token)
 
     def seed(self, asked: int | None) -> int:
         return asked if asked is not None else secrets.randbits(63)
@@ -140,6 +144,7 @@ class Service:
         with self.admission.admit(demand):
             trace = self._tracing.begin(operation, self.settings.model, headers, attributes)
             account = Account(request_id, operation, trace, time.perf_counter())
+            account.counts.on_written = self.metrics.written
             self.metrics.waiting(1)
             failure: str | None = None
             try:
@@ -174,6 +179,7 @@ class Service:
         now = time.perf_counter()
         if not account.last_token:
             self.metrics.first_token(now - account.began)
+            self.metrics.prompt(account.counts.prompt)
             self.metrics.waiting(-1)
             self.metrics.running(1)
             account.trace.event("first_token", {})
@@ -187,7 +193,7 @@ class Service:
         else:
             self.metrics.waiting(-1)
         seconds, counts = time.perf_counter() - account.began, account.counts
-        self.metrics.finished(account.reason, seconds, counts.prompt, counts.draft, counts.target)
+        self.metrics.finished(account.reason, seconds, counts.prompt, counts.completion)
         account.trace.end(
             {
                 "gen_ai.response.id": account.id,

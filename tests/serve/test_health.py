@@ -89,7 +89,7 @@ def test_a_fault_in_the_middle_of_a_stream_ends_it_with_an_error(monkeypatch: py
         assert response.status_code == 200 and done == "data: [DONE]" and len(chunks) > 10
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "lane_failed"
         text = running.service.metrics.text().decode()
-        assert 'vllm:request_success_total{finished_reason="error"} 1.0' in text
+        assert 'vllm:request_success_total{finished_reason="error",model_name="tiny-pair"} 1.0' in text
 
 
 def test_a_lane_that_says_nothing_is_not_well(server: Running) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 def figures(url: str) -> Figures:
     response = httpx.get(f"{url}/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(response.text)
-        for sample in family.samples
-    }
+    samples = [s for family in text_string_to_metric_families(response.text) for s in family.samples]
+    for sample in samples:
+        # As in vLLM, whose dashboards choose by it.
+        assert sample.labels.get("model_name") == MODEL or not sample.name.startswith("vllm:")
+    return {(s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "model_name"))): s.value for s in samples}
 
 
 def value(found: Figures, name: str, **labels: str) -> float:
@@ -89,6 +90,38 @@ def test_counters_are_the_sums_of_the_answers() -> None:
             assert value(found, "atts:intensity_ratio", lane=lane) > 0
             for name in ("compute", "memory", "sync", "host"):
                 assert value(found, f"atts:{name}_seconds_total", lane=lane) >= 0
+
+
+def test_token_counters_rise_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, launched = threading.Event(), []
+    with serving() as running:
+        core = running.engine._lanes[1].core
+        launch = core._runner.launch
+
+        def held(*args: Any) -> Any:
+            launched.append(args)
+            if len(launched) == 40:
+                go_on.wait(60)
+            return launch(*args)
+
+        def told(name: str, **labels: str) -> float:
+            return value(figures(running.url), name, **labels)
+
+        monkeypatch.setattr(core._runner, "launch", held)
+        body = CHAT | {"max_tokens": 100, "ignore_eos": True, "stream": True}
+        try:
+            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=60.0) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                assert until(lambda: told("vllm:generation_tokens_total") > 30)
+                assert told("vllm:generation_tokens_total") < 40
+                assert told("vllm:prompt_tokens_total") > 0 and told("vllm:num_requests_running") == 1
+                assert 30 < told("atts:steps_total", lane="target") < 40
+                go_on.set()
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        finally:
+            go_on.set()
+        assert told("vllm:generation_tokens_total") == told("atts:generation_tokens_total", author="target") == 100
 
 
 def test_the_drift_monitor_hears_every_decision(server: Running, http: httpx.Client) -> None:

@@ -46,6 +46,7 @@ def test_a_chat_is_the_targets_greedy_text(server: Running, client: Any) -> None
     (choice,) = reply.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", text, "stop")
     assert text.endswith("\\boxed{53}")
+    assert all(bytes(t.bytes) == t.token.encode() for t in choice.logprobs.content)
     assert [t.logprob for t in choice.logprobs.content] == logprobs
     assert "".join(t.token for t in choice.logprobs.content) == text + "<eos>"
     usage = (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens)
@@ -187,7 +188,7 @@ def test_the_async_client_many_at_a_time_and_some_that_give_up(server: Running) 
 
     def aborted() -> float:
         value = server.service.metrics.registry.get_sample_value(
-            "vllm:request_success_total", {"finished_reason": "abort"}
+            "vllm:request_success_total", {"finished_reason": "abort", "model_name": MODEL}
         )
         assert value is not None
         return value

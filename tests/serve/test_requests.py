@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ import pytest
 
 from atts_engine import InputError
 from atts_engine.serve import ServerSettings, read_keys
-from atts_engine.serve.admission import Admission, Demand
+from atts_engine.serve.admission import MEMORY, Admission, Demand
 from atts_engine.serve.errors import ApiError
 from tests.serve.running import MODEL, QUESTION, Running, serving
 
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
 TEXT = {"model": MODEL, "prompt": "a = 3", "max_tokens": 4}
 SCORE = {"model": MODEL, "prompt": "a = 3", "spans": ["; "]}
-BAD = [
+TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {
+    "name": "f", "arguments": "{}"}}]}  # fmt: skip
+TOOL = {"role": "tool", "tool_call_id": "1", "content": "3"}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+BAD: list[tuple[str, dict[str, Any], dict[str, Any], str | None]] = [
     ("/v1/chat/completions", CHAT, {"temperature": -1}, "temperature"),
     ("/v1/chat/completions", CHAT, {"temperature": "0"}, "temperature"),
     ("/v1/chat/completions", CHAT, {"top_p": 0}, "top_p"),
@@ -28,7 +33,7 @@ BAD = [
     ("/v1/chat/completions", CHAT, {"n": 65}, "n"),
     ("/v1/chat/completions", CHAT, {"max_tokens": 0}, "max_tokens"),
     ("/v1/chat/completions", CHAT, {"max_tokens": 512}, "max_tokens"),
-    ("/v1/chat/completions", CHAT, {"stop": [""]}, "stop.list[constrained-str].0"),
+    ("/v1/chat/completions", CHAT, {"stop": [""]}, "stop.0"),
     ("/v1/chat/completions", CHAT, {"messages": []}, "messages"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "system", "content": "a"}]}, "messages"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
@@ -36,6 +41,13 @@ BAD = [
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": "a" * 600}]}, "prompt"),
     ("/v1/chat/completions", CHAT, {"top_logprobs": 5}, "top_logprobs"),
     ("/v1/chat/completions", CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    ("/v1/chat/completions", CHAT, {"tool_choice": "required"}, "tool_choice"),
+    ("/v1/chat/completions", CHAT, {"audio": {"voice": "alloy"}}, "audio"),
+    ("/v1/chat/completions", CHAT, {"store": True}, "store"),
+    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0"),
+    ("/v1/chat/completions", CHAT, {"messages": [*CHAT["messages"], TOOL_CALL, TOOL]}, None),
+    ("/v1/chat/completions", CHAT, {"messages": [{"role": "tool", "content": "3"}]}, "messages.0"),
+    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
     ("/v1/chat/completions", CHAT, {"response_format": {"type": "json_object"}}, "response_format.type"),
     ("/v1/chat/completions", CHAT, {"no_such_field": 1}, "no_such_field"),
     ("/v1/completions", TEXT, {"prompt": ""}, "prompt"),
@@ -44,7 +56,7 @@ BAD = [
     ("/v1/completions", TEXT, {"best_of": 3}, "best_of"),
     ("/v1/completions", TEXT, {"logit_bias": {"5": 1.0}}, "logit_bias"),
     ("/v1/score", SCORE, {"spans": []}, "spans"),
-    ("/v1/score", SCORE, {"spans": [[]]}, None),
+    ("/v1/score", SCORE, {"spans": [[]]}, "spans.0"),
     ("/v1/score", SCORE, {"spans": ["a", ""]}, "spans.1"),
     ("/v1/score", SCORE, {"spans": [[1] * 512]}, "spans.0"),
     ("/v1/score", SCORE, {"prompt": None}, "prompt"),
@@ -64,7 +76,7 @@ def test_bad_values_are_refused_by_name(
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error" and error["message"]
-    if named is not None and not named.startswith("stop"):
+    if named is not None:
         assert error["param"] == named
     assert server.engine.stats()["target"]["computed_tokens"] == before
 
@@ -90,7 +102,28 @@ def test_what_is_no_request_is_400(http: httpx.Client, body: bytes) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_not_called_json_is_told_so(http: httpx.Client) -> None:
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        response = http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+        assert response.status_code == 400 and "content-type: application/json" in response.json()["error"]["message"]
+
+
+def test_browsers_are_let_in_by_name(http: httpx.Client, small: Running) -> None:
+    page = "https://chat.example"
+    ask = {"origin": page, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with httpx.Client(base_url=small.url) as named:
+        before = named.options("/v1/chat/completions", headers=ask)
+        assert (before.status_code, before.headers["access-control-allow-origin"]) == (200, page)
+        refused = named.get("/v1/models", headers={"origin": page})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page)
+        assert named.options("/v1/chat/completions", headers=ask | {"origin": "https://b.example"}).status_code == 400
+    assert http.options("/v1/chat/completions", headers=ask).status_code == 405
+    assert "access-control-allow-origin" not in http.get("/v1/models", headers={"origin": page}).headers
+
+
 def test_other_roads(http: httpx.Client) -> None:
+    assert http.head("/health").status_code == http.get("/v1/models/").status_code == 200
+    assert http.post("/v1/completions/", json=TEXT, follow_redirects=True).status_code == 200
     for method, path, status in (("GET", "/nowhere", 404), ("PUT", "/v1/models", 405), ("GET", "/v1/models/x", 404)):
         response = http.request(method, path)
         assert response.status_code == status
@@ -103,9 +136,17 @@ def test_fields_that_clients_send_unasked_are_taken(http: httpx.Client) -> None:
         "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "user": "me",
         "n": 1, "stop": None, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False,
         "top_k": -1, "metadata": {"a": "b"}, "stream": False, "logprobs": False, "top_logprobs": 0,
-        "service_tier": "auto",
+        "service_tier": "auto", "reasoning_effort": "low", "safety_identifier": "me", "prompt_cache_key": "k",
+        "parallel_tool_calls": True, "verbosity": "low", "prediction": {"type": "content", "content": "a"},
+        "temperature": None, "seed": None, "priority": None, "ignore_eos": None, "audio": None, "functions": None,
+        "stream_options": None, "chat_template_kwargs": {}, "length_penalty": 1.0, "bad_words": [], "model": None,
     }  # fmt: skip
-    assert http.post("/v1/chat/completions", json=CHAT | neutral).status_code == 200
+    plain = http.post("/v1/chat/completions", json=CHAT | {"seed": 1}).json()
+    more = http.post("/v1/chat/completions", json=CHAT | neutral | {"seed": 1, "max_completion_tokens": 4})
+    assert more.status_code == 200, more.text
+    assert more.json()["choices"] == plain["choices"]
+    silent = [*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": []}, *CHAT["messages"]]
+    assert http.post("/v1/chat/completions", json=CHAT | {"messages": silent}).status_code == 200
     parts = [{"role": "user", "content": [{"type": "text", "text": "a = 85; "}, {"type": "text", "text": "a?"}]}]
     joined = [{"role": "user", "content": "a = 85; a?"}]
     found = [http.post("/tokenize", json={"messages": m}).json()["tokens"] for m in (parts, joined)]
@@ -134,7 +175,13 @@ def test_tokens_there_and_back(server: Running, http: httpx.Client) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text("# two\nsesame\n\n  tiger \n")
-    with serving(max_body_bytes=2000, key_digests=read_keys(path), max_chains=4, max_queued_tokens=400) as running:
+    with serving(
+        max_body_bytes=2000,
+        key_digests=read_keys(path),
+        max_chains=4,
+        max_queued_tokens=400,
+        allowed_origins=("https://chat.example",),
+    ) as running:
         yield running
 
 
@@ -149,7 +196,8 @@ class TestLimits:
             for method, path in roads:
                 response = httpx.request(method, f"{small.url}{path}", headers=header)
                 assert response.status_code == 401, (path, header)
-                assert response.json()["error"]["code"] == "invalid_api_key"
+                error = response.json()["error"]
+                assert (error["code"], error["type"]) == ("invalid_api_key", "invalid_request_error")
                 assert response.headers["www-authenticate"] == "Bearer"
         assert httpx.get(f"{small.url}/health").status_code == 200
 
@@ -184,11 +232,32 @@ class TestLimits:
             assert post(**asked).status_code == 200
 
 
+def test_a_request_without_a_limit_is_counted_at_the_length_of_others() -> None:
+    body = {k: v for k, v in CHAT.items() if k != "max_tokens"}
+    with serving(reserve_tokens=50, max_queued_tokens=450) as running:
+        # Twice the context is more than there is, twice 50 tokens are not.
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body | {"n": 2}, timeout=60.0).status_code == 200
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body | {"n": 9}, timeout=60.0).status_code == 400
+    with serving() as running:
+        admission = running.service.admission
+        firsts = [admission.answers.tokens(10**6), admission.chains.tokens(10**6)]
+        assert admission.answers.tokens(17) == 17
+        for more in ({"atts": {}, "temperature": 0.8}, {"max_tokens": 4}):
+            httpx.post(f"{running.url}/v1/chat/completions", json=body | more, timeout=60.0)
+        assert admission.answers.tokens(10**6) == firsts[0] and admission.chains.tokens(10**6) < firsts[1]
+        reply = httpx.post(f"{running.url}/v1/chat/completions", json=body | {"n": 2, "seed": 1}, timeout=60.0).json()
+        written = reply["usage"]["completion_tokens"] / 2
+        assert admission.answers.tokens(10**6) == math.ceil(firsts[0] + MEMORY * (written - firsts[0]))
+
+
 def test_admission_counts_lanes_apart_and_forgets_nothing() -> None:
     now = [0.0]
-    admission = Admission(4, 100, clock=lambda: now[0])
+    admission = Admission(4, {"draft": 50, "target": 100}, clock=lambda: now[0])
+    with pytest.raises(ApiError, match="draft lane allows 50") as never:
+        admission.check({"draft": Demand(1, 51), "target": Demand(1, 51)})
+    assert never.value.status == 400
     with admission.admit({"target": Demand(3, 60)}):
-        with admission.admit({"draft": Demand(4, 100), "target": Demand(1, 40)}):
+        with admission.admit({"draft": Demand(4, 50), "target": Demand(1, 40)}):
             with pytest.raises(ApiError) as full, admission.admit({"draft": Demand(1, 1)}):
                 pass
             assert (full.value.status, full.value.retry_after_s) == (503, 1)

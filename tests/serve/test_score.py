@@ -92,6 +92,34 @@ def test_prefixes_keep_to_their_room_and_give_it_back(server: Running) -> None:
     assert until(lambda: server.used_pages()["target"] == 0)
 
 
+def test_a_score_that_takes_too_long_or_that_nobody_waits_for_is_cancelled(server: Running, http: httpx.Client) -> None:
+    server.call(server.engine.forget_prefixes())
+    prefix, spans = [5, 6] * 100, [[5 + i // 36, 5 + i % 36] * 100 for i in range(64)]
+    body = {"model": MODEL, "prompt": prefix, "spans": spans}
+    late = http.post("/v1/score", json=body | {"timeout_s": 1e-3})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline")
+    assert until(lambda: server.open_sequences()["target"] <= 1)
+    aborted = 'vllm:request_success_total{finished_reason="abort",model_name="tiny-pair"}'
+
+    def aborts() -> float:
+        return next(float(li.split()[-1]) for li in http.get("/metrics").text.splitlines() if li.startswith(aborted))
+
+    before, start = aborts(), computed(server)
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60.0) as client:
+            asked = asyncio.create_task(client.post("/v1/score", json=body))
+            while not server.service.admission.requests:
+                await asyncio.sleep(0)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert until(lambda: aborts() == before + 1)
+    assert until(lambda: server.open_sequences()["target"] <= 1)
+    assert computed(server) - start < 64 * 200
+
+
 def test_what_the_engine_refuses(server: Running) -> None:
     for prefix, span, said in (
         ([1], [], "empty"),

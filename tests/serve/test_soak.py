@@ -47,7 +47,9 @@ def attack(server: Running, examples: int) -> int:
     """Send requests that our own description allows, and such as it does not, to every operation; returns how many."""
     description = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     sent = 0
-    once = settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    once = settings(
+        max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     for operation in (found.ok() for found in description.get_all_operations()):
         modes = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
         for strategy in (operation.as_strategy(generation_mode=mode) for mode in modes):

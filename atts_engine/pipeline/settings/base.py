@@ -67,3 +67,10 @@ def check_inside(settings: Settings, name: str, low: float, high: float) -> None
     value: Any = getattr(settings, name)
     if not low < value < high:
         raise InputError(f"{name} must lie between {low} and {high}, both excluded, not {value}")
+
+
+def check_range(settings: Settings, name: str, low: float, high: float) -> None:
+    """Both ends are inside."""
+    value: Any = getattr(settings, name)
+    if not low <= value <= high:
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

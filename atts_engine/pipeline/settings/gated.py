@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from atts_engine.errors import InputError
 from atts_engine.pipeline.scorers import SCORERS
-from atts_engine.pipeline.settings.base import Settings
+from atts_engine.pipeline.settings.base import Settings, check_choice, check_kinds, check_range
 
 SPANS = ("tokens", "step")
 GATES = ("threshold", "conformal")
@@ -52,8 +52,9 @@ class Gated(Settings):
         return self.scorer if self.span == "tokens" else f"{self.scorer} of steps"
 
     def __post_init__(self) -> None:
-        _check_choice("span", self.span, SPANS)
-        _check_choice("gate", self.gate, GATES)
+        check_kinds(self)
+        check_choice(self, "span", SPANS)
+        check_choice(self, "gate", GATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Asynchronous(Gated):
 
     def __post_init__(self) -> None:
         Gated.__post_init__(self)
-        _check_choice("scorer", self.scorer, SCORERS)
+        check_choice(self, "scorer", SCORERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,8 @@ class SpecReason(Gated):
 
     def __post_init__(self) -> None:
         Gated.__post_init__(self)
-        _check_choice("judge", self.judge, ("target", "task"))
-        _check_number("threshold", self.threshold, 0.0, 9.0)
-        _check_flag("expected", self.expected)
+        check_choice(self, "judge", ("target", "task"))
+        check_range(self, "threshold", 0.0, 9.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class RewardGuided(Gated):
 
     def __post_init__(self) -> None:
         Gated.__post_init__(self)
-        _check_number("threshold", self.threshold, 0.0, 1.0)
+        check_range(self, "threshold", 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +161,3 @@ class LatestTurns(Gated):
     @property
     def scorer(self) -> str:
         return "turn-number"
-
-
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, not {value!r}")

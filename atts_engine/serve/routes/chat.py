@@ -27,7 +27,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     ask = await _ask(service, body, new_id("chatcmpl"))
     log_prompt(service, ask.id, [message.plain() for message in body.messages])
     heading = Heading(ask.id, now(), service.settings.model)
-    renderer = ChatRenderer(heading, bool(body.logprobs), service.token_text)
+    renderer = ChatRenderer(heading, bool(body.logprobs), service.token_bytes)
     return await respond(service, request, ask, renderer)
 
 

@@ -33,7 +33,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     ask = await _ask(service, body, new_id("cmpl"))
     log_prompt(service, ask.id, body.prompt)
     heading = Heading(ask.id, now(), service.settings.model)
-    renderer = CompletionRenderer(heading, body.logprobs is not None, service.token_text)
+    renderer = CompletionRenderer(heading, body.logprobs is not None, service.token_bytes)
     return await respond(service, request, ask, renderer)
 
 

@@ -13,6 +13,7 @@ from atts_engine.serve.routes.common import ERRORS, service_of
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get(
     "/health",
     responses={

@@ -11,6 +11,7 @@ from atts_engine.serve.service import Service
 router = APIRouter(tags=["models"])
 
 
+@router.get("/v1/models/", include_in_schema=False)
 @router.get("/v1/models", responses={401: ERRORS[401]}, summary="The one model that there is: the pair")
 async def models(request: Request) -> ModelList:
     return ModelList(object="list", data=[_card(service_of(request))])

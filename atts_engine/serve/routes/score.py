@@ -11,20 +11,21 @@ from starlette.responses import Response
 
 from atts_engine.serve.admission import Demand
 from atts_engine.serve.asking import new_id
-from atts_engine.serve.errors import bad_request
-from atts_engine.serve.replies import ScoreReply, SpanReply, Usage
+from atts_engine.serve.errors import TOO_LONG, ApiError, bad_request
+from atts_engine.serve.replies import ErrorReply, ScoreReply, SpanReply, Usage
 from atts_engine.serve.requests import ScoreRequest
 from atts_engine.serve.routes.common import ERRORS, chat_ids, log_prompt, one_of_two, service_of, text_ids
 from atts_engine.serve.service import Service
 from atts_engine.serve.streaming import unless_gone
 
 router = APIRouter(tags=["scoring"])
+DEADLINE = {"model": ErrorReply, "description": "The time is up"}
 T = TypeVar("T")
 
 
 @router.post(
     "/v1/score",
-    responses={**ERRORS, 200: {"model": ScoreReply}},
+    responses={**ERRORS, 200: {"model": ScoreReply}, 504: DEADLINE},
     summary="Mean log-likelihood of spans after a prefix, whose KV is kept for the next request",
 )
 async def score(body: ScoreRequest, request: Request) -> Response:
@@ -43,6 +44,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
                 f"prefix and span have {len(prefix) + len(span)} tokens, and there is room for "
                 f"{service.engine.context_tokens}",
                 f"spans.{i}",
+                TOO_LONG,
             )
     ask_id = new_id("score")
     log_prompt(service, ask_id, body.prompt if body.prompt is not None else body.messages)
@@ -57,7 +59,15 @@ async def _score(
     demand = {"target": Demand(len(spans), tokens)}
     with service.account(ask_id, "score", demand, request.headers, {}) as account:
         account.counts.prompt = tokens
-        scores = await _all([service.engine.score(prefix, span) for span in spans])
+        deadline_s = service.deadline_s(body.timeout_s)
+        try:
+            async with asyncio.timeout(deadline_s):
+                scores = await _all([service.engine.score(prefix, span) for span in spans])
+        except TimeoutError as error:
+            raise ApiError(
+                504, f"not every span was scored within {deadline_s:g} seconds", kind="server_error", code="deadline"
+            ) from error
+        service.metrics.prompt(tokens)
     data = []
     for index, found in enumerate(scores):
         data.append(

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from atts_engine.serve.errors import bad_request
+from atts_engine.serve.rendering import as_text
 from atts_engine.serve.replies import DetokenizeReply, TokenizeReply
 from atts_engine.serve.requests import DetokenizeRequest, TokenizeRequest
 from atts_engine.serve.routes.common import ERRORS, chat_ids, one_of_two, service_of
@@ -26,7 +27,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         ids = await chat_ids(service, body.messages)
     strs = None
     if body.return_token_strs:
-        strs = await service.off_loop(len(ids), lambda: [service.token_text(i) for i in ids])
+        strs = await service.off_loop(len(ids), lambda: [as_text(service.token_bytes(i)) for i in ids])
     reply = TokenizeReply(
         count=len(ids),
         max_model_len=service.engine.context_tokens,
