@@ -226,3 +226,20 @@ def test_counters() -> None:
     assert counted["busy_s"] == 3.0 and counted["requests"] == 2 and counted["in_flight"] == 0
     assert counted["sent_tokens"] == 30 and counted["told_tokens"] == counted["score_sent_tokens"] == 20
     assert counted["cached_tokens"] == counted["score_cached_tokens"] == 16
+
+
+def test_a_failure_long_ago_is_not_held_against_the_server() -> None:
+    """Who met it was cancelled before the server was asked again."""
+
+    async def run() -> None:
+        clock = Clock()
+        patience = patience_on(clock)
+        tries = patience.tries()
+        async with tries:
+            raise AWAY
+        clock.now = 3600.0
+        server = Server(clock, AWAY, "here")
+        assert await clock.run(made(patience, server.ask)) == ["here"]
+        assert patience.stats.failures == 0
+
+    asyncio.run(run())

@@ -9,6 +9,7 @@ lane's patience, everybody who waits is told so at once.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -45,6 +46,7 @@ class Patience:
         self._draw = draw
         self._failures = 0
         self._away_since: float | None = None
+        self._failed_at = -math.inf
         self._last = ""
         self._retry_after: float | None = None
         self.given_up = 0
@@ -67,10 +69,15 @@ class Patience:
         self._failures, self._away_since, self._retry_after = 0, None, None
 
     def failed(self, error: Unreachable) -> None:
+        now = self.clock()
+        if not self.away and now - self._failed_at >= self.patience_s:
+            # Nobody has asked since that failure: it says nothing of the time between.
+            self._failures, self._away_since = 0, None
         self._failures += 1
+        self._failed_at = now
         self._last, self._retry_after = str(error), error.retry_after
         if self._away_since is None:
-            self._away_since = self.clock()
+            self._away_since = now
         if self._failures == LIMIT:
             self.stats.breaker_opened += 1
 
