@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 
 from atts_engine import ops
 from atts_engine.backends.remote import patience
@@ -63,7 +64,8 @@ def test_addresses() -> None:
     assert Address.parse("sglang+https://box/m").base_url == "https://box:30000"
     assert Address.parse("vllm://[::1]/m").base_url == "http://[::1]:8000"
     assert is_address("vllm+https://box/m") and not is_address("https://box/m") and not is_address("vllm")
-    for bad in ("vllm://box", "vllm://box:/m", "vllm://box:70000/m", "vllm:///m", "vllm://u@box/m", "vllm://box/ m"):
+    for bad in ("vllm://box", "vllm://box:/m", "vllm://box:70000/m", "vllm:///m", "vllm://u@box/m", "vllm://box/ m",
+                "vllm://box?a/m", "vllm://box#a/m", "vllm://[box]/m"):  # fmt: skip
         with pytest.raises(InputError, match="vllm://HOST:PORT/NAME"):
             Address.parse(bad)
 
@@ -322,6 +324,68 @@ def test_answers_that_are_none() -> None:
         assert np.isfinite((await lane.verdict(seq, None)).score)
 
     asked(body)
+
+
+def test_confidences_that_are_none() -> None:
+    def others(value: Any) -> Fault:
+        return Fault(change=lambda choice: {**choice, "logprobs": {**choice["logprobs"], "top_logprobs": value}})
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        sampling = replace(GREEDY, confidence=2)
+        for value, error, said in (
+            (None, LaneError, "likeliest tokens are not told"),
+            ([{}], LaneError, "likeliest tokens are not told"),
+            ([{"token_id:5": -0.1, "token_id:6": -9999.0}], ChainError, "not finite"),
+            ([{"token_id:5": -0.1, "token_id:6": None}], ChainError, "not finite"),
+        ):
+            fake.faults.append(others(value))
+            with pytest.raises(error, match=said):
+                await span(lane, await lane.open(PROMPT), 4, sampling)
+        # The drawn token beside the k likeliest is not one of them.
+        fake.faults.append(others([{"token_id:4": -9999.0, "token_id:5": -1.0, "token_id:6": -2.0}]))
+        assert (await span(lane, await lane.open(PROMPT), 1, sampling))[0].confidences == (1.5,)
+
+    asked(body)
+
+
+def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.faults.extend(Fault(after=1, change=lambda choice: {**choice, "token_ids": []}) for _ in range(1000))
+        async with asyncio.timeout(10):
+            with pytest.raises(LaneError, match="has not answered"):
+                await span(lane, await lane.open(PROMPT), 4, GREEDY)
+        fake.faults.clear()
+        assert tokens_of(await span(lane, await lane.open(PROMPT), 4, GREEDY)) == greedy(PROMPT, 4)
+
+    asked(body, patience_s=0.3)
+
+
+def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM tells no length of a LoRA adapter."""
+
+    async def run() -> None:
+        fake = FakeVllm(MODEL, root=str(resolve("tiny-target")))
+        cards = [
+            {"id": "tiny", "root": fake.root, "parent": None, "max_model_len": 512},
+            {"id": "adapter", "root": "/adapters/a", "parent": "tiny", "max_model_len": None},
+        ]
+
+        async def models(self: FakeVllm, request: Any) -> web.Response:
+            return web.json_response({"object": "list", "data": cards})
+
+        monkeypatch.setattr(FakeVllm, "models", models)
+        async with serving(fake) as place:
+            lane = await connect(f"vllm://{place}/adapter", lane="draft")
+            assert lane.max_length == 512 and lane.model.fingerprint != MODEL.fingerprint
+            await lane.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_key_with_a_line_break() -> None:
+    with pytest.raises(InputError, match="ATTS_DRAFT_API_KEY holds a line break") as caught:
+        asyncio.run(connect("vllm://127.0.0.1/tiny", lane="draft", key="secret\r"))
+    assert "secret" not in str(caught.value)
 
 
 def test_who_stops_listening_ends_the_request() -> None:

@@ -10,7 +10,7 @@ from atts_engine.errors import InputError
 
 _PORTS = {"vllm": 8000, "sglang": 30000}
 _FORM = re.compile(
-    r"(?P<kind>vllm|sglang)(?P<tls>\+https)?://(?P<host>[^/:@\s]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?/(?P<name>\S+)"
+    r"(?P<kind>vllm|sglang)(?P<tls>\+https)?://(?P<host>[^/:@?#\[\]\s]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?/(?P<name>\S+)"
 )
 
 
