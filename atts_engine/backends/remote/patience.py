@@ -68,11 +68,15 @@ class Patience:
     def answered(self) -> None:
         self._failures, self._away_since, self._retry_after = 0, None, None
 
+    def asking(self) -> None:
+        """A request is about to be made, or made again."""
+        if not self.away and self.clock() - self._failed_at >= self.patience_s:
+            # Nobody has asked since that failure: it says nothing of the time between. Told by when the next request
+            # begins, not by when it fails: a silent server lets each one wait for as long as the patience.
+            self._failures, self._away_since = 0, None
+
     def failed(self, error: Unreachable) -> None:
         now = self.clock()
-        if not self.away and now - self._failed_at >= self.patience_s:
-            # Nobody has asked since that failure: it says nothing of the time between.
-            self._failures, self._away_since = 0, None
         self._failures += 1
         self._failed_at = now
         self._last, self._retry_after = str(error), error.retry_after
@@ -117,6 +121,7 @@ class Tries:
 
     async def __aenter__(self) -> Self:
         patience = self._patience
+        patience.asking()
         if self._failures:
             patience.stats.retries += 1
             if not patience.away:
