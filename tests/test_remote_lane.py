@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from aiohttp import web
 
 from atts_engine import ops
 from atts_engine.backends.remote import patience
@@ -23,40 +20,26 @@ from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
 from atts_engine.models import resolve
 from tests import fake_sglang
 from tests.fake_vllm import BLOCK, FakeVllm, Fault, serving
-from tests.remote_cases import GREEDY, MODEL, PROMPT, STEP, WARM, WRONG, greedy, logprobs_of, span, tokens_of
+from tests.remote_cases import (
+    GREEDY,
+    MODEL,
+    PROMPT,
+    STEP,
+    WARM,
+    WRONG,
+    asked,
+    greedy,
+    logprobs_of,
+    span,
+    tokens_of,
+    until,
+)
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.05)
-
-
-def asked(body: Callable[[RemoteLane, FakeVllm], Awaitable[Any]], *, patience_s: float = 5.0, **flags: Any) -> Any:
-    """What `body` gives on a lane whose server is a fake with these flags. No request is left behind."""
-
-    async def run() -> Any:
-        fake = FakeVllm(MODEL, **flags)
-        async with serving(fake) as place:
-            lane = await connect(
-                f"vllm://{place}/tiny", lane="target", tokenizer="tiny-target", patience_s=patience_s, chunk_tokens=8
-            )
-            fake.heard.clear()
-            try:
-                answer = await body(lane, fake)
-                await until(lambda: fake.open == 0)
-                assert lane.stats()["in_flight"] == 0
-                return answer
-            finally:
-                await lane.aclose()
-
-    return asyncio.run(run())
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.002)
 
 
 def test_addresses() -> None:
@@ -324,68 +307,6 @@ def test_answers_that_are_none() -> None:
         assert np.isfinite((await lane.verdict(seq, None)).score)
 
     asked(body)
-
-
-def test_confidences_that_are_none() -> None:
-    def others(value: Any) -> Fault:
-        return Fault(change=lambda choice: {**choice, "logprobs": {**choice["logprobs"], "top_logprobs": value}})
-
-    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
-        sampling = replace(GREEDY, confidence=2)
-        for value, error, said in (
-            (None, LaneError, "likeliest tokens are not told"),
-            ([{}], LaneError, "likeliest tokens are not told"),
-            ([{"token_id:5": -0.1, "token_id:6": -9999.0}], ChainError, "not finite"),
-            ([{"token_id:5": -0.1, "token_id:6": None}], ChainError, "not finite"),
-        ):
-            fake.faults.append(others(value))
-            with pytest.raises(error, match=said):
-                await span(lane, await lane.open(PROMPT), 4, sampling)
-        # The drawn token beside the k likeliest is not one of them.
-        fake.faults.append(others([{"token_id:4": -9999.0, "token_id:5": -1.0, "token_id:6": -2.0}]))
-        assert (await span(lane, await lane.open(PROMPT), 1, sampling))[0].confidences == (1.5,)
-
-    asked(body)
-
-
-def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
-    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
-        fake.faults.extend(Fault(after=1, change=lambda choice: {**choice, "token_ids": []}) for _ in range(1000))
-        async with asyncio.timeout(10):
-            with pytest.raises(LaneError, match="has not answered"):
-                await span(lane, await lane.open(PROMPT), 4, GREEDY)
-        fake.faults.clear()
-        assert tokens_of(await span(lane, await lane.open(PROMPT), 4, GREEDY)) == greedy(PROMPT, 4)
-
-    asked(body, patience_s=0.3)
-
-
-def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM tells no length of a LoRA adapter."""
-
-    async def run() -> None:
-        fake = FakeVllm(MODEL, root=str(resolve("tiny-target")))
-        cards = [
-            {"id": "tiny", "root": fake.root, "parent": None, "max_model_len": 512},
-            {"id": "adapter", "root": "/adapters/a", "parent": "tiny", "max_model_len": None},
-        ]
-
-        async def models(self: FakeVllm, request: Any) -> web.Response:
-            return web.json_response({"object": "list", "data": cards})
-
-        monkeypatch.setattr(FakeVllm, "models", models)
-        async with serving(fake) as place:
-            lane = await connect(f"vllm://{place}/adapter", lane="draft")
-            assert lane.max_length == 512 and lane.model.fingerprint != MODEL.fingerprint
-            await lane.aclose()
-
-    asyncio.run(run())
-
-
-def test_a_key_with_a_line_break() -> None:
-    with pytest.raises(InputError, match="ATTS_DRAFT_API_KEY holds a line break") as caught:
-        asyncio.run(connect("vllm://127.0.0.1/tiny", lane="draft", key="secret\r"))
-    assert "secret" not in str(caught.value)
 
 
 def test_who_stops_listening_ends_the_request() -> None:
