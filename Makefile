@@ -28,7 +28,8 @@ DEMO_CHAINS ?= 8
 help:
 	@echo "make demo            draft, target, ATTS and its synchronous form on held-out problems; report in $(DEMO_OUT)/"
 	@echo "make test            the test suite"
-	@echo "make test-long       what takes minutes: the server under load, malformed requests by the thousand, Ray workers (pip install ray)"
+	@echo "make test-long       what takes minutes: the server under load, malformed requests by the thousand, Ray workers (pip install ray);"
+	@echo "                     ATTS_VLLM_PYTHON=PYTHON and ATTS_SGLANG_PYTHON=PYTHON name interpreters that have them: real servers too"
 	@echo "make setup           everything for development into $(VENV) (demo and test do what they need themselves)"
 	@echo "make lint            ruff, mypy, import-linter"
 	@echo "make format          ruff's formatter and import order"
