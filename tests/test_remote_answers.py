@@ -15,7 +15,7 @@ from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.errors import ChainError, InputError, LaneError
 from atts_engine.models import resolve
 from tests.fake_vllm import FakeVllm, Fault, serving
-from tests.remote_cases import GREEDY, MODEL, PROMPT, asked, greedy, span, tokens_of
+from tests.remote_cases import GREEDY, MODEL, PROMPT, asked, greedy, span, tokens_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +84,29 @@ def test_a_key_with_a_line_break() -> None:
     with pytest.raises(InputError, match="ATTS_DRAFT_API_KEY holds a line break") as caught:
         asyncio.run(connect("vllm://127.0.0.1/tiny", lane="draft", key="secret\r"))
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_without_tls_is_no_server_that_is_away() -> None:
+    async def run() -> None:
+        async with serving(FakeVllm(MODEL)) as place:
+            with pytest.raises(LaneError, match="is the address right"):
+                await connect(f"vllm+https://{place}/tiny", lane="draft", tokenizer="tiny-target", patience_s=60)
+
+    asyncio.run(run())
+
+
+def test_closing_ends_all_who_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 100.0)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 100.0)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.faults.extend(Fault(status=503) for _ in range(100))
+        seqs = [await lane.open(PROMPT) for _ in range(8)]
+        spans = [asyncio.create_task(span(lane, seq, 4, GREEDY)) for seq in seqs]
+        await until(lambda: lane.stats()["breaker_opened"] > 0)
+        await lane.aclose()
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*spans, return_exceptions=True)
+        assert all(isinstance(error, LaneError) and "closed" in str(error) for error in found)
+
+    asked(body, patience_s=1000.0)

@@ -51,6 +51,9 @@ def test_addresses() -> None:
                 "vllm://box?a/m", "vllm://box#a/m", "vllm://[box]/m"):  # fmt: skip
         with pytest.raises(InputError, match="vllm://HOST:PORT/NAME"):
             Address.parse(bad)
+    with pytest.raises(InputError) as refused:
+        Address.parse("vllm://me:secret@box/m")
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["whole", "rows"])

@@ -209,6 +209,7 @@ class RemoteLane:
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True
+            self._patience.close()
             await self.server.close()
 
     async def _written(self, own: RemoteSeq, state: DecodeState) -> AsyncGenerator[Written, None]:

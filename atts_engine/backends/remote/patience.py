@@ -52,6 +52,7 @@ class Patience:
         self.given_up = 0
         """Times that somebody found the server to have been away for too long."""
         self.probe = asyncio.Lock()
+        self._closed = asyncio.Event()
 
     @property
     def away(self) -> bool:
@@ -93,9 +94,21 @@ class Patience:
         try:
             # Whoever is out of patience says so then, not a long pause later.
             left = self.patience_s if self._away_since is None else self._away_since + self.patience_s - began
-            await self._sleep(min(seconds, max(0.0, left)))
+            await self._sleep_or_close(min(seconds, max(0.0, left)))
         finally:
             self.stats.waiting_s += self.clock() - began
+
+    def close(self) -> None:
+        """Nobody pauses any more: whoever waits finds the lane closed at once."""
+        self._closed.set()
+
+    async def _sleep_or_close(self, seconds: float) -> None:
+        either = {asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(self._closed.wait())}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in either:
+                one.cancel()
 
     async def pause_as_probe(self) -> None:
         await self.pause(self._failures)
