@@ -150,6 +150,11 @@ def test_when_no_worker_is_left_the_run_ends_and_can_be_resumed(tmp_path: Path) 
     assert check_log(result.decisions, Adaptive(0.4, meta=META)) is None
 
 
+def test_a_worker_that_is_lost_while_it_starts_is_named() -> None:
+    with pytest.raises(LaneError, match="worker 1 was lost while it started: it never came up"):
+        asyncio.run(fleet_of([FakeWorker(), FakeWorker(0)], 2, PARAMS))
+
+
 def test_a_monitor_hears_the_verdicts_of_frozen_workers(tmp_path: Path) -> None:
     watched = Monitored(frozen())
     result = run(tmp_path / "r", [FakeWorker(), FakeWorker()], watched)

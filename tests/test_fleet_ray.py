@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,28 @@ def test_a_calibration_that_learns_has_one_log_that_replays(tmp_path: Path) -> N
 
 
 def test_a_cluster_without_room_is_refused() -> None:
-    with pytest.raises(InputError, match="has 2 CPU in all, and each worker needs 1 CPU: there is room for 2 workers"):
+    with pytest.raises(
+        InputError, match="has 2 CPU in all, and each worker needs 1 CPU on one host: there is room for 2"
+    ):
         on_ray.worker_count(3, {"CPU": 1.0})
     with pytest.raises(InputError, match="0 GPU"):
         on_ray.worker_count(None, {"CPU": 1.0, "GPU": 1.0})
+
+
+def test_room_that_others_have_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = {"CPU": 1.0}
+    other = on_ray.launcher(need)()
+    monkeypatch.setattr(on_ray, "FREE_S", 0.0)
+    while ray.available_resources().get("CPU", 0.0) != 1.0:
+        time.sleep(0.05)
+    try:
+        assert on_ray.worker_count(None, need) == on_ray.worker_count(1, need) == 1
+        with pytest.raises(InputError, match="others use the Ray cluster: of 2 workers 1 have room now, and 2 are"):
+            on_ray.worker_count(2, need)
+    finally:
+        asyncio.run(other.close())
+    monkeypatch.undo()
+    assert on_ray.worker_count(2, need) == 2
 
 
 def test_errors_of_a_worker_arrive_as_they_were() -> None:

@@ -65,12 +65,16 @@ class Fleet:
     ) -> Fleet:
         """Start `workers` engines. launch: makes a worker that is not open yet.
 
-        Errors of `AsyncEngine.create`, `WorkerLost`, and `InputError` where two workers differ in what decides a score.
+        Errors of `AsyncEngine.create`; `LaneError` for a worker that is lost meanwhile, `InputError` where two workers
+        differ in what decides a score.
         """
         places = [_Place(number, launch, config, params) for number in range(workers)]
         fleet = cls(places)
         try:
-            for error in await asyncio.gather(*(place.open() for place in places), return_exceptions=True):
+            errors = await asyncio.gather(*(place.open() for place in places), return_exceptions=True)
+            for place, error in zip(places, errors, strict=True):
+                if isinstance(error, WorkerLost):
+                    raise LaneError(f"worker {place.number} was lost while it started: {error}") from error
                 if error is not None:
                     raise error
             for place in places:

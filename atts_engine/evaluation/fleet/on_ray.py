@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from atts_engine.pipeline import ATTSParams
 T = TypeVar("T")
 
 LISTENING_S = 10.0
+FREE_S = 10.0
+"""What a run that has just ended held is free a little later."""
+
 STORE_BYTES = 100_000_000
 """Object store of a local cluster. What workers say is small, and the default is a third of the memory."""
 
@@ -76,17 +80,31 @@ def check_listening(address: str) -> None:
 
 
 def worker_count(wanted: int | None, need: Mapping[str, float]) -> int:
-    """How many workers to start: as many as `wanted`, or as the cluster has room for. `InputError` where it has not."""
-    total: Mapping[str, float] = _ray().cluster_resources()
-    room = min(int(total.get(name, 0.0) // amount) for name, amount in need.items())
-    text = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    """How many workers to start: as many as `wanted`, or as the cluster has room for. `InputError` where it has not, or
+    others have taken it: an actor without room waits for ever, and says nothing."""
+    ray = _ray()
+    hosts = [host["Resources"] for host in ray.nodes() if host["Alive"]]
+    room = sum(_room(host, need) for host in hosts)
     if room < (wanted or 1):
-        has = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in need)
+        text = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+        has = ", ".join(f"{sum(host.get(name, 0.0) for host in hosts):g} {name}" for name in need)
         raise InputError(
-            f"the Ray cluster has {has} in all, and each worker needs {text}: there is room for {room} workers, not "
-            f"for {wanted or 1}; add hosts, or lower --ray-workers or --threads"
+            f"the Ray cluster has {has} in all, and each worker needs {text} on one host: there is room for {room} "
+            f"workers, not for {wanted or 1}; add hosts, or lower --ray-workers or --threads"
         )
-    return wanted or room
+    until = time.monotonic() + FREE_S
+    while (free := _room(ray.available_resources(), need)) < (wanted or room) and time.monotonic() < until:
+        time.sleep(0.2)
+    if free < (wanted or 1):
+        raise InputError(
+            f"others use the Ray cluster: of {room} workers {free} have room now, and {wanted or 1} are asked for; wait "
+            "for the others to end, or lower --ray-workers"
+        )
+    return wanted or min(room, free)
+
+
+def _room(has: Mapping[str, float], need: Mapping[str, float]) -> int:
+    return min(int(has.get(name, 0.0) // amount) for name, amount in need.items())
 
 
 def launcher(need: Mapping[str, float]) -> Callable[[], RayWorker]:
