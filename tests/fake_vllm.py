@@ -109,7 +109,8 @@ class FakeVllm:
         except Refusal as refusal:
             shape = {"message": str(refusal), "type": refusal.kind, "param": refusal.param, "code": refusal.status}
             return web.json_response({"error": shape}, status=refusal.status)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionResetError):
+            # The second where it was just being written to.
             self.aborted += 1
             raise
         finally:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import torch
 
 from atts_engine import ops
+from atts_engine.backends.remote.connect import connect
 from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.models import load_model
 from atts_engine.runtime.records import SamplingParams, TokenChunk
-from tests.fake_vllm import FakeVllm
+from tests.fake_vllm import FakeVllm, serving
 
 MODEL = load_model("tiny-target")
 PROMPT = MODEL.tokenizer.encode("<bos>Q: a = 85; b = a-43; c = b+11; c?\n\n")
@@ -44,3 +46,30 @@ def greedy(tokens: Sequence[int], n: int) -> list[int]:
         if found[-1] in MODEL.eos_token_ids:
             break
     return found[len(tokens) :]
+
+
+def asked(body: Callable[[RemoteLane, FakeVllm], Awaitable[Any]], *, patience_s: float = 5.0, **flags: Any) -> Any:
+    """What `body` gives on a lane whose server is a fake with these flags. No request is left behind."""
+
+    async def run() -> Any:
+        fake = FakeVllm(MODEL, **flags)
+        async with serving(fake) as place:
+            lane = await connect(
+                f"vllm://{place}/tiny", lane="target", tokenizer="tiny-target", patience_s=patience_s, chunk_tokens=8
+            )
+            fake.heard.clear()
+            try:
+                answer = await body(lane, fake)
+                await until(lambda: fake.open == 0)
+                assert lane.stats()["in_flight"] == 0
+                return answer
+            finally:
+                await lane.aclose()
+
+    return asyncio.run(run())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.002)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +20,20 @@ from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
 from atts_engine.models import resolve
 from tests import fake_sglang
 from tests.fake_vllm import BLOCK, FakeVllm, Fault, serving
-from tests.remote_cases import GREEDY, MODEL, PROMPT, STEP, WARM, WRONG, greedy, logprobs_of, span, tokens_of
+from tests.remote_cases import (
+    GREEDY,
+    MODEL,
+    PROMPT,
+    STEP,
+    WARM,
+    WRONG,
+    asked,
+    greedy,
+    logprobs_of,
+    span,
+    tokens_of,
+    until,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,41 +42,18 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.05)
 
 
-def asked(body: Callable[[RemoteLane, FakeVllm], Awaitable[Any]], *, patience_s: float = 5.0, **flags: Any) -> Any:
-    """What `body` gives on a lane whose server is a fake with these flags. No request is left behind."""
-
-    async def run() -> Any:
-        fake = FakeVllm(MODEL, **flags)
-        async with serving(fake) as place:
-            lane = await connect(
-                f"vllm://{place}/tiny", lane="target", tokenizer="tiny-target", patience_s=patience_s, chunk_tokens=8
-            )
-            fake.heard.clear()
-            try:
-                answer = await body(lane, fake)
-                await until(lambda: fake.open == 0)
-                assert lane.stats()["in_flight"] == 0
-                return answer
-            finally:
-                await lane.aclose()
-
-    return asyncio.run(run())
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.002)
-
-
 def test_addresses() -> None:
     assert Address.parse("vllm://box:81/org/model") == Address("vllm", "http://box:81", "org/model")
     assert Address.parse("sglang+https://box/m").base_url == "https://box:30000"
     assert Address.parse("vllm://[::1]/m").base_url == "http://[::1]:8000"
     assert is_address("vllm+https://box/m") and not is_address("https://box/m") and not is_address("vllm")
-    for bad in ("vllm://box", "vllm://box:/m", "vllm://box:70000/m", "vllm:///m", "vllm://u@box/m", "vllm://box/ m"):
+    for bad in ("vllm://box", "vllm://box:/m", "vllm://box:70000/m", "vllm:///m", "vllm://u@box/m", "vllm://box/ m",
+                "vllm://box?a/m", "vllm://box#a/m", "vllm://[box]/m"):  # fmt: skip
         with pytest.raises(InputError, match="vllm://HOST:PORT/NAME"):
             Address.parse(bad)
+    with pytest.raises(InputError) as refused:
+        Address.parse("vllm://me:secret@box/m")
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["whole", "rows"])

@@ -243,3 +243,15 @@ def test_a_failure_long_ago_is_not_held_against_the_server() -> None:
         assert patience.stats.failures == 0
 
     asyncio.run(run())
+
+
+def test_a_server_that_is_silent_for_the_whole_patience_is_away() -> None:
+    """Each failure comes a patience after the one before; that is no time in which nobody asked."""
+
+    async def run() -> None:
+        clock = Clock()
+        patience = patience_on(clock)
+        (error,) = await clock.run(made(patience, Server(clock, AWAY, takes_s=60.0).ask))
+        assert isinstance(error, LaneError) and "has not answered" in str(error)
+
+    asyncio.run(run())

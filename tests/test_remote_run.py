@@ -90,6 +90,19 @@ def test_scores_that_append_cost_their_span(
     assert computed < server["sent_tokens"] / 2
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["whole", "rows"])
+def test_early_verdicts_are_the_same_on_a_server(
+    tmp_path: Path, undisturbed: tuple[list[str], dict[tuple[str, int], Any]], rows: bool
+) -> None:
+    words = [*undisturbed[0], "--early-verdict", "--chunk-tokens", "2", *TARGET]
+    assert run(tmp_path / "here", *words, "tiny-target") == 0
+    with site("tiny-target", scale_out=rows, v2=rows) as target:
+        assert run(tmp_path / "there", *words, target.address) == 0
+    assert chains(tmp_path / "there") == chains(tmp_path / "here")
+    lines = (tmp_path / "here" / "chains.jsonl").read_text(encoding="utf-8").splitlines()
+    assert any(turn.get("early") for line in lines for turn in json.loads(line)["turns"])
+
+
 def test_a_server_that_is_started_again_in_time(
     tmp_path: Path, undisturbed: tuple[list[str], dict[tuple[str, int], Any]]
 ) -> None:

@@ -59,7 +59,7 @@ SHORT = ("--turns", "4", "--draft-tokens", "24", "--target-tokens", "24")
 CASES = {
     "built-in pair": Case(("tiny-draft", "tiny-target"), (), ways=(FIRST, "draft here, target on a server")),
     "SmolLM2-135M with itself": Case(SMOLLM2, SHORT),
-    "SmolLM2-135M, bfloat16": Case(SMOLLM2, SHORT, "bfloat16", ("in this process", "two servers")),
+    "SmolLM2-135M in bfloat16": Case(SMOLLM2, SHORT, "bfloat16", ("in this process", "two servers")),
 }
 
 

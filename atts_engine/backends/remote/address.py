@@ -10,7 +10,7 @@ from atts_engine.errors import InputError
 
 _PORTS = {"vllm": 8000, "sglang": 30000}
 _FORM = re.compile(
-    r"(?P<kind>vllm|sglang)(?P<tls>\+https)?://(?P<host>[^/:@\s]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?/(?P<name>\S+)"
+    r"(?P<kind>vllm|sglang)(?P<tls>\+https)?://(?P<host>[^/:@?#\[\]\s]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?/(?P<name>\S+)"
 )
 
 
@@ -28,8 +28,10 @@ class Address:
         hold slashes. `InputError` for anything else."""
         found = _FORM.fullmatch(text)
         if found is None or not 0 < int(found["port"] or 1) < 65536:
+            # What stands before an @ is a secret.
+            shown = re.sub(r"(?<=://)[^/@]*@", "...@", text)
             raise InputError(
-                f"{text}: a server's model is named vllm://HOST:PORT/NAME or sglang://HOST:PORT/NAME "
+                f"{shown}: a server's model is named vllm://HOST:PORT/NAME or sglang://HOST:PORT/NAME "
                 "(vllm+https:// and sglang+https:// for TLS)"
             )
         port = found["port"] or _PORTS[found["kind"]]

@@ -87,6 +87,8 @@ class Client:
         return self._json(text)
 
     async def _begun(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
+        if self._http.closed:
+            raise LaneError(f"{self.server}: the engine is closed")
         answer = await self._patiently(lambda: self._http.request(method, self._base_url + path, json=body))
         if answer.status == 200:
             return answer
@@ -138,6 +140,8 @@ class Client:
 
         try:
             return await answer
+        except (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL) as error:
+            raise LaneError(f"{self.server}: {error}; is the address right, and its certificate known here?") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unreachable(f"{self.server}: {str(error) or type(error).__name__}") from error
 

@@ -38,6 +38,8 @@ async def connect(
     `LaneError` for a server that does not answer or has no such model.
     """
     address = Address.parse(text)
+    if key is not None and not key.isprintable():
+        raise InputError(f"{text}: ATTS_{lane.upper()}_API_KEY holds a line break or another control character")
     stats = RemoteStats()
     client = Client(text, address.base_url, key, max_requests=max_requests, silence_s=patience_s, stats=stats)
     server: Server = VllmServer(client, address.name) if address.kind == "vllm" else SGLangServer(client)

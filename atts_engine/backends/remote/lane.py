@@ -209,6 +209,7 @@ class RemoteLane:
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True
+            self._patience.close()
             await self.server.close()
 
     async def _written(self, own: RemoteSeq, state: DecodeState) -> AsyncGenerator[Written, None]:
@@ -223,7 +224,8 @@ class RemoteLane:
                 left = state.limit - state.produced
                 async with aclosing(self.server.decode(tuple(own.tokens), left, noisy)) as pieces:
                     async for piece in pieces:
-                        if not begun:
+                        # An event without a token is no progress: a server that dies behind it each time is away.
+                        if not begun and (piece.tokens or piece.finish):
                             begun = True
                             tries.answered()
                             self._stats.resumed_spans += state.produced > 0

@@ -52,6 +52,7 @@ class Patience:
         self.given_up = 0
         """Times that somebody found the server to have been away for too long."""
         self.probe = asyncio.Lock()
+        self._closed = asyncio.Event()
 
     @property
     def away(self) -> bool:
@@ -68,11 +69,15 @@ class Patience:
     def answered(self) -> None:
         self._failures, self._away_since, self._retry_after = 0, None, None
 
+    def asking(self) -> None:
+        """A request is about to be made, or made again."""
+        if not self.away and self.clock() - self._failed_at >= self.patience_s:
+            # Nobody has asked since that failure: it says nothing of the time between. Told by when the next request
+            # begins, not by when it fails: a silent server lets each one wait for as long as the patience.
+            self._failures, self._away_since = 0, None
+
     def failed(self, error: Unreachable) -> None:
         now = self.clock()
-        if not self.away and now - self._failed_at >= self.patience_s:
-            # Nobody has asked since that failure: it says nothing of the time between.
-            self._failures, self._away_since = 0, None
         self._failures += 1
         self._failed_at = now
         self._last, self._retry_after = str(error), error.retry_after
@@ -89,9 +94,21 @@ class Patience:
         try:
             # Whoever is out of patience says so then, not a long pause later.
             left = self.patience_s if self._away_since is None else self._away_since + self.patience_s - began
-            await self._sleep(min(seconds, max(0.0, left)))
+            await self._sleep_or_close(min(seconds, max(0.0, left)))
         finally:
             self.stats.waiting_s += self.clock() - began
+
+    def close(self) -> None:
+        """Nobody pauses any more: whoever waits finds the lane closed at once."""
+        self._closed.set()
+
+    async def _sleep_or_close(self, seconds: float) -> None:
+        either = {asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(self._closed.wait())}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in either:
+                one.cancel()
 
     async def pause_as_probe(self) -> None:
         await self.pause(self._failures)
@@ -117,6 +134,7 @@ class Tries:
 
     async def __aenter__(self) -> Self:
         patience = self._patience
+        patience.asking()
         if self._failures:
             patience.stats.retries += 1
             if not patience.away:

@@ -56,11 +56,14 @@ class VllmServer:
                 raise LaneError(
                     f"{self._client.server}: the server has no model {self._name!r}; it has {', '.join(cards)}"
                 )
-            self._context = int(card["max_model_len"])
+            # The card of a LoRA adapter names its model as parent, and leaves length and tokenizer to that one.
+            base = cards.get(card.get("parent"), card)
+            length = card.get("max_model_len")
+            self._context = int(base["max_model_len"] if length is None else length)
         except (KeyError, TypeError) as error:
             raise LaneError(f"{self._client.server}: /v1/models does not answer as vLLM does: no {error}") from error
         self._rows = await self._offers_rows()
-        return Served(self._name, card.get("root"), card.get("root"), self._context, version)
+        return Served(self._name, card.get("root"), base.get("root"), self._context, version)
 
     async def encode(self, text: str) -> list[int]:
         body = {"model": self._name, "prompt": text, "add_special_tokens": False}
@@ -196,7 +199,10 @@ class VllmServer:
                 raise LaneError(f"{self._client.server}: {len(of_tokens)} log-probabilities for {len(tokens)} tokens")
             logprobs = tuple(map(_logprob, of_tokens)) if sampling.logprobs else ()
             if sampling.confidence:
-                confidences = tuple(_confidence(likeliest, sampling.confidence) for likeliest in told["top_logprobs"])
+                of_others = told.get("top_logprobs") or []
+                if len(of_others) != len(tokens) or not all(of_others):
+                    raise LaneError(f"{self._client.server}: the likeliest tokens are not told at each place")
+                confidences = tuple(_confidence(likeliest, sampling.confidence) for likeliest in of_others)
         return Written(tokens, finish, logprobs, confidences)
 
     def _decoded(self, rows: str) -> tuple[float, ...]:
@@ -225,7 +231,10 @@ def _usage(answer: dict[str, Any]) -> tuple[int | None, int | None]:
     return usage.get("prompt_tokens"), details.get("cached_tokens")
 
 
-def _confidence(likeliest: dict[str, float], k: int) -> float:
-    """As `ops.token_confidence`. The token itself is among them, whether it is one of the k or not."""
-    top = sorted(likeliest.values(), reverse=True)[:k]
+def _confidence(likeliest: dict[str, float | None], k: int) -> float:
+    """As `ops.token_confidence`, NaN where one of the k is no log-probability. The token itself is among them, whether
+    it is one of the k or not."""
+    if None in likeliest.values():
+        return math.nan
+    top = sorted(map(_logprob, likeliest.values()), key=lambda x: -math.inf if math.isnan(x) else x, reverse=True)[:k]
     return -math.fsum(top) / len(top)

@@ -1,0 +1,112 @@
+"""What a vLLM server may answer that a lane must not take for what it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from atts_engine.backends.remote import patience
+from atts_engine.backends.remote.connect import connect
+from atts_engine.backends.remote.lane import RemoteLane
+from atts_engine.errors import ChainError, InputError, LaneError
+from atts_engine.models import resolve
+from tests.fake_vllm import FakeVllm, Fault, serving
+from tests.remote_cases import GREEDY, MODEL, PROMPT, asked, greedy, span, tokens_of, until
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.05)
+
+
+def test_confidences_that_are_none() -> None:
+    def others(value: Any) -> Fault:
+        return Fault(change=lambda choice: {**choice, "logprobs": {**choice["logprobs"], "top_logprobs": value}})
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        sampling = replace(GREEDY, confidence=2)
+        for value, error, said in (
+            (None, LaneError, "likeliest tokens are not told"),
+            ([{}], LaneError, "likeliest tokens are not told"),
+            ([{"token_id:5": -0.1, "token_id:6": -9999.0}], ChainError, "not finite"),
+            ([{"token_id:5": -0.1, "token_id:6": None}], ChainError, "not finite"),
+        ):
+            fake.faults.append(others(value))
+            with pytest.raises(error, match=said):
+                await span(lane, await lane.open(PROMPT), 4, sampling)
+        # The drawn token beside the k likeliest is not one of them.
+        fake.faults.append(others([{"token_id:4": -9999.0, "token_id:5": -1.0, "token_id:6": -2.0}]))
+        assert (await span(lane, await lane.open(PROMPT), 1, sampling))[0].confidences == (1.5,)
+
+    asked(body)
+
+
+def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.faults.extend(Fault(after=1, change=lambda choice: {**choice, "token_ids": []}) for _ in range(1000))
+        async with asyncio.timeout(10):
+            with pytest.raises(LaneError, match="has not answered"):
+                await span(lane, await lane.open(PROMPT), 4, GREEDY)
+        fake.faults.clear()
+        assert tokens_of(await span(lane, await lane.open(PROMPT), 4, GREEDY)) == greedy(PROMPT, 4)
+
+    asked(body, patience_s=0.3)
+
+
+def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM tells no length of a LoRA adapter."""
+
+    async def run() -> None:
+        fake = FakeVllm(MODEL, root=str(resolve("tiny-target")))
+        cards = [
+            {"id": "tiny", "root": fake.root, "parent": None, "max_model_len": 512},
+            {"id": "adapter", "root": "/adapters/a", "parent": "tiny", "max_model_len": None},
+        ]
+
+        async def models(self: FakeVllm, request: Any) -> web.Response:
+            return web.json_response({"object": "list", "data": cards})
+
+        monkeypatch.setattr(FakeVllm, "models", models)
+        async with serving(fake) as place:
+            lane = await connect(f"vllm://{place}/adapter", lane="draft")
+            assert lane.max_length == 512 and lane.model.fingerprint != MODEL.fingerprint
+            await lane.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_key_with_a_line_break() -> None:
+    with pytest.raises(InputError, match="ATTS_DRAFT_API_KEY holds a line break") as caught:
+        asyncio.run(connect("vllm://127.0.0.1/tiny", lane="draft", key="secret\r"))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_without_tls_is_no_server_that_is_away() -> None:
+    async def run() -> None:
+        async with serving(FakeVllm(MODEL)) as place:
+            with pytest.raises(LaneError, match="is the address right"):
+                await connect(f"vllm+https://{place}/tiny", lane="draft", tokenizer="tiny-target", patience_s=60)
+
+    asyncio.run(run())
+
+
+def test_closing_ends_all_who_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 100.0)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 100.0)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.faults.extend(Fault(status=503) for _ in range(100))
+        seqs = [await lane.open(PROMPT) for _ in range(8)]
+        spans = [asyncio.create_task(span(lane, seq, 4, GREEDY)) for seq in seqs]
+        await until(lambda: lane.stats()["breaker_opened"] > 0)
+        await lane.aclose()
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*spans, return_exceptions=True)
+        assert all(isinstance(error, LaneError) and "closed" in str(error) for error in found)
+
+    asked(body, patience_s=1000.0)
