@@ -31,8 +31,9 @@ class EngineConfig:
     or ATTS_TARGET_API_KEY. dtype: of weights and KV. Settings of devices, KV and kernels are for lanes in this process.
     draft_tokenizer, target_tokenizer: where the tokenizer of a server's model is read from; None: the folder that the
     server names, if it can be read here.
-    packed_weights: hold the weights of this process's models packed as well (`DecoderWeights.packed`): in bfloat16 on a
-    CPU with AVX512-BF16, three quarters more memory and quicker steps, with the same results; elsewhere an error.
+    packed_weights: hold the weights of this process's models packed (`DecoderWeights.packed`): quicker steps in about
+    the same memory, with the same results; None: where they help, in bfloat16 on a CPU with AVX512-BF16; True: an error
+    elsewhere, and for a model without a matrix that packs.
     patience_s: seconds without any answer after which a server is given up. server_requests: to one server at a time.
     page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
     for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
@@ -66,7 +67,7 @@ class EngineConfig:
     patience_s: float = 60.0
     server_requests: int = 256
     dtype: str = "float32"
-    packed_weights: bool = False
+    packed_weights: bool | None = None
     page_size: int = 16
     kv_tokens: int | None = None
     kv_memory_fraction: float | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atts_engine import ops
 from atts_engine.cli import main as cli
 from atts_engine.cli import options
 from atts_engine.cli.progress import Progress, Tail
@@ -120,10 +121,10 @@ def test_settings_of_the_lanes_reach_the_engine(command: str) -> None:
 
     plain = EngineConfig("tiny-draft", "tiny-target")
     default = plain.overlap, plain.graphs, plain.lane_threads, plain.profile, plain.packed_weights
-    assert settings() == default == (None, None, "one", False, False)
+    assert settings() == default == (None, None, "one", False, None)
     flags = ("--overlap", "--graphs", "--lane-threads", "each", "--profile", "--packed-weights")
     assert settings(*flags) == (True, True, "each", True, True)
-    assert settings("--no-overlap", "--no-graphs") == (False, False, "one", False, False)
+    assert settings("--no-overlap", "--no-graphs", "--no-packed-weights") == (False, False, "one", False, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
@@ -275,6 +276,9 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["ops"]["rms_norm"]["obstacles"]["native-bf16"]["cuda"] == "CPU only"
     assert "apache-tvm-ffi" in found["packages"]
     assert ("a CUDA device" in found["csrc_cuda"]) != torch.cuda.is_available()
+    packing = found["packed_weights"]["obstacle"]
+    assert packing == ops.packing_obstacle("cpu", torch.bfloat16)
+    assert f"packed weights  {'in bfloat16 on the CPU' if packing is None else 'none: '}" in captured.err
     assert "kernels on cpu" in captured.err
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import fields, replace
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atts_engine import ops
+from atts_engine import AsyncEngine, ops
 from atts_engine.errors import InputError
-from atts_engine.models import Decoder, load_model
+from atts_engine.models import Decoder, load_model, resolve
+from atts_engine.models.safetensors_folder import SafetensorsSource
+from atts_engine.models.weights import load_decoder
 from atts_engine.ops import native
 from tests.abi import STATUS, params
-from tests.test_forward_pass import BATCHES, LLAMA, random_batch, random_decoder
+from tests.test_engine import CONFIG, PARAMS, content, frozen_calibrator, problems, with_engine
+from tests.test_forward_pass import BATCHES, LLAMA, one_by_one, random_batch, random_decoder
+from tests.test_models_oracle import CASES, save
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
@@ -34,7 +40,7 @@ def bits_of(weight: torch.Tensor) -> np.ndarray:
     return weight.view(torch.int16).numpy().view(np.uint16)
 
 
-def packed_of(weight: torch.Tensor) -> torch.Tensor:
+def packed_of(weight: torch.Tensor) -> ops.PackedWeight:
     packed = ops.pack_weight(weight)
     assert packed is not None
     return packed
@@ -61,10 +67,10 @@ def test_round_trip_is_exact_and_as_long_as_the_format_says(
     bits = g.choice(exponents, (rows, columns)) << 7 | g.integers(0, 2, (rows, columns)) << 15
     bits |= g.integers(0, 128, (rows, columns))
     packed = packed_of(weight_of(bits))
-    assert np.array_equal(bits_of(ops.unpack_weight(packed, rows, columns)), bits)
+    assert np.array_equal(bits_of(ops.unpack_weight(packed)), bits)
     found = [len(np.unique(b >> 7 & 255)) for r in np.split(bits, rows // 32) for b in np.split(r, columns // 64, 1)]
     entries = -(-len(found) * ENTRY_BYTES // 64) * 64
-    assert len(packed) == HEADER_BYTES + entries + sum(RAW_BYTES if n > 16 else BLOCK_BYTES for n in found)
+    assert packed.nbytes == HEADER_BYTES + entries + sum(RAW_BYTES if n > 16 else BLOCK_BYTES for n in found)
 
 
 def test_every_value_comes_back() -> None:
@@ -73,7 +79,7 @@ def test_every_value_comes_back() -> None:
     by_exponent = every[np.argsort(every >> 7 & 255, kind="stable")].reshape(-1, 64)
     for bits in (by_exponent, every.reshape(-1, 64), every.reshape(32, -1)):
         packed = packed_of(weight_of(bits))
-        assert np.array_equal(bits_of(ops.unpack_weight(packed, *bits.shape)), bits)
+        assert np.array_equal(bits_of(ops.unpack_weight(packed)), bits)
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
@@ -92,11 +98,11 @@ def test_products_have_the_bits_of_those_of_the_plain_weight(isa: str) -> None:
             bias = torch.randn(columns).to(BF16)
             whole = ops.linear(x, weight, bias)
             for rows in (*range(1, 15), 24, 25, 70):
-                found = ops.linear(x[:rows], weight, bias, packed=packed)
+                found = ops.linear(x[:rows], packed, bias)
                 assert np.array_equal(bits_of(found), bits_of(whole[:rows])), (width, rows)
             ids = torch.arange(70) % columns
             scores = native.score_tokens(x, weight, ids)
-            assert torch.equal(native.score_tokens(x, weight, ids, packed).nan_to_num(1.0), scores.nan_to_num(1.0))
+            assert torch.equal(native.score_tokens(x, packed, ids).nan_to_num(1.0), scores.nan_to_num(1.0))
     finally:
         native.use_isa(None)
 
@@ -107,8 +113,7 @@ def test_a_decoder_has_the_bits_of_one_with_plain_weights(batch: str) -> None:
     plain = random_decoder(FITTING)
     weights = plain.weights.packed()
     assert weights.lm_head_packed is not None
-    assert all(getattr(layer, f.name) is not None for layer in weights.layers for f in fields(layer)
-               if f.name.endswith("_packed"))  # fmt: skip
+    assert all(isinstance(matrix, ops.PackedWeight) for layer in weights.layers for matrix in layer.matrices)
     inputs, kv = random_batch(FITTING, *BATCHES[batch])
     other = kv.clone()
     hidden = plain.forward(inputs, kv)
@@ -116,6 +121,21 @@ def test_a_decoder_has_the_bits_of_one_with_plain_weights(batch: str) -> None:
     assert torch.equal(decoder.forward(inputs, other), hidden)
     assert torch.equal(other.view(torch.int16), kv.view(torch.int16))
     assert torch.equal(decoder.logits(hidden), plain.logits(hidden))
+    by_ops = kv.clone()
+    assert torch.equal(one_by_one(decoder, inputs, by_ops), hidden)
+    assert torch.equal(by_ops.view(torch.int16), kv.view(torch.int16))
+
+
+def test_packed_weights_run_where_csrc_does_not() -> None:
+    """By the reference, which unpacks them: forced after the model was loaded, say."""
+    plain = random_decoder(FITTING)
+    inputs, kv = random_batch(FITTING, *BATCHES["mixed"])
+    other = kv.clone()
+    decoder = Decoder(FITTING, plain.weights.packed())
+    with ops.use("reference"):
+        hidden = plain.forward(inputs, kv)
+        assert torch.equal(decoder.forward(inputs, other), hidden)
+        assert torch.equal(decoder.logits(hidden), plain.logits(hidden))
 
 
 @pytest.mark.usefixtures("native_bf16")
@@ -134,11 +154,91 @@ def test_what_is_refused() -> None:
         ops.pack_weight(torch.zeros(32, 64))
     packed = packed_of(torch.zeros(64, 64, dtype=BF16))
     with pytest.raises(InputError, match="packed weights"):
-        ops.unpack_weight(packed, 32, 128)
+        ops.unpack_weight(replace(packed, rows=32, columns=128))
     with ops.use("native-bf16"), pytest.raises(InputError, match="packed weights"):
-        ops.linear(torch.zeros(1, 64, dtype=BF16), torch.zeros(32, 64, dtype=BF16), packed=packed)
-    with pytest.raises(InputError, match="load the model without them"):
-        load_model("tiny-draft", "cpu", torch.float32, packed=True)
+        ops.linear(torch.zeros(1, 64, dtype=BF16), replace(packed, rows=32))
+    with pytest.raises(InputError, match=r"weight does not fit: it must be \[any, 32\] .* not \[64, 64\]"):
+        ops.linear(torch.zeros(1, 32, dtype=BF16), packed)
+
+
+def matrices(decoder: Decoder) -> list[ops.Weight]:
+    return [matrix for layer in decoder.weights.layers for matrix in layer.matrices]
+
+
+@pytest.mark.parametrize("name", ["tiny-draft", "tiny-target"])
+def test_a_model_is_packed_by_itself_where_that_helps(name: str) -> None:
+    helps = ops.packing_obstacle("cpu", BF16) is None
+    for packed, expected in ((None, helps), (False, False)):
+        found = matrices(load_model(name, "cpu", BF16, packed=packed).decoder)
+        assert {isinstance(matrix, ops.PackedWeight) for matrix in found} == {expected}
+    assert not any(isinstance(m, ops.PackedWeight) for m in matrices(load_model(name).decoder))
+    with ops.use("reference"):
+        assert not any(isinstance(m, ops.PackedWeight) for m in matrices(load_model(name, "cpu", BF16).decoder))
+
+
+def test_packed_weights_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    def refusal(name: str, dtype: torch.dtype = BF16) -> str:
+        with pytest.raises(InputError) as error:
+            load_model(name, "cpu", dtype, packed=True)
+        return str(error.value)
+
+    assert "for bfloat16 on the CPU, not for float32 on cpu" in refusal("tiny-draft", torch.float32)
+    native.use_isa("plain")
+    try:
+        assert "csrc/ runs plain kernels here" in refusal("tiny-draft")
+    finally:
+        native.use_isa(None)
+    if native.isa() == native.ISAS[0]:
+        with ops.use("reference"):
+            assert "linear runs reference here" in refusal("tiny-draft")
+    assert "not for bfloat16 on cuda" in str(ops.packing_obstacle("cuda", BF16))
+    if ops.packing_obstacle("cpu", BF16) is None:
+        save(CASES["llama"], tmp_path)
+        assert "has no matrix that packs" in refusal(str(tmp_path))
+        assert load_model(str(tmp_path), "cpu", BF16).decoder.weights.lm_head_packed is None
+
+
+def test_a_packed_model_holds_one_plain_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none in the end but embedding and LM head. `export` and the like get the plain ones back."""
+    source, place = SafetensorsSource(resolve("tiny-target")), torch.device("cpu")
+    config = load_model("tiny-target").config
+    plain = load_decoder(config, source, place, BF16)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    pack = ops.pack_weight
+
+    def watched(weight: torch.Tensor) -> ops.PackedWeight | None:
+        assert all(former() is None for former in seen)
+        seen.append(weakref.ref(weight))
+        return pack(weight)
+
+    monkeypatch.setattr(ops, "pack_weight", watched)
+    packed = load_decoder(config, source, place, BF16, packed=True)
+    assert len(seen) == 4 * config.num_layers + 1
+    assert [former() for former in seen[:-1]] == [None] * (len(seen) - 1) and seen[-1]() is packed.lm_head
+    assert sum(m.nbytes for m in matrices(packed)) < 0.8 * sum(m.nbytes for m in matrices(plain))
+    for matrix, other in zip(matrices(packed), matrices(plain), strict=True):
+        assert torch.equal(ops.unpack_weight(matrix), ops.unpack_weight(other))
+
+
+def test_an_engine_writes_the_same_chains_packed_and_plain() -> None:
+    """Both lanes have one model, which is packed once."""
+    config = replace(CONFIG, dtype="bfloat16", target=CONFIG.draft)
+
+    def solved(packed: bool | None) -> tuple[object, bool]:
+        async def work(engine: AsyncEngine) -> tuple[object, bool]:
+            weights = [model.decoder.weights for model in (engine.draft_model, engine.target_model)]
+            assert weights[0] is weights[1]
+            params = replace(PARAMS, chains=2, turns=3)
+            solution = await engine.solve(problems(1)[0], params, calibrator=frozen_calibrator())
+            chains = [content(chain) for chain in solution.chains]
+            return chains, isinstance(weights[0].layers[0].qkv, ops.PackedWeight)
+
+        found: tuple[object, bool] = with_engine(work, replace(config, packed_weights=packed))
+        return found
+
+    plain, was_packed = solved(False)
+    assert not was_packed
+    assert solved(None) == (plain, ops.packing_obstacle("cpu", BF16) is None)
 
 
 def test_codes_of_the_c_functions() -> None:

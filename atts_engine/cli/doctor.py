@@ -61,6 +61,7 @@ def findings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": {"cpu": _cpu_name(), **{f"cuda:{i}": _gpu_name(i) for i in range(torch.cuda.device_count())}},
         "csrc_isa": native.isa(),
+        "packed_weights": {"obstacle": ops.packing_obstacle("cpu", torch.bfloat16)},
         "csrc_cuda": list(cuda.lacking().values()),
         "nvcc": _nvcc(),
         "packages": {d: {"version": _version(m, d), "for": use, "install": how} for m, d, how, use in OPTIONAL},
@@ -170,12 +171,14 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         if invariance["holds"]
         else (f"BROKEN for {', '.join(invariance['broken'])}: scores depend on who shares a batch")
     )
+    packing = found["packed_weights"]["obstacle"]
     machine = [
         ("atts-engine", found["atts_engine"]),
         ("python", f"{found['python']} ({found['system']})"),
         ("torch", f"{found['torch']}, {found['threads']} threads"),
         *found["devices"].items(),
         ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
+        ("packed weights", "in bfloat16 on the CPU" if packing is None else f"none: {packing}"),
         ("csrc, CUDA", "built" if not found["csrc_cuda"] else f"lacks {'; '.join(found['csrc_cuda'])}"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),
         *((name, "built in" if there else "missing from this installation") for name, there in found["models"].items()),

@@ -102,8 +102,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--packed-weights",
-        action="store_true",
-        help="bfloat16 on a CPU with AVX512-BF16: hold the weights packed as well, for quicker steps",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="weights in three quarters of their bytes, without loss (default: bfloat16 on a CPU with AVX512-BF16)",
     )
     group.add_argument(
         "--lane-threads",

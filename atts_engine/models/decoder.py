@@ -34,46 +34,48 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One block. qkv: [(Hq+2*Hkv)*D, H], q rows first, then k, then v; gate_up: [2*F, H], gate rows first."""
+    """One block. qkv: [(Hq+2*Hkv)*D, H], q rows first, then k, then v; gate_up: [2*F, H], gate rows first. The four
+    matrices may be packed (`ops.unpack_weight` gives the plain one of either)."""
 
     attn_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor
+    qkv: ops.Weight
     qkv_bias: torch.Tensor | None  # [(Hq+2*Hkv)*D]
     q_norm: torch.Tensor | None  # [D]
     k_norm: torch.Tensor | None  # [D]
-    out: torch.Tensor  # [H, Hq*D]
+    out: ops.Weight  # [H, Hq*D]
     mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor
-    down: torch.Tensor  # [H, F]
-    qkv_packed: torch.Tensor | None = None  # as the next three: the matrix of that name by ops.pack_weight
-    out_packed: torch.Tensor | None = None
-    gate_up_packed: torch.Tensor | None = None
-    down_packed: torch.Tensor | None = None
+    gate_up: ops.Weight
+    down: ops.Weight  # [H, F]
+
+    @property
+    def matrices(self) -> tuple[ops.Weight, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
 
     def packed(self) -> LayerWeights:
-        """With each matrix held a second time, packed, where its sides allow it."""
-        return replace(
-            self,
-            qkv_packed=ops.pack_weight(self.qkv),
-            out_packed=ops.pack_weight(self.out),
-            gate_up_packed=ops.pack_weight(self.gate_up),
-            down_packed=ops.pack_weight(self.down),
-        )
+        """With each matrix packed, where its sides allow it (`ops.pack_weight`)."""
+        qkv, out, gate_up, down = (pack(matrix) for matrix in self.matrices)
+        return replace(self, qkv=qkv, out=out, gate_up=gate_up, down=down)
+
+
+def pack(matrix: ops.Weight) -> ops.Weight:
+    """The matrix packed; as it is where it is packed already or does not pack (`ops.pack_weight`)."""
+    return matrix if isinstance(matrix, ops.PackedWeight) else ops.pack_weight(matrix) or matrix
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """embed and lm_head: [V, H], the same tensor where the model ties them; norm: [H]."""
+    """embed and lm_head: [V, H], the same tensor where the model ties them; norm: [H]. lm_head_packed: lm_head once
+    more, for the products of few rows; the plain one is what scores read."""
 
     embed: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     lm_head: torch.Tensor
-    lm_head_packed: torch.Tensor | None = None
+    lm_head_packed: ops.PackedWeight | None = None
 
     def packed(self) -> DecoderWeights:
-        """With each matrix of a product held a second time, packed (`ops.pack_weight`): three quarters more memory, and
-        decoding of few rows reads a quarter less. No bit of a result changes."""
+        """With the blocks' matrices packed and the LM head packed as well: a quarter less to read where few rows are
+        decoded. No bit of a result changes."""
         layers = tuple(layer.packed() for layer in self.layers)
         return replace(self, layers=layers, lm_head_packed=ops.pack_weight(self.lm_head))
 
@@ -135,7 +137,10 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] in the decoder's dtype, of hidden[N, H]."""
-        return ops.linear(hidden, self.weights.lm_head, packed=self.weights.lm_head_packed)
+        packed = self.weights.lm_head_packed
+        if packed is not None and ops.runs_native("linear", hidden):
+            return ops.linear(hidden, packed)
+        return ops.linear(hidden, self.weights.lm_head)
 
     def _attention(
         self,

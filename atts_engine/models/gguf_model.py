@@ -38,13 +38,15 @@ _BLOCK = {
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 
-def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[ModelConfig, Decoder, Tokenizer]:
-    """Weights are dequantised one tensor at a time into `dtype`. InputError names what is damaged or not
-    supported."""
+def load_gguf(
+    path: Path, device: torch.device, dtype: torch.dtype, *, packed: bool = False
+) -> tuple[ModelConfig, Decoder, Tokenizer]:
+    """Weights are dequantised one tensor at a time into `dtype`; packed: as in `load_decoder`. InputError names
+    what is damaged or not supported."""
     file = GGUFFile(path)
     tokenizer = tokenizer_from_gguf(file)
     config = config_from_gguf(file, tokenizer.eos_token_ids)
-    return config, load_decoder(config, GGUFSource(file, config), device, dtype), tokenizer
+    return config, load_decoder(config, GGUFSource(file, config), device, dtype, packed=packed), tokenizer
 
 
 def config_from_gguf(file: GGUFFile, eos_token_ids: tuple[int, ...]) -> ModelConfig:

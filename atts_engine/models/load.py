@@ -19,7 +19,7 @@ from atts_engine.models.gguf_model import load_gguf
 from atts_engine.models.safetensors_folder import SafetensorsSource
 from atts_engine.models.tokenizer import Tokenizer, tokenizer_from_folder
 from atts_engine.models.weights import load_decoder
-from atts_engine.ops import native
+from atts_engine.ops import PackedWeight, native, packing_obstacle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILTIN = {"tiny-draft": "tiny_draft", "tiny-target": "tiny_target"}
@@ -47,36 +47,38 @@ class Model:
 
 
 def load_model(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, packed: bool = False
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, packed: bool | None = None
 ) -> Model:
     """Load a model by name: a Hugging Face folder, a .gguf file, `tiny-draft`, `tiny-target` or
-    `smollm2-135m`. packed: hold its matrices packed as well (`DecoderWeights.packed`), for a quicker decoding of few
-    sequences in bfloat16 on a CPU with AVX512-BF16; elsewhere it is an InputError.
+    `smollm2-135m`. packed: hold its matrices packed (`DecoderWeights.packed`), which changes no result; None: where
+    `ops.packing_obstacle` finds nothing against it, bfloat16 on a CPU with AVX512-BF16; True: an InputError elsewhere,
+    and for a model without a matrix that packs.
 
     Every call loads anew. InputError names what is missing, damaged or not supported.
     """
-    if packed:
-        _check_packs(device, dtype)
-        model = load_model(name, device, dtype)
-        return replace(model, decoder=Decoder(model.config, model.decoder.weights.packed()))
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not supported; supported are {', '.join(str(d) for d in DTYPES)}")
     place = resolve_device(device)
     path = resolve(name)
+    packs = packed is not False and _packs(place, dtype, required=packed is True)
     if path.is_dir():
-        return _load_folder(name, path, place, dtype)
-    config, decoder, tokenizer = load_gguf(path, place, dtype)
-    return _checked(Model(name, config, decoder, tokenizer, fingerprint([path])))
+        model = _load_folder(name, path, place, dtype, packs)
+    else:
+        config, decoder, tokenizer = load_gguf(path, place, dtype, packed=packs)
+        model = _checked(Model(name, config, decoder, tokenizer, fingerprint([path])))
+    if packed and not any(isinstance(m, PackedWeight) for m in model.decoder.weights.layers[0].matrices):
+        raise InputError(
+            f"{name} has no matrix that packs (sides in multiples of {native.PACKED_ROWS} and "
+            f"{native.PACKED_COLUMNS}): load it without packed weights"
+        )
+    return model
 
 
-def _check_packs(device: str | torch.device, dtype: torch.dtype) -> None:
-    best = native.ISAS[0]
-    if torch.device(device).type == "cpu" and dtype is torch.bfloat16 and native.isa() == best:
-        return
-    raise InputError(
-        f"packed weights are for bfloat16 on a CPU whose kernels are {best}; here it would be {dtype} on {device}, "
-        f"{native.isa() or 'no'} kernels (`atts doctor` says why): load the model without them"
-    )
+def _packs(device: torch.device, dtype: torch.dtype, *, required: bool) -> bool:
+    obstacle = packing_obstacle(device, dtype)
+    if required and obstacle is not None:
+        raise InputError(f"no packed weights: {obstacle} (`atts doctor`); load the model without them")
+    return obstacle is None
 
 
 def resolve(name: str) -> Path:
@@ -117,14 +119,14 @@ def _smollm2() -> Path:
     return files[0]
 
 
-def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+def _load_folder(name: str, folder: Path, device: torch.device, dtype: torch.dtype, packed: bool) -> Model:
     config_file, generation_file = folder / "config.json", folder / "generation_config.json"
     config = config_from_hf(read_json(config_file), str(config_file))
     generation = read_json(generation_file) if generation_file.is_file() else {}
     eos = {*config.eos_token_ids, *ids_of(generation.get("eos_token_id"))}
     tokenizer = tokenizer_from_folder(folder, sorted(eos))
     config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
-    decoder = load_decoder(config, SafetensorsSource(folder), device, dtype)
+    decoder = load_decoder(config, SafetensorsSource(folder), device, dtype, packed=packed)
     return _checked(Model(name, config, decoder, tokenizer, folder_fingerprint(folder)))
 
 

@@ -8,7 +8,8 @@ import torch
 
 from atts_engine.errors import InputError
 from atts_engine.models.config import ModelConfig
-from atts_engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from atts_engine.models.decoder import Decoder, DecoderWeights, LayerWeights, pack
+from atts_engine.ops import Weight
 
 # Buffers that old checkpoints saved beside the weights; they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
@@ -26,18 +27,23 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-def load_decoder(config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Read every tensor once, straight into its place on `device` in `dtype`.
+def load_decoder(
+    config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype, *, packed: bool = False
+) -> Decoder:
+    """Read every tensor once, straight into its place on `device` in `dtype`. packed: `DecoderWeights.packed`, one
+    matrix of the blocks after the other, so that no more than one plain one is held.
 
     InputError names the first tensor that is missing, misshapen or not floating point, or those this
     architecture has no place for.
     """
-    return Decoder(config, _Loader(config, source, device, dtype).weights())
+    return Decoder(config, _Loader(config, source, device, dtype, packed).weights())
 
 
 class _Loader:
-    def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.source, self.device, self.dtype = config, source, device, dtype
+    def __init__(
+        self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype, packs: bool
+    ) -> None:
+        self.config, self.source, self.device, self.dtype, self.packs = config, source, device, dtype, packs
         self.unread = set(source.names())
 
     def weights(self) -> DecoderWeights:
@@ -57,7 +63,8 @@ class _Loader:
                 f"{c.num_layers} layers, "
                 f"{strange[0]} first; config and weights do not belong together"
             )
-        return DecoderWeights(embed, layers, norm, lm_head)
+        weights = DecoderWeights(embed, layers, norm, lm_head)
+        return weights.packed() if self.packs else weights
 
     def layer(self, prefix: str) -> LayerWeights:
         c = self.config
@@ -66,17 +73,22 @@ class _Loader:
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         return LayerWeights(
             attn_norm=self.stacked([(prefix + "input_layernorm.weight", (hidden,))]),
-            qkv=self.stacked([(f"{attention}{n}_proj.weight", (rows, hidden)) for n, rows in width.items()]),
+            qkv=self.matrix([(f"{attention}{n}_proj.weight", (rows, hidden)) for n, rows in width.items()]),
             qkv_bias=self.stacked([(f"{attention}{n}_proj.bias", (rows,)) for n, rows in width.items()])
             if c.qkv_bias
             else None,
             q_norm=self.stacked([(attention + "q_norm.weight", (head,))]) if c.qk_norm else None,
             k_norm=self.stacked([(attention + "k_norm.weight", (head,))]) if c.qk_norm else None,
-            out=self.stacked([(attention + "o_proj.weight", (hidden, width["q"]))]),
+            out=self.matrix([(attention + "o_proj.weight", (hidden, width["q"]))]),
             mlp_norm=self.stacked([(prefix + "post_attention_layernorm.weight", (hidden,))]),
-            gate_up=self.stacked([(f"{mlp}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")]),
-            down=self.stacked([(mlp + "down_proj.weight", (hidden, inner))]),
+            gate_up=self.matrix([(f"{mlp}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")]),
+            down=self.matrix([(mlp + "down_proj.weight", (hidden, inner))]),
         )
+
+    def matrix(self, parts: list[tuple[str, tuple[int, ...]]]) -> Weight:
+        """Packed at once, where it is to be: no second plain matrix is held meanwhile."""
+        plain = self.stacked(parts)
+        return pack(plain) if self.packs else plain
 
     def stacked(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         """The named tensors, one under the other. Each is read and copied into its rows before the next is

@@ -7,10 +7,21 @@ from __future__ import annotations
 from atts_engine.ops.attention import Scratch, paged_attention
 from atts_engine.ops.checks import checked
 from atts_engine.ops.dense import add_rms_norm, linear, pack_weight, rms_norm, rope, silu_mul, unpack_weight
-from atts_engine.ops.dispatch import IMPLEMENTATIONS, Obstacle, available, capturable, chosen, obstacle, use
+from atts_engine.ops.dispatch import (
+    IMPLEMENTATIONS,
+    Obstacle,
+    available,
+    capturable,
+    chosen,
+    obstacle,
+    packing_obstacle,
+    runs_native,
+    use,
+)
 from atts_engine.ops.forward_pass import ForwardPass
 from atts_engine.ops.gating import GateResult, gate
 from atts_engine.ops.library import register
+from atts_engine.ops.packed import PackedWeight, Weight
 from atts_engine.ops.paging import (
     kv_append,
     kv_copy_pages,
@@ -29,8 +40,10 @@ __all__ = [
     "ForwardPass",
     "GateResult",
     "Obstacle",
+    "PackedWeight",
     "ScoreGateResult",
     "Scratch",
+    "Weight",
     "add_rms_norm",
     "available",
     "capturable",
@@ -46,10 +59,12 @@ __all__ = [
     "linear",
     "obstacle",
     "pack_weight",
+    "packing_obstacle",
     "paged_attention",
     "rms_norm",
     "rope",
     "rope_kv_append",
+    "runs_native",
     "sample",
     "score_gate",
     "score_logits",

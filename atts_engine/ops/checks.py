@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops.packed import Weight
 
 _FP32, _FP16, _BF16, _INT32, _INT64 = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64
 FLOATS = (_FP32, _FP16, _BF16)
@@ -47,12 +48,12 @@ def checked(on: bool = True) -> AbstractContextManager[None]:
 # What the functions below are made of ---------------------------------------------------------------------------------
 
 
-def tensor(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes: _Dtypes, like: Tensor) -> None:
+def tensor(op: str, name: str, x: Weight, shape: tuple[int, ...], dtypes: _Dtypes, like: Tensor) -> None:
     """x must have this shape (-1: any size), one of the dtypes, and the device of `like`."""
     if (
         x.dtype not in dtypes
         or x.device != like.device
-        or x.dim() != len(shape)
+        or len(x.shape) != len(shape)
         or any(wanted not in (-1, size) for wanted, size in zip(shape, x.shape, strict=True))
     ):
         wanted = f"[{', '.join('any' if size < 0 else str(size) for size in shape)}] {_names(dtypes)} on {like.device}"
@@ -116,11 +117,11 @@ def _names(dtypes: _Dtypes) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _described(x: Tensor) -> str:
+def _described(x: Weight) -> str:
     return f"{list(x.shape)} {_names((x.dtype,))} on {x.device}"
 
 
-def _misfit(op: str, first: Tensor, *wanted: tuple[str, Tensor, tuple[int, ...], _Dtypes]) -> None:
+def _misfit(op: str, first: Tensor, *wanted: tuple[str, Weight, tuple[int, ...], _Dtypes]) -> None:
     """Say which of an op's tensors does not fit; `first` gives the device."""
     for name, x, shape, dtypes in wanted:
         tensor(op, name, x, shape, dtypes, first)
@@ -134,10 +135,10 @@ def _side(x: Tensor, dim: int) -> int:
 # Dense ----------------------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
     if (
         x.dim() != 2
-        or weight.dim() != 2
+        or len(weight.shape) != 2
         or x.shape[1] != weight.shape[1]
         or x.dtype is not weight.dtype
         or x.device != weight.device

@@ -10,6 +10,7 @@ from torch.nn.functional import linear as _torch_linear
 from atts_engine.errors import InputError
 from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import TRITON, chosen, runs_native
+from atts_engine.ops.packed import PackedWeight, Weight
 
 ROW_MULTIPLE = 16
 
@@ -20,9 +21,9 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x
 
 
-def pack_weight(weight: Tensor) -> Tensor | None:
+def pack_weight(weight: Tensor) -> PackedWeight | None:
     """A bfloat16 matrix weight[M, K] on the CPU in 12.125 bits a weight, exactly (`atts_pack_weight_params` in
-    csrc/include/atts/atts.h has the format) -> uint8 [bytes]; a block of 32 x 64 weights with more than sixteen
+    csrc/include/atts/atts.h has the format); a block of 32 x 64 weights with more than sixteen
     exponents takes 16.125. None where M is no multiple of 32 or K none of 64: such a matrix stays as it is.
 
     Few-row products take the time that their weights take to read. The idea is that of DFloat11 (arXiv 2504.11651),
@@ -35,27 +36,30 @@ def pack_weight(weight: Tensor) -> Tensor | None:
         raise InputError("pack_weight: packed weights are for the CPU, and need csrc/ (CMake and a C++ compiler)")
     rows, columns = weight.shape
     fits = rows > 0 and columns > 0 and rows % native.PACKED_ROWS == 0 and columns % native.PACKED_COLUMNS == 0
-    return native.pack_weight(weight) if fits else None
+    return PackedWeight(native.pack_weight(weight), rows, columns) if fits else None
 
 
-def unpack_weight(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """What `pack_weight` made of a matrix of these sizes -> bfloat16 [rows, columns], with the same bits. Raises
-    InputError for other sizes."""
-    return native.unpack_weight(packed, rows, columns)
+def unpack_weight(weight: Weight) -> Tensor:
+    """The plain matrix [M, K] of a packed one, with the bits that `pack_weight` was given; a plain one as it is. Raises
+    InputError for data that `pack_weight` did not make, or not of these sizes."""
+    if isinstance(weight, PackedWeight):
+        return native.unpack_weight(weight.data, weight.rows, weight.columns)
+    return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
 
-    bfloat16 on a CPU without AMX runs in csrc/ where that was built: 16-bit weights, fp32 sums. packed: weight as
-    `pack_weight` made it, which csrc/ then reads instead; the result has the same bits.
+    bfloat16 on a CPU without AMX runs in csrc/ where that was built: 16-bit weights, fp32 sums. A packed weight gives
+    the bits of the plain one; outside csrc/ it is unpacked anew for each call.
 
-    Raises InputError where the inner sizes or the dtypes differ, and where packed is of another size.
+    Raises InputError where the inner sizes or the dtypes differ.
     """
     checks.linear(x, weight, bias)
     rows = x.shape[0]
     if runs_native("linear", x):
-        return native.linear(x, weight, bias, packed)
+        return native.linear(x, weight, bias)
+    weight = unpack_weight(weight)
     if x.is_cuda or rows % ROW_MULTIPLE == 0:
         return _torch_linear(x, weight, bias)
     # CPU BLAS takes another kernel for the rows that are left over from its tile: with 1-3 rows, and with 5-7 and

@@ -247,6 +247,19 @@ def runs_native(op: str, x: torch.Tensor) -> bool:
     return x.dtype is torch.bfloat16 and chosen(op, x.device) == NATIVE
 
 
+def packing_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why a model in dtype on device gains nothing from packed weights, as a clause for an error; None where it does:
+    bfloat16 on a CPU with AVX512-BF16, the only one they were measured on, whose products csrc/ runs."""
+    kind = torch.device(device).type
+    if kind != "cpu" or dtype is not torch.bfloat16:
+        return f"they are for bfloat16 on the CPU, not for {str(dtype).removeprefix('torch.')} on {kind}"
+    best, isa = native.ISAS[0], native.isa()
+    if isa != best:
+        return f"csrc/ runs {isa} kernels here, and they are for {best}" if isa else "csrc/ was not built"
+    found = chosen("linear", device)
+    return None if found == NATIVE else f"linear runs {found} here, and only {NATIVE} reads them"
+
+
 def capturable(op: str, device: torch.device | str) -> bool:
     """Whether op, as it runs on device now, can be captured in a CUDA graph: on a CUDA device, and all of it enqueued
     without the host reading a tensor, as it does inside `checked()`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atts_engine.ops import checks, native
 from atts_engine.ops.dispatch import NATIVE, chosen
+from atts_engine.ops.packed import PackedWeight, Weight
 
 _OPS = ("add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "silu_mul")
 """What the call is made of. It stands in for them where csrc/ would run each, and has their bits."""
@@ -20,8 +21,8 @@ class ForwardPass:
 
     embed: [V, H]; norm: [H]; cos, sin: fp32 [positions, D/2], D a multiple of 16. layers: the weights of each block,
     named and shaped as `atts_decoder_layer` in csrc/include/atts/atts.h has them; qkv_bias, q_norm and k_norm may be
-    None, and so may qkv_packed, out_packed, gate_up_packed and down_packed: the matrices by `pack_weight`, which are
-    read instead. All are held and must not move. For one caller at a time: what it works in is kept from call to call.
+    None; qkv, out, gate_up and down may be packed, each for itself. All are held and must not move. For one caller at
+    a time: what it works in is kept from call to call.
 
     Raises InputError where shapes, dtypes or devices do not fit.
     """
@@ -29,7 +30,7 @@ class ForwardPass:
     def __init__(
         self,
         embed: Tensor,
-        layers: Sequence[Mapping[str, Tensor | None]],
+        layers: Sequence[Mapping[str, Weight | None]],
         norm: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -50,18 +51,19 @@ class ForwardPass:
         }  # fmt: skip
         held: list[Tensor] = []
 
-        def address(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+        def address(name: str, x: Weight | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
             if x is None:
                 return 0
             checks.tensor("decoder", name, x, shape, (dtype,), embed)
-            held.append(x.contiguous())
+            held.append(x.data if isinstance(x, PackedWeight) else x.contiguous())
             return held[-1].data_ptr()
 
-        def block(layer: Mapping[str, Tensor | None]) -> native.DecoderLayer:
-            fields = {name: address(name, layer[name], shape) for name, shape in shapes.items()}
-            for name in ("qkv_packed", "out_packed", "gate_up_packed", "down_packed"):
-                fields[name] = address(name, layer[name], (-1,), torch.uint8)
-            return native.DecoderLayer(**fields)
+        def block(layer: Mapping[str, Weight | None]) -> native.DecoderLayer:
+            found = {
+                f"{name}_packed" if isinstance(layer[name], PackedWeight) else name: address(name, layer[name], shape)
+                for name, shape in shapes.items()
+            }
+            return native.DecoderLayer(**found)
 
         blocks = [block(layer) for layer in layers]
         self._layers = (native.DecoderLayer * len(blocks))(*blocks)

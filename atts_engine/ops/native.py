@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
+from atts_engine.ops.packed import PackedWeight, Weight
 
 ABI = (0, 4)
 """Major and minor version of the header that the structs below follow."""
@@ -218,14 +219,20 @@ def unpack_weight(packed: Tensor, rows: int, columns: int) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
+def _plain_or_packed(weight: Weight) -> tuple[Tensor | None, Tensor | None]:
+    """The two pointers' tensors, one of them None; to be held for as long as the pointers are in use."""
+    return (None, weight.data) if isinstance(weight, PackedWeight) else (weight.contiguous(), None)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    plain, packed = _plain_or_packed(weight)
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     _call(
         _Linear,
         x.data_ptr(),
-        weight.data_ptr(),
+        None if plain is None else plain.data_ptr(),
         None if packed is None else packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -237,14 +244,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
     return out
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, packed: Tensor | None = None) -> Tensor:
-    hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
+def score_tokens(hidden: Tensor, weight: Weight, ids: Tensor) -> Tensor:
+    hidden, ids = hidden.contiguous(), ids.contiguous()
+    plain, packed = _plain_or_packed(weight)
     rows, width = hidden.shape
     out = hidden.new_empty(rows, dtype=torch.float32)
     _call(
         _ScoreTokens,
         hidden=hidden.data_ptr(),
-        weight=weight.data_ptr(),
+        weight=None if plain is None else plain.data_ptr(),
         packed=None if packed is None else packed.data_ptr(),
         ids=ids.data_ptr(),
         logprob=out.data_ptr(),

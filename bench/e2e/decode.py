@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,19 @@ def products_ms(model: Model, rows: int) -> dict[str, float]:
     """Milliseconds of a step's products alone, LM head included: by this engine's `linear` and by torch's; the least of
     several passes, each over all the weights, so that none stays in a cache."""
     w = model.decoder.weights
-    names = ("qkv", "out", "gate_up", "down")
-    matrices = [(getattr(layer, n), getattr(layer, f"{n}_packed")) for layer in w.layers for n in names]
-    matrices.append((w.lm_head, w.lm_head_packed))
-    inputs = {m.shape[1]: torch.randn(rows, m.shape[1]).to(m.dtype) for m, _ in matrices}
-    products: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-        "ours": lambda x, m, packed: ops.linear(x, m, packed=packed),
-        "torch": lambda x, m, _: torch.nn.functional.linear(x, m),
+    ours = [*(matrix for layer in w.layers for matrix in layer.matrices), w.lm_head_packed or w.lm_head]
+    inputs = {m.shape[1]: torch.randn(rows, m.shape[1]).to(m.dtype) for m in ours}
+    products: dict[str, tuple[Callable[..., torch.Tensor], Sequence[ops.Weight]]] = {
+        "ours": (ops.linear, ours),
+        "torch": (torch.nn.functional.linear, [ops.unpack_weight(m) for m in ours]),
     }
     found = {}
-    for name, product in products.items():
+    for name, (product, matrices) in products.items():
         seconds = []
         for _ in range(8):
             began = time.perf_counter()
-            for m, packed in matrices:
-                product(inputs[m.shape[1]], m, packed)
+            for m in matrices:
+                product(inputs[m.shape[1]], m)
             seconds.append(time.perf_counter() - began)
         found[name] = 1e3 * min(seconds)
     return found
@@ -167,7 +165,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": args.model,
             "tokens": args.tokens,
             "threads": torch.get_num_threads(),
-            "packed": args.packed,
+            "packed": isinstance(model.decoder.weights.layers[0].qkv, ops.PackedWeight),
             "ops": {op: ops.chosen(op, "cpu") for op in ops.available()},
             "vllm": version,
             "products_ms": products,
@@ -236,7 +234,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--packed", action="store_true", help="hold our weights packed as well")
+    parser.add_argument(
+        "--packed", action=argparse.BooleanOptionalAction, help="our weights packed (default: where it can be had)"
+    )
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

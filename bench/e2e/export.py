@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from atts_engine import ops
 from atts_engine.models import Model
 
 
@@ -21,16 +22,17 @@ def export(model: Model, folder: Path) -> None:
     if not c.tie_embeddings:
         tensors["lm_head.weight"] = w.lm_head
     for index, layer in enumerate(w.layers):
-        query, key, value = layer.qkv.split([q, k, k])
-        gate, up = layer.gate_up.chunk(2)
+        qkv, out, gate_up, down = (ops.unpack_weight(matrix) for matrix in layer.matrices)
+        query, key, value = qkv.split([q, k, k])
+        gate, up = gate_up.chunk(2)
         parts = {
             "self_attn.q_proj": query,
             "self_attn.k_proj": key,
             "self_attn.v_proj": value,
-            "self_attn.o_proj": layer.out,
+            "self_attn.o_proj": out,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.down,
+            "mlp.down_proj": down,
             "input_layernorm": layer.attn_norm,
             "post_attention_layernorm": layer.mlp_norm,
         }

@@ -84,7 +84,7 @@ def make(ctx: Context, name: str) -> Model:
 
 def weights_bytes(model: Model) -> int:
     w = model.decoder.weights
-    layers = [m for layer in w.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    layers = [m for layer in w.layers for m in layer.matrices]
     return sum(m.nbytes for m in [*layers, w.embed, *([] if w.lm_head is w.embed else [w.lm_head])])
 
 
