@@ -130,7 +130,7 @@ def test_room_that_others_have_taken_is_refused(monkeypatch: pytest.MonkeyPatch)
         time.sleep(0.05)
     try:
         assert on_ray.worker_count(None, need) == on_ray.worker_count(1, need) == 1
-        with pytest.raises(InputError, match="others use the Ray cluster: of 2 workers 1 have room now, and 2 are"):
+        with pytest.raises(InputError, match="others use the Ray cluster: of 2 workers 1 have room now, 2 are"):
             on_ray.worker_count(2, need)
     finally:
         asyncio.run(other.close())

@@ -97,7 +97,7 @@ def worker_count(wanted: int | None, need: Mapping[str, float]) -> int:
         time.sleep(0.2)
     if free < (wanted or 1):
         raise InputError(
-            f"others use the Ray cluster: of {room} workers {free} have room now, and {wanted or 1} are asked for; wait "
+            f"others use the Ray cluster: of {room} workers {free} have room now, {wanted or 1} are asked for; wait "
             "for the others to end, or lower --ray-workers"
         )
     return wanted or min(room, free)
