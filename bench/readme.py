@@ -24,6 +24,8 @@ RESULTS = ROOT / "bench" / "results" / "registers.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 STRATEGIES = ROOT / "bench" / "results" / "strategies_cpu.json"
 STRATEGIES_BEGIN, STRATEGIES_END = "<!-- strategies:begin -->\n", "<!-- strategies:end -->"
+DECODE = ROOT / "bench" / "results" / "e2e_decode_cpu_packed.json"
+DECODE_BEGIN, DECODE_END = "<!-- decode:begin -->\n", "<!-- decode:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->\n", "<!-- gpu:end -->"
 GPU_PAGES = {
     "README.md": (".", ("facts", "correctness", "engine", "job")),
@@ -121,9 +123,41 @@ def _marks(label: str) -> str:
 
 
 def strategies_updated(readme: str, record: dict[str, Any]) -> str:
-    head, rest = readme.split(STRATEGIES_BEGIN)
-    _, tail = rest.split(STRATEGIES_END)
-    return f"{head}{STRATEGIES_BEGIN}\n{strategies_section(record)}\n{STRATEGIES_END}{tail}"
+    return _between(readme, STRATEGIES_BEGIN, STRATEGIES_END, strategies_section(record))
+
+
+def decode_section(record: dict[str, Any]) -> str:
+    """Decode beside vLLM as Markdown: one row for each number of sequences."""
+    where, ours = record["provenance"], record["medians"]["atts-engine bfloat16"]
+    peers = [speeds for engine, speeds in record["medians"].items() if engine.startswith("vLLM")]
+    lines = [
+        f"SmolLM2-135M, the same weights in both, tokens a second (medians); vLLM {record['vllm']} in the best of "
+        f"{len(peers)} settings (bfloat16 or float32, eager or compiled), the two in turns:",
+        "",
+        "| sequences | one lane, bfloat16 | vLLM's best | ratio |",
+        "|---|---|---|---|",
+    ]
+    for sequences, speed in ours.items():
+        best = max(speeds[sequences] for speeds in peers)
+        lines.append(f"| {sequences} | {speed:,.0f} | {best:,.0f} | {speed / best:.2f} |")
+    lines += [
+        "",
+        f"`{where['command']}` · {where['date']} · {where['cpu']} ({where['cpu_isa']}), {where['cores']} cores, torch "
+        f"{where['torch']} · [{DECODE.relative_to(ROOT)}]({DECODE.relative_to(ROOT)}), [notes](bench/NOTES.md).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def decode_updated(readme: str, record: dict[str, Any]) -> str:
+    return _between(readme, DECODE_BEGIN, DECODE_END, decode_section(record))
+
+
+def _between(text: str, begin: str, end: str, block: str) -> str:
+    """The text with a block in place of what stands between two marks."""
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
 def _share(interval: dict[str, float]) -> str:
@@ -131,9 +165,7 @@ def _share(interval: dict[str, float]) -> str:
 
 
 def updated(readme: str, record: dict[str, Any]) -> str:
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{section(record)}\n{END}{tail}"
+    return _between(readme, BEGIN, END, section(record))
 
 
 def gpu_updated(page: str, text: str, results: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -155,6 +187,7 @@ def main(check: bool) -> int:
         if path == README:
             new = updated(new, json.loads(RESULTS.read_text(encoding="utf-8")))
             new = strategies_updated(new, json.loads(STRATEGIES.read_text(encoding="utf-8")))
+            new = decode_updated(new, json.loads(DECODE.read_text(encoding="utf-8")))
         stale += old != new
         if not check:
             path.write_text(new, encoding="utf-8")

@@ -151,6 +151,13 @@ def test_strategies_in_the_readme_come_from_their_file() -> None:
     assert all(len(block["rows"]) > 6 for block in record["blocks"])
 
 
+def test_decode_in_the_readme_comes_from_its_file() -> None:
+    from bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.decode_updated(text, json.loads(readme.DECODE.read_text())) == text, "run python -m bench.readme"
+
+
 def test_commands_in_the_docs_exist() -> None:
     from atts_engine.cli.main import COMMANDS
 
