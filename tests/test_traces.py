@@ -174,9 +174,9 @@ def test_every_line_is_on_disk_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write to"):
         JsonlWriter(tmp_path / "none" / "log.jsonl")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write to"):
         JsonlWriter(tmp_path, append=True)
 
 
