@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from atts_engine.backends.remote import patience
+from atts_engine.backends.remote import client, patience
 from atts_engine.backends.remote.connect import connect
 from atts_engine.backends.remote.lane import RemoteLane
+from atts_engine.backends.remote.stats import RemoteStats
 from atts_engine.errors import ChainError, InputError, LaneError
 from atts_engine.models import resolve
 from tests.fake_vllm import FakeVllm, Fault, serving
@@ -110,3 +111,40 @@ def test_closing_ends_all_who_wait_for_a_server_that_is_away(monkeypatch: pytest
         assert all(isinstance(error, LaneError) and "closed" in str(error) for error in found)
 
     asked(body, patience_s=1000.0)
+
+
+@pytest.mark.parametrize("end", ["late", "cut"])
+def test_a_stream_that_has_said_all_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(client, "END_S", 0.05 if end == "late" else 10.0)
+    asked = 0
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        if end == "late":
+            await asyncio.sleep(5)
+        else:
+            # By then the client has read what was said.
+            await asyncio.sleep(0.2)
+            assert request.transport is not None
+            request.transport.close()
+        return response
+
+    async def run() -> None:
+        app = web.Application()
+        app.router.add_post("/stream", stream)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = "http://{}:{}".format(*runner.addresses[0][:2])
+        http = client.Client("box", url, None, max_requests=1, silence_s=60.0, stats=RemoteStats())
+        async with asyncio.timeout(4):
+            assert [event async for event in http.stream("/stream", {})] == [{"choices": []}]
+        await http.close()
+        await runner.cleanup()
+
+    asyncio.run(run())
+    assert asked == 1

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 IDLE_S = 4.0
 """A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
+END_S = 1.0
+"""That the end of an answer may come behind its "[DONE]"."""
 HEALTH_S = 25.0
 """SGLang's /health runs a request, and a busy server takes up to 20 seconds."""
 AGAIN = frozenset({408, 425, 429})
@@ -69,7 +72,10 @@ class Client:
                 try:
                     async for event in self._events(answer):
                         yield event
-                    await self._patiently(answer.content.readany)
+                    # All has been said: an end that does not come costs the connection and nothing else.
+                    with suppress(Unreachable, TimeoutError):
+                        async with asyncio.timeout(END_S):
+                            await self._heard(answer.content.readany())
                 finally:
                     # Read to its end, the connection is in the pool by now. Any other is closed, which the server
                     # takes for the end of the request.
