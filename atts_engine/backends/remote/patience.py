@@ -80,7 +80,7 @@ class Patience:
         now = self.clock()
         self._failures += 1
         self._failed_at = now
-        self._last, self._retry_after = str(error), error.retry_after
+        self._last, self._retry_after = str(error).removeprefix(f"{self.server}: "), error.retry_after
         if self._away_since is None:
             self._away_since = now
         if self._failures == LIMIT:
