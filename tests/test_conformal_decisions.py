@@ -12,7 +12,7 @@ import pytest
 
 from atts_engine.conformal import LEVEL_ONE, Mondrian, RingStore, level_of
 from atts_engine.errors import InputError
-from atts_engine.evaluation.decisions import Difference, check_log, decision_to_json, read_decisions, restore
+from atts_engine.evaluation.decisions import Difference, check_log, decision_to_json, in_force, read_decisions, restore
 from atts_engine.evaluation.jsonl import JsonlWriter
 from atts_engine.pipeline.records import Decision
 
@@ -120,6 +120,37 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
             writer.write({**decision_to_json(log[1]), name: value})
         with pytest.raises(InputError, match=f"line 2: .*{reason}"):
             read_decisions(path)
+
+
+def test_discarded_decisions_leave_the_calibration(tmp_path: Path) -> None:
+    level, u, scores = level_of(0.4), 2**31, [0.5, 0.9, 0.2, 0.7, 0.3, 0.6]
+    # What each was counted against: 3 discards 1 and 2, 5 discards 0.
+    against = [[], [0.5], [0.5, 0.9], [0.5], [0.5, 0.7], [0.7, 0.3]]
+    discards = {3: (1, 2), 5: (0,)}
+    log = []
+    for i, (score, held) in enumerate(zip(scores, against, strict=True)):
+        n, count = len(held), sum(v >= score for v in held)
+        p = (count + 0.5) / (n + 1)
+        verdict = "takeover" if p <= 0.4 else "keep"
+        log.append(
+            Decision(
+                i, i, "p", i, 0, 0, score, n, count, 0, level * (n + 1), level, u, p, verdict, None, discards.get(i, ())
+            )
+        )
+    path = tmp_path / "decisions.jsonl"
+    with JsonlWriter(path) as writer:
+        for decision in log:
+            writer.write(decision_to_json(decision))
+    assert read_decisions(path) == log
+    big = Mondrian(0.4)
+    assert check_log(log, big) is None
+    assert [d.decision_seq for d in in_force(log)] == [3, 4, 5]
+    restore(big, log, discards=[4])
+    assert big.store.size[0] == 2 and set(big.store.ring[0, :2].tolist()) == {np.float32(0.7), np.float32(0.6)}
+    unmarked = [replace(d, discards=()) for d in log]
+    assert check_log(unmarked, Mondrian(0.4)) == Difference(3, "n", 1, 3)
+    with pytest.raises(InputError, match="decision 5 discards decision 1, which is not in force"):
+        check_log([*log[:5], replace(log[5], discards=(0, 1))], Mondrian(0.4))
 
 
 def test_restore_brings_a_calibrator_to_where_the_run_stood() -> None:

@@ -14,7 +14,7 @@ import pytest
 from atts_engine.config import EngineConfig
 from atts_engine.conformal import Adaptive, Calibrator, Mondrian, Monitored
 from atts_engine.errors import InputError, LaneError
-from atts_engine.evaluation.decisions import check_log
+from atts_engine.evaluation.decisions import check_log, learn_again
 from atts_engine.evaluation.fleet import Snapshot
 from atts_engine.evaluation.fleet.on_ray import check_listening, demand
 from atts_engine.evaluation.folder import RunFolder
@@ -108,6 +108,9 @@ def test_a_worker_that_dies_loses_nothing_and_no_chain_counts_twice(tmp_path: Pa
     assert written(tmp_path / "r") == Counter(everything)
     assert len(result.chains) == 32 and all(chain.error is None for chain in result.chains)
     assert spare.orders and dying.closed
+    # A verdict on a chain that was lost with the worker does not count: one is left for each span on record.
+    spans = [(c.problem_id, c.chain, t.turn) for c in result.chains for t in c.turns]
+    assert Counter((d.problem, d.chain, d.turn) for d in result.in_force()) == Counter(spans)
     for problem in PROBLEMS:
         votes = tally(result.of_problem(problem.id), "majority")
         assert (result.ballots[problem.id].votes, result.ballots[problem.id].answer) == (votes, winner(votes))
@@ -116,6 +119,9 @@ def test_a_worker_that_dies_loses_nothing_and_no_chain_counts_twice(tmp_path: Pa
         assert spare.snapshots
     else:
         assert check_log(result.decisions, Adaptive(0.4, meta=META)) is None
+        held = Adaptive(0.4, meta=META)
+        learn_again(held, held, result.in_force())
+        assert calibrator.store.same_as(held.store)
 
 
 def test_only_the_chains_that_had_not_ended_are_written_again(tmp_path: Path) -> None:

@@ -14,17 +14,21 @@ from atts_engine.errors import InputError
 from atts_engine.evaluation.decisions import check_log
 from atts_engine.evaluation.folder import RunFolder, differences
 from atts_engine.evaluation.job import JobResult, job_settings, run_job
+from atts_engine.evaluation.run_log import log_figures
 from atts_engine.evaluation.solutions import Ballot, read_solutions
 from atts_engine.evaluation.summary import comparison, figures
-from atts_engine.pipeline import ATTSParams, tally, winner
+from atts_engine.pipeline import ATTSParams, Decision, tally, winner
 from tests.fake_engine import Died, FakeEngine, Silent, some_problems
 
 PARAMS = ATTSParams(chains=4, alpha=0.4, seed=3)
 PROBLEMS = some_problems(6)
 
 
+COLD = {"calibrator": "mondrian", "cold_start": None, "frozen": False, "start_sha256": None}
+
+
 def settings_of(params: ATTSParams = PARAMS) -> dict[str, object]:
-    return job_settings("d", "t", "float32", params, {"calibrator": "mondrian"}, PROBLEMS)
+    return job_settings("d", "t", "float32", params, COLD, PROBLEMS)
 
 
 def frozen() -> Mondrian:
@@ -101,10 +105,31 @@ def test_online_calibration_survives_kills(tmp_path: Path, kills: tuple[int, ...
     for after in kills:
         with pytest.raises(Died):
             run(tmp_path, engine=FakeEngine(dies_after=after), resume=True)
-    result = run(tmp_path, resume=True)
+    calibrator = Mondrian(0.4)
+    result = run(tmp_path, calibrator=calibrator, resume=True)
     assert len(result.chains) == 24
-    assert [d.decision_seq for d in result.decisions] == list(range(len(result.decisions)))
-    assert check_log(result.decisions, Mondrian(0.4)) is None
+    log = result.decisions
+    assert [d.decision_seq for d in log] == list(range(len(log)))
+    assert check_log(log, Mondrian(0.4)) is None
+    # Each span on record was decided once, whatever was decided of it before a kill.
+    spans = {(c.problem_id, c.chain, t.turn): (t.score, t.p_value, t.takeover) for c in result.chains for t in c.turns}
+    told = [((d.problem, d.chain, d.turn), (d.score, d.p_value, d.verdict == "takeover")) for d in result.in_force()]
+    assert len(told) == len(spans) and dict(told) == spans
+    assert calibrator.store.size.sum() == len(spans) < len(log)
+    # Each decision was counted against those before it in its key that were in force, and no others.
+    held: dict[int, Decision] = {}
+    for decision in log:
+        for seq in decision.discards:
+            del held[seq]
+        same = [d.score for d in held.values() if d.key == decision.key]
+        assert (decision.n, decision.count) == (len(same), sum(score >= decision.score for score in same))
+        held[decision.decision_seq] = decision
+    found = figures(result, PARAMS)
+    assert found["decisions"] == found["takeovers"]["decisions"] == len(spans)
+    assert found["discarded_decisions"] == len(log) - len(spans)
+    again = log_figures(tmp_path)
+    assert again["difference"] is None
+    assert (again["decisions"], again["in_force"]) == (len(log), len(spans))
 
 
 def test_a_problem_of_the_synchronous_strategy_is_begun_anew(tmp_path: Path) -> None:

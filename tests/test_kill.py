@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from atts_engine.cli import main as cli
-from atts_engine.evaluation.decisions import read_decisions
+from atts_engine.evaluation.decisions import in_force, read_decisions
 
 SMALL = [
     "--task", "registers", "--steps", "2-3", "--problems-count", "4", "--chains", "4", "--concurrency", "2",
@@ -52,6 +52,35 @@ def untimed(path: Path) -> dict[tuple[str, int], object]:
         assert key not in found, f"{key} was written twice"
         found[key] = chain
     return found
+
+
+def test_an_online_run_that_was_killed_counts_every_span_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words, log = ["run", *SMALL, "--out", str(tmp_path), "--resume"], tmp_path / "decisions.jsonl"
+    rng = random.Random(8)
+    for more in (rng.randint(8, 20), rng.randint(2, 8)):
+        kill_after(words, log, more, rng.uniform(0.0, 0.1))
+    check = ["replay", "--log", str(tmp_path), "--json", "-"]
+    assert cli.main(check) == 0
+    killed = json.loads(capsys.readouterr().out)
+    assert killed["difference"] is None and killed["discarded"] > 0
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    assert cli.main(check) == 0
+    found = json.loads(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert found["difference"] is None
+    assert found["in_force"] == summary["decisions"] == summary["takeovers"]["decisions"] < found["decisions"]
+    assert found["rate"] == summary["takeovers"]["rate"]
+    spans = {
+        (c["problem_id"], c["chain"], t["turn"]): (t["score"], t["p_value"], t["takeover"])
+        for c in map(json.loads, (tmp_path / "chains.jsonl").read_text(encoding="utf-8").splitlines())
+        for t in c["turns"]
+    }
+    kept = in_force(read_decisions(log))
+    told = {(d.problem, d.chain, d.turn): (d.score, d.p_value, d.verdict == "takeover") for d in kept}
+    assert len(kept) == len(told) and told == spans
 
 
 def test_a_run_that_was_killed_twice_ends_as_the_one_that_was_not(

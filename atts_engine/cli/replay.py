@@ -17,10 +17,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `replay` to the commands."""
     parser = subparsers.add_parser(
         "replay",
-        help="put recorded chains through a calibrator",
-        description="Put recorded chains through a calibrator.",
+        help="put recorded chains through a calibrator, or check a run's decision log",
+        description="Put recorded chains through a calibrator; or decide all of a run's decision log again.",
     )
-    parser.add_argument("--traces", required=True, metavar="FILE", help="trace file, .jsonl or .jsonl.gz")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--traces", metavar="FILE", help="trace file, .jsonl or .jsonl.gz")
+    source.add_argument(
+        "--log",
+        metavar="DIR",
+        help="folder of a run: every verdict in its log is decided again, with the run's own calibrator (a saved one "
+        "is named by --calibration; the options below are for traces)",
+    )
     parser.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
     options.add_calibrator(parser, "; reference: the paper's published rule")
     parser.add_argument(
@@ -56,7 +63,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay and report; `InputError` for anything that cannot be used."""
+    """Replay and report; `InputError` for anything that cannot be used. 1 for a log that does not come out again."""
+    if args.log is not None:
+        return _check_log(args)
     from atts_engine.conformal import POLICIES
     from atts_engine.evaluation.replay import CALIBRATORS, check_name, scored_spans
     from atts_engine.evaluation.replay_plot import check_plot_target, draw_rates
@@ -82,6 +91,33 @@ def run(args: argparse.Namespace) -> int:
         out.write(f"plot: {args.plot}\n")
     write_json(found, args.json)
     return 0
+
+
+def _check_log(args: argparse.Namespace) -> int:
+    from atts_engine.evaluation.run_log import log_figures
+
+    check_json_target(args.json)
+    found = log_figures(args.log, args.calibration)
+    rows = [
+        ("decisions", f"{found['decisions']:,}"),
+        ("of chains that were cut off", f"{found['discarded']:,}"),
+        ("in force", f"{found['in_force']:,}, {percent(found['rate'])} of them takeovers"),
+    ]
+    difference = found["difference"]
+    if difference is None:
+        rows.append(("decided again", "all as recorded, to the bit"))
+    else:
+        rows.append(
+            (
+                f"decision {difference['decision_seq']}",
+                f"{difference['field']} was recorded as {difference['recorded']!r}, comes out as "
+                f"{difference['replayed']!r}",
+            )
+        )
+    title = f"decision log of {found['log']}, {found['calibrator']} at alpha {found['alpha']:g}"
+    show(Table(title, ("", ""), tuple(rows), left=2), human_stream(args.json), args.plain)
+    write_json(found, args.json)
+    return 0 if difference is None else 1
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -1,4 +1,8 @@
-"""The decision log: one record per verdict. Replaying it from the initial store reproduces every verdict."""
+"""The decision log: one record per verdict. Replaying it from the initial store reproduces every verdict.
+
+A chain that was cut off is written anew, and so are its verdicts. The log is only appended to: the first decision after
+that names those that no longer count (`Decision.discards`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
-from atts_engine.conformal import CalibrationError, Calibrator
+from atts_engine.conformal import CalibrationError, Calibrator, Monitored
 from atts_engine.errors import InputError
 from atts_engine.evaluation.jsonl import Line, read_lines
 from atts_engine.pipeline.records import Decision
@@ -32,8 +36,12 @@ class Difference:
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:
-    """The decision as a line of decisions.jsonl. Floats survive JSON to the bit."""
-    return asdict(decision)
+    """The decision as a line of decisions.jsonl. Floats survive JSON to the bit. `discards` is left out where it is
+    empty."""
+    record = asdict(decision)
+    if not decision.discards:
+        del record["discards"]
+    return record
 
 
 def decision_from_line(line: Line) -> Decision:
@@ -48,6 +56,7 @@ def decision_from_line(line: Line) -> Decision:
         p_value=line.number("p_value"),
         verdict=verdict,
         threshold=line.optional_number("threshold"),
+        discards=line.integers("discards"),
         **integers,
     )
 
@@ -57,51 +66,91 @@ def read_decisions(path: str | os.PathLike[str], *, allow_torn_tail: bool = Fals
     return [decision_from_line(line) for line in read_lines(path, allow_torn_tail=allow_torn_tail)]
 
 
+def in_force(decisions: Iterable[Decision]) -> list[Decision]:
+    """The decisions that no later one discards, by decision_seq. Of each span that is on record there is one.
+
+    `InputError` for a log that is no log: a decision_seq twice, a decision that discards what is not in force.
+    """
+    found: dict[int, Decision] = {}
+    for decision in _ordered(decisions):
+        _discard(found, decision)
+        found[decision.decision_seq] = decision
+    return list(found.values())
+
+
 def check_log(decisions: Iterable[Decision], calibrator: Calibrator) -> Difference | None:
     """Replay a log from the calibrator's state; the first difference, or None if every count, p-value and verdict comes
     out to the bit.
 
     calibrator: as it stood before the first decision; it is left as it is. Levels are taken from the log: they were
     set when a verdict was asked for. Decisions are taken in the order of decision_seq; all of one `batch` are decided
-    before any of them is learnt, as the lane does. `InputError` for a log that is no log: a decision_seq twice, a
-    batch that comes back, a key or score that no store takes.
+    before any of them is learnt, as the lane does. Before a decision that discards others, the calibrator goes back to
+    where the log began and learns again what is in force. `InputError` for a log that is no log: as `in_force`, a batch
+    that comes back, a key or score that no store takes.
     """
-    return _replayed(decisions, deepcopy(calibrator))
+    ordered = _ordered(decisions)
+    for before, after in pairwise(ordered):
+        if after.batch < before.batch:
+            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
+    replayed = deepcopy(calibrator)
+    known: dict[int, Decision] = {}
+    for _, group in groupby(ordered, key=lambda d: d.batch):
+        batch = list(group)
+        for decision in batch:
+            if decision.discards:
+                _discard(known, decision)
+                replayed = deepcopy(calibrator)
+                _learn(replayed, known.values())
+            if (difference := _check(decision, replayed)) is not None:
+                return difference
+        _learn(replayed, batch)
+        known |= {decision.decision_seq: decision for decision in batch}
+    return None
 
 
-def restore(calibrator: Calibrator, decisions: Iterable[Decision]) -> None:
-    """Bring a calibrator to where it stood after these decisions, as `--resume` needs it.
+def restore(calibrator: Calibrator, decisions: Iterable[Decision], discards: Iterable[int] = ()) -> None:
+    """Bring a calibrator to where a run goes on after these decisions, as `--resume` needs it.
 
-    The calibrator must stand where the log began. The log is checked on the way: `InputError` names the first
-    decision that does not come out as recorded, and nothing is learned then.
+    The calibrator must stand where the log began. discards: those in force that the next decision is to discard. The
+    log is checked on the way: `InputError` names the first decision that does not come out as recorded, and nothing is
+    learned then.
     """
     log = list(decisions)
     if (difference := check_log(log, calibrator)) is not None:
         raise InputError(f"the decision log does not follow from this calibration ({difference})")
-    for decision in sorted(log, key=lambda d: d.decision_seq):
-        _learn(calibrator, decision)
+    gone = set(discards)
+    _learn(calibrator, (d for d in in_force(log) if d.decision_seq not in gone))
 
 
-def _replayed(decisions: Iterable[Decision], calibrator: Calibrator) -> Difference | None:
+def learn_again(calibrator: Calibrator, start: Calibrator, decisions: Iterable[Decision]) -> None:
+    """Bring a calibrator to where it would stand had it learnt these decisions alone, in this order, from `start`. A
+    monitor around it keeps what it has seen."""
+    inner = calibrator.inner if isinstance(calibrator, Monitored) else calibrator
+    inner.restore(start.arrays())
+    calibrator.store = inner.store
+    _learn(inner, decisions)
+
+
+def _ordered(decisions: Iterable[Decision]) -> list[Decision]:
     ordered = sorted(decisions, key=lambda d: d.decision_seq)
     for before, after in pairwise(ordered):
         if before.decision_seq == after.decision_seq:
             raise InputError(f"the decision log holds decision_seq {after.decision_seq} twice")
-        if after.batch < before.batch:
-            raise InputError(f"the decision log goes back to batch {after.batch} at decision {after.decision_seq}")
-    for _, group in groupby(ordered, key=lambda d: d.batch):
-        batch = list(group)
-        for decision in batch:
-            if (difference := _check(decision, calibrator)) is not None:
-                return difference
-        for decision in batch:
-            _learn(calibrator, decision)
-    return None
+    return ordered
 
 
-def _learn(calibrator: Calibrator, decision: Decision) -> None:
-    takeover = decision.verdict == "takeover"
-    calibrator.observe(decision.score, decision.key, takeover, decision.problem, decision.p_value)
+def _discard(known: dict[int, Decision], decision: Decision) -> None:
+    for seq in decision.discards:
+        if known.pop(seq, None) is None:
+            raise InputError(
+                f"decision {decision.decision_seq} discards decision {seq}, which is not in force: the decision log "
+                "was changed, or is of two runs"
+            )
+
+
+def _learn(calibrator: Calibrator, decisions: Iterable[Decision]) -> None:
+    for d in decisions:
+        calibrator.observe(d.score, d.key, d.verdict == "takeover", d.problem, d.p_value)
 
 
 def _check(decision: Decision, calibrator: Calibrator) -> Difference | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.decisions import decision_to_json, read_decisions
+from atts_engine.evaluation.decisions import decision_to_json, in_force, read_decisions
 from atts_engine.evaluation.files import cannot_write, write_text
 from atts_engine.evaluation.jsonl import JsonlWriter
 from atts_engine.evaluation.solutions import SavedSolution, read_solutions, solution_to_json
@@ -20,11 +20,23 @@ from atts_engine.pipeline.records import Chain, Decision
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What an earlier, interrupted run left: nothing of either where the folder is new."""
+    """What an earlier, interrupted run left: nothing of any where the folder is new."""
 
     chains: tuple[Chain, ...] = ()
     decisions: tuple[Decision, ...] = ()
     solutions: tuple[SavedSolution, ...] = ()
+
+    @property
+    def in_force(self) -> tuple[Decision, ...]:
+        """The decisions on chains that ended. All others are of chains that are written anew or were lost too often."""
+        ended = {(chain.problem_id, chain.chain) for chain in self.chains if chain.turns}
+        return tuple(d for d in in_force(self.decisions) if (d.problem, d.chain) in ended)
+
+    @property
+    def cut_off(self) -> tuple[int, ...]:
+        """decision_seq of those that the next decision is to discard."""
+        kept = {d.decision_seq for d in self.in_force}
+        return tuple(d.decision_seq for d in in_force(self.decisions) if d.decision_seq not in kept)
 
 
 class _Files(NamedTuple):
@@ -36,8 +48,8 @@ class _Files(NamedTuple):
 class RunFolder:
     """Writes one run.
 
-    decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, so a calibration
-    restored from it is one that the run really had. A chain's line comes after the lines of its decisions, and the line
+    decisions.jsonl is at any time a prefix of the decisions in the order in which they were made, those of chains that
+    were cut off among them. A chain's line comes after the lines of its decisions, and the line
     of a problem's answer in solutions.jsonl after those of its chains. Once a line could not be written none follows
     it, in any of the files, and every `add_` raises that `OSError` again.
     """

@@ -20,9 +20,7 @@ def of_decisions(meta: Meta, alpha: float, decisions: Iterable[Decision]) -> Cal
     The order of the decisions does not matter: a count over calibration scores does not either.
     """
     found = make_calibrator(KIND, alpha, meta=meta, cold=ColdStart("coin", 1))
-    # A chain that a killed run had not ended is judged again when the run goes on, and comes to the same scores.
-    once = {(d.problem, d.chain, d.turn): d for d in decisions}
-    for _, decision in sorted(once.items()):
+    for decision in sorted(decisions, key=lambda d: (d.problem, d.chain, d.turn)):
         found.observe(decision.score, decision.key)
     found.frozen = True
     return found
@@ -38,7 +36,7 @@ async def settle(run: RunFrozen, meta: Meta, params: ATTSParams, passes: int, na
     calibrator = of_decisions(meta, params.alpha, ())
     result = await run(params, calibrator, f"{name}-pass-0")
     for number in range(1, passes):
-        calibrator = of_decisions(meta, params.alpha, result.decisions)
+        calibrator = of_decisions(meta, params.alpha, result.in_force())
         result = await run(params, calibrator, f"{name}-pass-{number}")
     return result
 

@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from atts_engine.backends.remote.address import Address, is_address
 from atts_engine.conformal import Alarm, Calibrator, Monitored
-from atts_engine.evaluation.decisions import restore
+from atts_engine.evaluation.decisions import in_force, learn_again, restore
 from atts_engine.evaluation.folder import RunFolder
 from atts_engine.evaluation.lanes import LaneUse
 from atts_engine.evaluation.servers import ServerUse
@@ -28,6 +29,14 @@ TICK_S = 1 / 6
 """Time between two looks of an observer at the clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """These chains of the problem will be begun anew, or not end at all: what was decided of them does not count."""
+
+    problem_id: str
+    chains: tuple[int, ...]
+
+
 class Solver(Protocol):
     """What the job needs of an engine."""
 
@@ -39,7 +48,7 @@ class Solver(Protocol):
         calibrator: Calibrator | None,
         chains: Sequence[int] | None,
         task: Task | None,
-    ) -> AsyncGenerator[Event, None]: ...
+    ) -> AsyncGenerator[Event | CutOff, None]: ...
 
     def add_decision_listener(self, listener: Callable[[Decision], None]) -> Callable[[], None]: ...
 
@@ -78,7 +87,8 @@ class JobResult:
 
     wall_s: seconds of this process; restored: chains of an earlier, interrupted run, which took none of them;
     alarms: of a monitored calibrator; lanes: what each did in this process, where it is known; servers: of the lanes
-    that are elsewhere. ballots: of each problem, by its id.
+    that are elsewhere. ballots: of each problem, by its id. cut_off: decision_seq of decisions that the next one would
+    discard.
     """
 
     strategy: str
@@ -91,6 +101,11 @@ class JobResult:
     lanes: Mapping[str, LaneUse] = field(default_factory=dict)
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
     servers: Mapping[str, ServerUse] = field(default_factory=dict)
+    cut_off: tuple[int, ...] = ()
+
+    def in_force(self) -> tuple[Decision, ...]:
+        """The decisions of chains that were not cut off, in their order."""
+        return tuple(d for d in in_force(self.decisions) if d.decision_seq not in self.cut_off)
 
     def of_problem(self, problem_id: str) -> tuple[Chain, ...]:
         """The problem's chains in order."""
@@ -142,14 +157,16 @@ async def run_job(
 ) -> JobResult:
     """Solve the problems with `concurrency` of them in flight, and hand back every chain.
 
-    Chains that an earlier run saved in `folder` are not written again, and its decisions are learnt first. Where the
-    chains of a problem depend on one another (`Settings.per_chain`), a problem without an answer is begun anew.
+    Chains that an earlier run saved in `folder` are not written again, and its decisions on them are learnt first;
+    those on chains that it had not ended are discarded. Where the chains of a problem depend on one another
+    (`Settings.per_chain`), a problem without an answer is begun anew.
     The first error of the engine ends the job and is raised as it came; a chain's own error is recorded on the chain.
     `folder` stays open.
     """
+    start = deepcopy(calibrator)
     if folder is not None and calibrator is not None:
-        restore(calibrator, folder.restored.decisions)
-    work = _Work(engine, params, observer, calibrator, folder, task or PlainTask())
+        restore(calibrator, folder.restored.decisions, folder.restored.cut_off)
+    work = _Work(engine, params, observer, calibrator, start, folder, task or PlainTask())
     stop_listening = engine.add_decision_listener(work.decided)
     began = time.perf_counter()
     queue = iter(problems)
@@ -167,16 +184,16 @@ async def run_job(
         stop_listening()
     observer.tick()
     chains = sorted(work.chains, key=lambda c: (c.problem_index, c.chain))
-    decisions = folder.decisions() if folder else tuple(work.decisions)
     return JobResult(
         params.strategy,
         tuple(problems),
         tuple(chains),
-        decisions,
+        work.log(),
         time.perf_counter() - began,
         len(folder.restored.chains) if folder else 0,
         tuple(calibrator.alarms) if isinstance(calibrator, Monitored) else (),
         ballots={problem.id: work.ballots[problem.id] for problem in problems},
+        cut_off=work.discards,
     )
 
 
@@ -189,18 +206,22 @@ class _Work:
         params: ATTSParams,
         observer: Observer,
         calibrator: Calibrator | None,
+        start: Calibrator | None,
         folder: RunFolder | None,
         task: Task,
     ) -> None:
+        """start: the calibrator as it stood before the first decision in the log."""
         self.chains: list[Chain] = []
-        self.decisions: list[Decision] = []
         self.ballots: dict[str, Ballot] = {}
         self._engine = engine
         self._params = params
         self._observer = observer
         self._calibrator = calibrator
+        self._start = start
         self._folder = folder
         self._task = task
+        self._decisions: list[Decision] = []
+        self.discards = folder.restored.cut_off if folder else ()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._per_chain = params.settings.per_chain
         self._saved: dict[str, dict[int, Chain]] = {}
@@ -236,6 +257,9 @@ class _Work:
                 if isinstance(event, SolutionEvent):
                     solution = event.solution
                     continue
+                if isinstance(event, CutOff):
+                    self._cut_off(event)
+                    continue
                 if isinstance(event, ChainEvent) and self._folder is not None:
                     self._folder.add_chain(event.chain)
                 self._observer.event(event)
@@ -260,15 +284,30 @@ class _Work:
         return Ballot(winner(votes), votes)
 
     def decided(self, decision: Decision) -> None:
+        decision = replace(decision, discards=self.discards)
         if self._folder is None:
-            self.decisions.append(decision)
-            return
-        try:
-            self._folder.add_decision(decision)
-        except OSError as error:
-            # The engine that calls this can do nothing about it.
-            if not self._failed.done():
-                self._failed.set_exception(error)
+            self._decisions.append(decision)
+        else:
+            try:
+                self._folder.add_decision(decision)
+            except OSError as error:
+                # The engine that calls this can do nothing about it.
+                if not self._failed.done():
+                    self._failed.set_exception(error)
+        self.discards = ()
+
+    def log(self) -> tuple[Decision, ...]:
+        """The decision log so far."""
+        return tuple(self._decisions) if self._folder is None else self._folder.decisions()
+
+    def _cut_off(self, event: CutOff) -> None:
+        """Have the next decision discard those on chains that were cut off, and the calibrator unlearn them."""
+        known = in_force(self.log())
+        gone = {d.decision_seq for d in known if d.problem == event.problem_id and d.chain in event.chains}
+        gone |= set(self.discards)
+        self.discards = tuple(sorted(gone))
+        if gone and self._calibrator is not None and self._start is not None:
+            learn_again(self._calibrator, self._start, (d for d in known if d.decision_seq not in gone))
 
     async def unsaved(self) -> None:
         """Raise the `OSError` of the first decision that cannot be saved, when there is one."""

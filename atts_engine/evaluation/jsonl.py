@@ -77,6 +77,13 @@ class Line:
             raise self.error(f"field {name!r} is missing")
         return value
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers; empty where the field is missing."""
+        value = self.fields.get(name, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.error(f"field {name!r} must be a list of integers, not {value!r}")
+        return tuple(value)
+
     def objects(self, name: str) -> list[Line]:
         value = self.fields.get(name)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):

@@ -33,7 +33,7 @@ def run_report(result: JobResult, figures: Mapping[str, Any]) -> str:
     )
     sections: list[Section] = [(None, page.cards(_cards(figures)))]
     sections += plot_sections(
-        lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"], result.decisions)
+        lambda: plots.of_chains(result.chains, figures["takeovers"], figures["alpha"], result.in_force())
     )
     sections += chain_sections(result)
     sections += _lane_sections({figures["strategy"]: figures})
@@ -57,7 +57,7 @@ def comparison_report(results: Mapping[str, JobResult], figures: Mapping[str, An
         drawn = [plots.accuracy_against(each, cost) for cost in pareto.COSTS if pareto.placed(each, cost)]
         if "atts" in results:
             own, found = results["atts"], each["atts"]
-            drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.decisions)
+            drawn += plots.of_chains(own.chains, found["takeovers"], found["alpha"], own.in_force())
         return drawn
 
     sections += plot_sections(draw)

@@ -193,7 +193,7 @@ class Suite:
 
             name = f"pilot/{_file_name(text)}"
             self._pilots[settled] = await settle(run, meta, settled, self._setting.passes, name)
-        return of_decisions(meta, params.alpha, self._pilots[settled].decisions)
+        return of_decisions(meta, params.alpha, self._pilots[settled].in_force())
 
     async def _job(
         self, name: str, problems: Sequence[Problem], params: ATTSParams, calibrator: Calibrator | None

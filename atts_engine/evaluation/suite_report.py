@@ -55,4 +55,4 @@ def _headline(equal: str | None) -> str:
 def _of_reference(row: Row, found: Mapping[str, Any]) -> list[plots.Plot]:
     cells = next(b for b in found["blocks"] if b["name"] == row.block)["rows"]
     figures = next(cell for cell in cells if cell["label"] == row.label)
-    return plots.of_chains(row.result.chains, figures["takeovers"], row.params.alpha, row.result.decisions)
+    return plots.of_chains(row.result.chains, figures["takeovers"], row.params.alpha, row.result.in_force())

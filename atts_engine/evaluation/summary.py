@@ -28,8 +28,10 @@ def figures(result: JobResult, params: ATTSParams, same: Same | None = None) -> 
     authors over wall time; None where chains of an earlier process are among them, since their time is not known;
     throughput: the same with its interval. auc_steps: `detection.wrong_steps`. waiting: `lanes.waiting`; lanes: {name:
     `lanes.lane_figures`} of those in this process; servers: {name of the lane: `servers.server_figures`} of the others.
+    decisions: those in force; discarded_decisions: those in the log of chains that were cut off.
     """
     same = Grader().equal if same is None else same
+    in_force = result.in_force()
     found = measures.summary(result.chains, same)
     tokens = found["tokens"]
     each = answers(result, same)
@@ -46,7 +48,8 @@ def figures(result: JobResult, params: ATTSParams, same: Same | None = None) -> 
         **found,
         "voted": measures.as_json(bootstrap(right, level=found["level"])) if right else None,
         "auc_steps": wrong_steps(result.chains, result.problems, replaced=params.replaces),
-        "decisions": len(result.decisions),
+        "decisions": len(in_force),
+        "discarded_decisions": len(result.decisions) - len(in_force),
         "wall_s": result.wall_s,
         "restored_chains": result.restored,
         "throughput": measures.throughput(result.chains, result.wall_s) if whole else None,

@@ -122,7 +122,8 @@ class Decision:
     verdict is `takeover` iff (count - ties) * 2**32 + u * (1 + ties) <= level * (n + 1), in integers; k is the
     right-hand side, level = ceil(alpha * 2**32), u in 1 .. 2**32 (u = 2**32: the plain p-value). Decisions of
     one `batch` saw the same store. threshold: of a calibrator that tests the score and not its p-value (takeover iff
-    score > threshold); weighted calibrators test p_value itself against level / 2**32.
+    score > threshold); weighted calibrators test p_value itself against level / 2**32. discards: decision_seq of
+    earlier verdicts on spans of chains that were cut off: their scores left the calibration before this verdict.
     """
 
     decision_seq: int
@@ -141,3 +142,4 @@ class Decision:
     p_value: float
     verdict: str
     threshold: float | None = None
+    discards: tuple[int, ...] = ()

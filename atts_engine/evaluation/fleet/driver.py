@@ -14,6 +14,7 @@ from atts_engine.config import EngineConfig
 from atts_engine.conformal import Calibrator, Meta
 from atts_engine.errors import InputError, LaneError
 from atts_engine.evaluation.fleet.messages import Answer, Counted, Identity, Order, Remote, Snapshot, WorkerLost
+from atts_engine.evaluation.job import CutOff
 from atts_engine.evaluation.lanes import Counters
 from atts_engine.pipeline import (
     ATTSParams,
@@ -92,9 +93,9 @@ class Fleet:
         calibrator: Calibrator | None,
         chains: Sequence[int] | None,
         task: Task | None,
-    ) -> AsyncGenerator[Event, None]:
-        """As `AsyncEngine.generate`. Chains whose workers were lost `ATTEMPTS` times end with an error.
-        `LaneError` when no worker is left."""
+    ) -> AsyncGenerator[Event | CutOff, None]:
+        """As `AsyncEngine.generate`, and a `CutOff` of chains that a worker was lost with. Chains whose workers were
+        lost `ATTEMPTS` times end with an error. `LaneError` when no worker is left."""
         if calibrator is None and params.settings.calibrated:
             raise InputError(f"{params.strategy} on many workers needs a calibrator: their own would all differ")
         began = time.perf_counter()
@@ -132,6 +133,7 @@ class Fleet:
                         yield event
             except (WorkerLost, LaneError) as error:
                 losses.append(f"worker {place.number}: {error}")
+                yield CutOff(problem.id, tuple(number for number in numbers if number not in ended))
         for number in numbers:
             if number not in ended:
                 ended[number] = _failed(problem, number, params, losses)
