@@ -14,6 +14,7 @@ import torch
 
 from atts_engine import ops
 from atts_engine.models import ForwardBatch, Model, ModelConfig
+from atts_engine.models.decoder import DecoderWeights
 
 VOCAB = 13
 EOS = VOCAB - 1
@@ -47,6 +48,7 @@ class FakeDecoder:
     def __init__(self, config: ModelConfig, poison: int | None = None) -> None:
         self.config = config
         self.lm_head = torch.eye(VOCAB)
+        self.weights = DecoderWeights(self.lm_head, (), torch.ones(VOCAB), self.lm_head)
         self.poison = poison
         self.rows = 0
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from atts_engine import AsyncEngine, ops
 from atts_engine.errors import InputError
-from atts_engine.models import Decoder, load_model, resolve
+from atts_engine.models import Decoder, Model, load_model, resolve
 from atts_engine.models.safetensors_folder import SafetensorsSource
 from atts_engine.models.weights import load_decoder
 from atts_engine.ops import native
+from atts_engine.runtime.meters import ModelCost, StepRows
 from tests.abi import STATUS, params
 from tests.test_engine import CONFIG, PARAMS, content, frozen_calibrator, problems, with_engine
 from tests.test_forward_pass import BATCHES, LLAMA, one_by_one, random_batch, random_decoder
@@ -38,6 +39,15 @@ def weight_of(bits: np.ndarray) -> torch.Tensor:
 
 def bits_of(weight: torch.Tensor) -> np.ndarray:
     return weight.view(torch.int16).numpy().view(np.uint16)
+
+
+def packed_bytes(weight: torch.Tensor) -> int:
+    """What the format says that `weight` takes."""
+    bits = bits_of(weight)
+    rows, columns = bits.shape
+    found = [len(np.unique(b >> 7 & 255)) for r in np.split(bits, rows // 32) for b in np.split(r, columns // 64, 1)]
+    entries = -(-len(found) * ENTRY_BYTES // 64) * 64
+    return HEADER_BYTES + entries + sum(RAW_BYTES if n > 16 else BLOCK_BYTES for n in found)
 
 
 def packed_of(weight: torch.Tensor) -> ops.PackedWeight:
@@ -68,9 +78,7 @@ def test_round_trip_is_exact_and_as_long_as_the_format_says(
     bits |= g.integers(0, 128, (rows, columns))
     packed = packed_of(weight_of(bits))
     assert np.array_equal(bits_of(ops.unpack_weight(packed)), bits)
-    found = [len(np.unique(b >> 7 & 255)) for r in np.split(bits, rows // 32) for b in np.split(r, columns // 64, 1)]
-    entries = -(-len(found) * ENTRY_BYTES // 64) * 64
-    assert packed.nbytes == HEADER_BYTES + entries + sum(RAW_BYTES if n > 16 else BLOCK_BYTES for n in found)
+    assert packed.nbytes == packed_bytes(weight_of(bits))
 
 
 def test_every_value_comes_back() -> None:
@@ -239,6 +247,22 @@ def test_an_engine_writes_the_same_chains_packed_and_plain() -> None:
     plain, was_packed = solved(False)
     assert not was_packed
     assert solved(None) == (plain, ops.packing_obstacle("cpu", BF16) is None)
+
+
+def test_a_meter_counts_the_bytes_that_packed_weights_take() -> None:
+    plain = random_decoder(FITTING)
+    packed = Decoder(FITTING, plain.weights.packed())
+    costs = [ModelCost.of_model(Model("m", FITTING, d, None, "f")) for d in (plain, packed)]  # type: ignore[arg-type]
+    assert costs[0] == ModelCost.of(FITTING, 2)
+    matrices = [ops.unpack_weight(m) for layer in plain.weights.layers for m in layer.matrices]
+    blocks, taken = (sum(size(m) for m in matrices) for size in (lambda m: m.nbytes, packed_bytes))
+    assert taken < 0.8 * blocks
+    head = plain.lm_head.nbytes - packed_bytes(plain.lm_head)
+    forward, score, sample = (StepRows(1, 4, 4, *which) for which in ((0, 0), (1, 0), (0, 1)))
+    saved = [costs[0].bytes(rows) - costs[1].bytes(rows) for rows in (forward, score, sample)]
+    # Scores read the plain LM head.
+    assert saved == [blocks - taken, blocks - taken, blocks - taken + head]
+    assert costs[0].operations(sample) == costs[1].operations(sample)
 
 
 def test_codes_of_the_c_functions() -> None:

@@ -140,7 +140,7 @@ def lane_tables(figures: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
         here += lanes.lane_rows(found["lanes"], prefix)
         away += servers.server_rows(found["servers"], prefix)
         notes += [prefix + note for note in servers.server_notes(found["servers"])]
-    if here or not away:
+    if here:
         yield Table("lanes", lanes.COLUMNS, tuple(here))
     if away:
         yield Table("servers", servers.COLUMNS, tuple(away), note="\n".join(notes))

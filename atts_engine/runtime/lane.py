@@ -78,7 +78,7 @@ class LaneCore:
             stream_priority=stream_priority,
         )
         passes = CudaPasses(self._runner.on_stream) if device.type == "cuda" else HostPasses()
-        self.meter = LaneMeter(ModelCost.of(model.config, model.decoder.lm_head.dtype.itemsize), passes)
+        self.meter = LaneMeter(ModelCost.of_model(model), passes)
         self._max_batch_tokens = max_batch_tokens
         costs = Costs.of(model.config, kv_bytes_per_token(model) * page_size, device.type)
         self._scheduler = Scheduler(

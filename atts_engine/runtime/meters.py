@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from atts_engine.models import ModelConfig
+from atts_engine.models import Model, ModelConfig
 from atts_engine.runtime.preemption import block_weights
 from atts_engine.runtime.scheduler import Step
 
@@ -53,7 +53,9 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Operations and bytes of a step, from the model's shape. itemsize: bytes of an element of weights and KV.
+    """Operations and bytes of a step, from the model's shape. itemsize: bytes of an element of embeddings and KV;
+    weights: elements of the matrices of all blocks; block_bytes: what these take in memory; scoring_bytes,
+    sampling_bytes: of the LM head, as scores and as samples read it.
 
     Left out: norms, biases, rotary positions, softmax, and activations, which a device keeps near its units.
     """
@@ -61,11 +63,28 @@ class ModelCost:
     config: ModelConfig
     itemsize: int
     weights: int
-    """Elements of the matrices of all blocks."""
+    block_bytes: int
+    scoring_bytes: int
+    sampling_bytes: int
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
-        return cls(config, itemsize, block_weights(config))
+        """Of plain weights."""
+        weights, head = block_weights(config), itemsize * config.vocab_size * config.hidden_size
+        return cls(config, itemsize, weights, itemsize * weights, head, head)
+
+    @classmethod
+    def of_model(cls, model: Model) -> ModelCost:
+        """Of weights as the model holds them: packed ones are read packed."""
+        held = model.decoder.weights
+        return cls(
+            model.config,
+            held.embed.dtype.itemsize,
+            block_weights(model.config),
+            sum(matrix.nbytes for layer in held.layers for matrix in layer.matrices),
+            held.lm_head.nbytes,
+            (held.lm_head if held.lm_head_packed is None else held.lm_head_packed).nbytes,
+        )
 
     def operations(self, step: StepRows) -> int:
         """Floating-point operations, a multiplication and an addition being two: every row times every weight of the
@@ -81,10 +100,9 @@ class ModelCost:
         are two passes over it; logits of sampled rows written and read."""
         c = self.config
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (step.cached + step.rows)
-        heads = (step.scored > 0) + (step.sampled > 0)
         logits = 2 * step.sampled * c.vocab_size
-        elements = self.weights + step.rows * c.hidden_size + kv + heads * c.vocab_size * c.hidden_size + logits
-        return self.itemsize * elements
+        head = self.scoring_bytes * (step.scored > 0) + self.sampling_bytes * (step.sampled > 0)
+        return self.block_bytes + head + self.itemsize * (step.rows * c.hidden_size + kv + logits)
 
 
 @dataclass(slots=True)

@@ -104,7 +104,7 @@ async def step_seconds(lane: InProcessLane, n: int, prompt_tokens: int, tokens: 
 def least_seconds(model: Model, facts: Facts, rows: StepRows) -> float:
     """No step can be quicker than max(bytes / bandwidth, operations / peak), both as docs/intensity.md counts them:
     weights once, keys and values of each sequence once, LM head, logits."""
-    cost = ModelCost.of(model.config, model.decoder.lm_head.dtype.itemsize)
+    cost = ModelCost.of_model(model)
     return max(cost.bytes(rows) / facts.bandwidth, cost.operations(rows) / facts.peak)
 
 
