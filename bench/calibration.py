@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from atts_engine.conformal import Adaptive, AdaptiveConformalInference, Calibrator
+from atts_engine.evaluation.files import atomically, write_text
 from atts_engine.evaluation.replay import Scored, figures, replay, replay_online, scored_spans
 from atts_engine.evaluation.traces import read_chains
 from bench.provenance import ROOT, provenance
@@ -150,7 +151,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axes.margins(x=0.15)
         axes.legend(frameon=False, loc="lower right")
         figure.axes[0].set_ylabel("selection power (a coin: 0.5)")
-        figure.savefig(path, metadata={"Date": None})
+        with atomically(path) as partial:
+            figure.savefig(partial, format="svg", metadata={"Date": None})
 
 
 def updated(page: str, record: dict[str, Any]) -> str:
@@ -169,10 +171,10 @@ def main() -> int:
     if args.traces is not None:
         record = measure(args.traces)
         command = f"python -m bench.calibration --traces {args.traces.name}"
-        OUT.write_text(json.dumps({"provenance": provenance(command)} | record, indent=1) + "\n", encoding="utf-8")
+        write_text(OUT, json.dumps({"provenance": provenance(command)} | record, indent=1) + "\n")
     if args.render:
         record = json.loads(OUT.read_text(encoding="utf-8"))
-        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+        write_text(PAGE, updated(PAGE.read_text(encoding="utf-8"), record))
         draw(record, PLOT)
     return 0
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.traces import read_chains
 from atts_engine.pipeline.records import Chain
 from bench.early_spans import read_spans
 from bench.early_verdicts import study
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "early_engine.json"
@@ -57,7 +59,7 @@ def run(out: Path) -> int:
     commands = [shlex.join(["atts", *words]) for words in (CALIBRATE, RUN)]
     where = provenance("python -m bench.early_engine") | {"commands": commands}
     record = {"provenance": where, "runs": cells, "sets": {"parts": found["parts"], "methods": sets}}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 
@@ -87,5 +89,5 @@ def _text(chain: Chain) -> tuple[Any, ...]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/early_engine.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/early_engine.json")
     sys.exit(run(parser.parse_args().out))

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.sweep_plot import draw_sweep
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "intensity_cpu.json"
@@ -43,7 +45,7 @@ def measure(problems: int, chains: str, turns: str, repeats: int, out: Path) -> 
     ]
     command = shlex.join(["atts", *flags, "--out", "DIR"])
     record = {"provenance": provenance(command), "cells": found["cells"], "growth": found["growth"], "runs": runs}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 
@@ -115,13 +117,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--chains", default="2,4,8,16,32", help="default: %(default)s")
     parser.add_argument("--turns", default="2,4,8,12", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each cell (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/intensity_cpu.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/intensity_cpu.json")
     parser.add_argument("--render", action="store_true", help="write tables and plots from the results; run nothing")
     args = parser.parse_args(words)
     if not args.render:
         return measure(args.problems, args.chains, args.turns, args.repeats, args.out)
     record = json.loads(args.out.read_text(encoding="utf-8"))
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+    write_text(PAGE, updated(PAGE.read_text(encoding="utf-8"), record))
     draw_sweep(record, PAGE.parent)
     return 0
 

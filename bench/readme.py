@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.plan import stands_in
 from atts_engine.evaluation.suite_table import TITLES, terms
 from bench.gpu_proof.report import newest
@@ -190,7 +191,7 @@ def main(check: bool) -> int:
             new = decode_updated(new, json.loads(DECODE.read_text(encoding="utf-8")))
         stale += old != new
         if not check:
-            path.write_text(new, encoding="utf-8")
+            write_text(path, new)
     return int(check and stale > 0)
 
 

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "registers.json"
@@ -40,7 +42,7 @@ def run(problems: int, out: Path) -> int:
     strategies = {name: {k: cell[k] for k in KEPT} for name, cell in found["strategies"].items()}
     command = shlex.join(["atts", *flags, "--out", "DIR"])
     record = {"provenance": provenance(command), "strategies": strategies, "against": found["against"]}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 
@@ -48,6 +50,6 @@ def run(problems: int, out: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=200, help="held-out problems (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/registers.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/registers.json")
     arguments = parser.parse_args()
     sys.exit(run(arguments.problems, arguments.out))

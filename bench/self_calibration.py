@@ -30,6 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from atts_engine.evaluation.files import write_text
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -310,11 +312,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tau", type=float, default=0.7, help="of early-stop-bon and asc-conf (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, default=None, metavar="FOLDER", help="keep the tuned draft here")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/self_calibration_cpu.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/self_calibration_cpu.json")
     options = parser.parse_args(arguments)
     options.command = shlex.join(["python", "-m", "bench.self_calibration", *arguments])
     figures = run(options)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_text(options.out, json.dumps(figures, indent=1) + "\n")
     print(f"wrote {options.out}")
     return 0
 

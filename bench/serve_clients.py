@@ -19,8 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from atts_engine.evaluation.files import write_text
 from atts_engine.models.load import resolve
 from bench import serve_load
+from bench.output import out_file
 from bench.provenance import provenance
 
 OUTPUT_TOKENS = 30
@@ -98,7 +100,7 @@ def main() -> int:
     parser.add_argument("--guidellm", metavar="PROGRAM")
     parser.add_argument("--vllm", metavar="PROGRAM")
     parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--out", type=out_file, help="write the figures here as JSON")
     args = parser.parse_args()
     found: dict[str, Any] = provenance(f"python -m bench.serve_clients --requests {args.requests}")
     served = serve_load.parser().parse_args(["--kv-tokens", "16384", "--max-chains", "256"])
@@ -112,7 +114,7 @@ def main() -> int:
     text = json.dumps(found, indent=1)
     print(text)
     if args.out is not None:
-        args.out.write_text(text + "\n")
+        write_text(args.out, text + "\n")
     ran = [part for part in found.values() if isinstance(part, dict)]
     return 0 if ran and not any(part["failed"] for part in ran) else 1
 

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
+from atts_engine.evaluation.files import write_text
+from bench.output import out_file
 from bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -250,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kv-tokens", type=int, default=3072, help="small, so that sequences are preempted")
     made.add_argument("--max-chains", type=int, default=96, help="few, so that requests are refused")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--out", type=Path, help="write the figures here as JSON")
+    made.add_argument("--out", type=out_file, help="write the figures here as JSON")
     return made
 
 
@@ -260,7 +262,7 @@ def main() -> int:
     text = json.dumps(found, indent=1)
     print(text)
     if args.out is not None:
-        args.out.write_text(text + "\n")
+        write_text(args.out, text + "\n")
     return 0 if sound(found) else 1
 
 

@@ -29,9 +29,11 @@ from typing import Any
 import torch
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.simulation import Job, LaneModel, Machine, Outcome, Rules, simulate
 from atts_engine.evaluation.simulation.fit import FittedLanes, RunRecord, fit, pooled
 from atts_engine.evaluation.simulation.work import resample, tokens_of
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "simulate_cpu.json"
@@ -124,7 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="runs at each number of chains (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="times the problems (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/simulate_cpu.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/simulate_cpu.json")
     args = parser.parse_args()
     problems = {chains: max(IN_FLIGHT, round(n * args.scale)) for chains, n in PROBLEMS.items()}
     load = os.getloadavg()
@@ -149,7 +151,7 @@ def main() -> int:
         "predicted_within_20_percent": all(row["within"] for row in rows if row["chains"] in PREDICTED),
         "runs": [of_run(record, lanes) for record in records],
     }
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out, json.dumps(found, indent=1) + "\n")
     print(f"wrote {args.out}")
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "simulate_pair.json"
@@ -136,8 +137,8 @@ def main() -> int:
         print(f"{PAGE.name} is {'' if same else 'not '}what {OUT.name} says")
         return 0 if same else 1
     record = run()
-    OUT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(written(page, record), encoding="utf-8")
+    write_text(OUT, json.dumps(record, indent=1) + "\n")
+    write_text(PAGE, written(page, record))
     print(f"wrote {OUT} and {PAGE}")
     return 0
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.cli.main import main as atts
+from atts_engine.evaluation.files import write_text
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "strategies_cpu.json"
@@ -66,7 +68,7 @@ def measure(flags: Sequence[str], folder: Path, out: Path) -> int:
         "pilot_problems": int(flags[flags.index("--pilot-problems") + 1]),
         "blocks": [{**block, "rows": [_kept(row) for row in block["rows"]]} for block in found["blocks"]],
     }
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"{took:.0f} s; wrote {out}")
     return 0
 
@@ -88,7 +90,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--chains", type=int, default=8, help="chains a problem (default: %(default)s)")
     parser.add_argument("--smollm2", type=Path, metavar="FILE", help="a problem file for SmolLM2 in place of the pair")
     parser.add_argument("--folder", type=Path, help="where the runs go; kept, and gone on with (default: a new one)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/strategies_cpu.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/strategies_cpu.json")
     args = parser.parse_args(words)
     flags = smollm2(args.smollm2) if args.smollm2 else built_in(args.problems, args.pilot, args.chains)
     if args.folder is not None:

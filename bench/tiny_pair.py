@@ -29,6 +29,7 @@ from tiny_pair.model import Llama  # noqa: E402
 from tiny_pair.sampler import sample, token_nll  # noqa: E402
 from tiny_pair.vocab import BLANK, BOS, BOX, EOS, WAIT, decode, encode  # noqa: E402
 
+from atts_engine.evaluation.files import write_text  # noqa: E402
 from atts_engine.evaluation.registers import (  # noqa: E402
     REGISTERS,
     RegisterProblem,
@@ -40,6 +41,7 @@ from atts_engine.evaluation.registers import (  # noqa: E402
     solution,
     split_of,
 )
+from bench.output import out_file  # noqa: E402
 
 SPAN = 24
 CHAINS = 8
@@ -171,7 +173,7 @@ def write_card(folder: Path, rows: list[tuple[str, dict[str, float | int]]], res
     table = [f"| {label} | {f['share']:.3f} | {f['right']} of {f['n']} |" for label, f in rows]
     source = f"`{result['command']}`, {result['date']}, {result['cpu']}, torch {result['torch']}, seed {result['seed']}"
     body = "\n".join([source, "", "| measured on held-out problems | share | count |", "|---|---|---|", *table])
-    card.write_text(f"{head}<!-- figures -->\n{body}\n<!-- end of figures -->\n{tail}")
+    write_text(card, f"{head}<!-- figures -->\n{body}\n<!-- end of figures -->\n{tail}")
 
 
 def main() -> int:
@@ -182,7 +184,7 @@ def main() -> int:
     parser.add_argument("--problems", type=int, default=250, help="held-out problems per number of steps, 2 to 6")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tiny_pair.json")
+    parser.add_argument("--out", type=out_file, default=ROOT / "bench" / "results" / "tiny_pair.json")
     parser.add_argument("--cards", action="store_true", help="also write the figures into the models' README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -225,7 +227,7 @@ def main() -> int:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2) + "\n"
-    args.out.write_text(text)
+    write_text(args.out, text)
     sys.stdout.write(text)
     if args.cards:
         by_steps = result["draft"]["chains_by_steps"], result["draft"]["majority_by_steps"]

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from atts_engine.cli.tables import Table, count, percent, plain_table, seconds
 from atts_engine.config import ATTSParams, EngineConfig
 from atts_engine.conformal import make_calibrator
 from atts_engine.evaluation import registers
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.tuning import (
     Budget,
     Choice,
@@ -47,6 +47,7 @@ from atts_engine.evaluation.tuning import (
 from atts_engine.evaluation.tuning.optuna_proposer import OptunaProposer
 from atts_engine.models.size import parameter_count
 from atts_engine.pipeline import Problem
+from bench.output import out_file
 from bench.provenance import ROOT, provenance
 
 OUT = ROOT / "bench" / "results" / "tune_cpu.json"
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "studies": studies,
         "by_proposer": {name: _summary([s for s in studies if s["proposer"] == name]) for name in PROPOSERS},
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(plain_table(_table(record)), end="")
     print(f"wrote {args.out}")
     return 0
@@ -213,5 +214,5 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=16, help="proposals of a study (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="studies of each proposer (default: %(default)s)")
     parser.add_argument("--budget-tokens", type=float, default=100.0, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/results/tune_cpu.json")
+    parser.add_argument("--out", type=out_file, default=OUT, help="default: bench/results/tune_cpu.json")
     sys.exit(run(parser.parse_args()))

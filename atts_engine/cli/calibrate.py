@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from atts_engine.cli import options
 from atts_engine.cli.interrupt import Interrupted
 from atts_engine.cli.tables import Table, check_json_target, count, human_stream, percent, show, write_json
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import check_file
 
 if TYPE_CHECKING:
     from atts_engine.cli.job import CalibrationChoice
@@ -29,7 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_sampling(parser)
     options.add_calibration(parser)
     options.add_output(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.npz", help="where the calibration is saved")
+    parser.add_argument(
+        "--out", type=options.place, required=True, metavar="FILE.npz", help="where the calibration is saved"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     check_json_target(args.json)
     if args.frozen:
         raise InputError("--frozen would learn nothing: leave it out to calibrate")
-    _check_target(Path(args.out))
+    check_file(Path(args.out), "--out")
     problems = options.problems(args)
     choice = CalibrationChoice.of(args)
     try:
@@ -59,13 +61,6 @@ def run(args: argparse.Namespace) -> int:
     out.write(f"saved: {args.out}\n")
     write_json(found, args.json)
     return 0
-
-
-def _check_target(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--out {path}: not a file in an existing directory")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: no permission to write there")
 
 
 async def _job(

@@ -38,7 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="A,B,...",
         help=f"each as NAME[:OPTION=VALUE...] (docs/strategies.md); default: {DEFAULT}, or all with --suite",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder: a run of each strategy, summary.json and report.html")
+    parser.add_argument(
+        "--out", type=options.place, metavar="DIR", help="folder: a run of each strategy, summary.json and report.html"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the runs that DIR holds")
     parser.add_argument("--traces", metavar="FILE", help="figures of a trace file; no model is run")
     sweep.add_options(parser)

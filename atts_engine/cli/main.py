@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     try:
-        args = build_parser().parse_args(words)
+        args, unknown = build_parser().parse_known_args(words)
+        if unknown:
+            raise InputError(f"unrecognized arguments: {' '.join(unknown)} (see `atts {args.command} --help`)")
         args.command_line = words
         code = int(args.handler(args))
         sys.stdout.flush()

@@ -29,6 +29,13 @@ DEFAULT_COUNT = 48
 DEFAULTS: dict[str, Any] = {"draft_tokens": 500, "target_tokens": 500, "turns": 15}
 
 
+def place(text: str) -> str:
+    """A folder or file to write to, as a type of argparse: an empty text would name the folder that one stands in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a place, not an empty text")
+    return text
+
+
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Which models, where, and in which precision."""
     group = parser.add_argument_group("models")

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_early_verdict(parser)
     options.add_output(parser)
     options.add_ray(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", type=options.place, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
 
 

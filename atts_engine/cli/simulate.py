@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atts_engine.cli import options
 from atts_engine.cli.tables import Table, check_json_target, count, human_stream, percent, seconds, show, write_json
 from atts_engine.errors import InputError
 
@@ -84,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     group.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     group = parser.add_argument_group("output")
-    group.add_argument("--out", metavar="DIR", help="write simulate.json and simulate.png there")
+    group.add_argument("--out", type=options.place, metavar="DIR", help="write simulate.json and simulate.png there")
     group.add_argument("--json", metavar="FILE", help="write the figures as JSON to FILE, or - for stdout")
     group.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from atts_engine.errors import InputError
-from atts_engine.evaluation.files import named, write_text
+from atts_engine.evaluation.files import check_file, named, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ def check_json_target(json_target: str | None) -> None:
     if json_target in (None, "-"):
         return
     path = Path(str(json_target))
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--json {path}: not a file in an existing directory")
-    if not os.access(path if _is_stream(path) else path.parent, os.W_OK):
+    if not _is_stream(path):
+        check_file(path, "--json")
+    elif not os.access(path, os.W_OK):
         raise InputError(f"--json {path}: no permission to write there")
 
 
@@ -114,12 +114,12 @@ def write_json(figures: dict[str, Any], json_target: str | None) -> None:
             except OSError as error:
                 raise named(error, path) from error
         else:
-            write_text(path.resolve(), text)
+            write_text(path, text)
 
 
 def _is_stream(path: Path) -> bool:
     """A device or a pipe, which cannot be replaced."""
-    return path.exists() and not path.is_file()
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -90,7 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="keep the last N problems out of the study, and run the best configuration on them",
     )
-    group.add_argument("--out", required=True, metavar="DIR", help="folder of the study")
+    group.add_argument("--out", type=options.place, required=True, metavar="DIR", help="folder of the study")
     group.add_argument("--resume", action="store_true", help="go on with the study that DIR holds")
     group = parser.add_argument_group("agent, with --proposer agent")
     group.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -83,11 +84,14 @@ def save_state(
     arrays: dict[str, npt.NDArray[Any]],
     meta: Meta,
 ) -> None:
-    """Write a state. The file appears whole or not at all; `OSError` with the file's name where it cannot."""
-    path = Path(path)
+    """Write a state. The file appears whole or not at all, a symbolic link's at its end; `OSError` with the file's name
+    where it cannot, and where a device, a pipe or a folder stands there."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        raise OSError(errno.EEXIST, "a device, a pipe or a folder stands there", str(path))
     state = State(calibrator, options, arrays, meta)
     record = _record(state) | {"sha256": content_hash(state)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
     # A zip file that is closed on a full disk raises what hides the disk's own error.
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, meta=np.array(json.dumps(record)), **arrays)
@@ -96,7 +100,7 @@ def save_state(
             file.write(packed.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.replace(real)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from atts_engine.errors import InputError
+from atts_engine.evaluation.files import atomically, check_file
 from atts_engine.evaluation.plots import can_plot
 
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check_plot_target(path: str | os.PathLike[str] | None) -> None:
-    """`InputError` if a picture cannot be drawn there: no matplotlib, an unknown suffix, no such folder."""
+    """`InputError` if a picture cannot be drawn there: no matplotlib, an unknown suffix, no file can be written."""
     if path is None:
         return
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise InputError(f"--plot {path}: no such folder")
+    check_file(path, "--plot")
     if not can_plot():
         raise InputError("--plot needs matplotlib: pip install 'atts-engine[eval]'")
 
 
 def draw_rates(replays: Mapping[str, Mapping[str, Any]], alpha: float, path: str | os.PathLike[str]) -> None:
     """By turn and by problem (sorted, each replay for itself), one line per replay; figures as `replay.figures` gives
-    them."""
+    them. `OSError` as `atomically`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -53,7 +53,6 @@ def draw_rates(replays: Mapping[str, Mapping[str, Any]], alpha: float, path: str
         by_turn.set_ylabel("share of spans taken over")
         by_turn.set_ylim(0, 1)
         figure.legend(loc="outside upper center", ncols=min(5, len(replays)), frameon=False)
-        try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-        except OSError as error:
-            raise InputError(f"--plot {path} cannot be written: {error.strerror or error}") from error
+        kind = Path(path).suffix.removeprefix(".")
+        with atomically(Path(path)) as partial:
+            figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

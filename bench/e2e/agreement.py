@@ -28,9 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atts_engine.evaluation.files import write_text
 from atts_engine.models import load_model, resolve
 from bench.e2e.decode import VLLM_ENVIRONMENT
 from bench.e2e.export import export
+from bench.output import out_file
 from bench.provenance import provenance
 
 START_S = 300.0
@@ -226,7 +228,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=48, metavar="N", help="problems of the calibration")
     parser.add_argument("--steps", default="4-6")
     parser.add_argument("--alpha", type=float, default=0.4)
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=out_file, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     for name in args.cases.split(","):
@@ -235,7 +237,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = measure(args, CASES[name], Path(folder))
         if args.out:
-            args.out.write_text(json.dumps(whole(args, found), indent=1) + "\n", encoding="utf-8")
+            write_text(args.out, json.dumps(whole(args, found), indent=1) + "\n")
     print(table(found))
 
 

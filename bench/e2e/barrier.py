@@ -29,6 +29,7 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import Lane, Seq
 from atts_engine.config import SamplingParams, dtype_of
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.simulation import Job, LaneModel, LinearCost, Machine, Rules, Scope, TurnWork, simulate
 from atts_engine.evaluation.simulation.work import estimated_tokens
 from atts_engine.evaluation.traces import read_chains
@@ -36,6 +37,7 @@ from atts_engine.models import load_model
 from atts_engine.pipeline import Chain, Pair
 from atts_engine.pipeline.streams import stream_key
 from bench.e2e.pair import open_pair, prompt_of
+from bench.output import out_file
 from bench.provenance import provenance
 
 SCOPES: tuple[Scope, ...] = ("none", "problem", "all")
@@ -342,11 +344,11 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     found = asyncio.run(measure(args))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import InProcessLane
 from atts_engine.config import SamplingParams
+from atts_engine.evaluation.files import write_text
 from atts_engine.models import Model, load_model
 from atts_engine.runtime import EngineLoop, LaneCore, Mailbox
 from bench.e2e.export import export
+from bench.output import out_file
 from bench.provenance import provenance
 
 PROMPT_TOKENS = 32
@@ -179,7 +181,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             runs.append({"engine": name, "sequences": sequences, "round": round_, "tokens_per_s": rate})
             print(f"{name:62} {sequences:3} sequences: {rate:7.1f} tokens/s", flush=True)
         if args.out:  # after every cell: what was measured outlives an interruption
-            args.out.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
+            write_text(args.out, json.dumps(found(), indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         if args.vllm:
@@ -238,7 +240,7 @@ def main() -> None:
         "--packed", action=argparse.BooleanOptionalAction, help="our weights packed (default: where it can be had)"
     )
     parser.add_argument("--vllm", metavar="PYTHON")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     found = asyncio.run(measure(args))
     print(table(found))

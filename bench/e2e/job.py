@@ -30,12 +30,14 @@ import torch
 from atts_engine import ops
 from atts_engine.backends import Lane, Seq
 from atts_engine.config import SamplingParams, dtype_of
+from atts_engine.evaluation.files import write_text
 from atts_engine.models import load_model
 from atts_engine.pipeline import ATTSParams, Pair, Problem, Prompts, run_problem
 from atts_engine.pipeline.gate import Judged, Place
 from atts_engine.pipeline.streams import stream_key
 from bench.e2e.export import export
 from bench.e2e.pair import open_pair, prompt_of
+from bench.output import out_file
 from bench.provenance import provenance
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -216,7 +218,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         runs.append({"engine": name, "round": round_, "load": os.getloadavg()[0]} | found)
         print(f"{name:60} round {round_}: {found['seconds']:8.1f} s, mean score {found['mean_score']:.3f}", flush=True)
         if args.out:  # after every run: what was measured outlives an interruption
-            args.out.write_text(json.dumps(all_found(), indent=1) + "\n", encoding="utf-8")
+            write_text(args.out, json.dumps(all_found(), indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         if args.vllm:
@@ -284,7 +286,7 @@ def main() -> None:
     parser.add_argument("--settings", type=lambda t: [int(n) for n in t.split(",")], default=[*range(len(SETTINGS))])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--vllm", metavar="PYTHON")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     found = asyncio.run(measure(args))
     print(table(found))

@@ -28,10 +28,12 @@ import torch
 
 from atts_engine.conformal import Mondrian, load_calibrator
 from atts_engine.conformal.state import Meta
+from atts_engine.evaluation.files import write_text
 from atts_engine.models import load_model
 from atts_engine.models.fingerprint import fingerprint
 from bench.e2e.decode import VLLM_ENVIRONMENT, Peer, speed
 from bench.e2e.export import export
+from bench.output import out_file
 from bench.provenance import provenance
 from examples.vllm.request import GatedRequest
 from examples.vllm.span_gate import SpanGate
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--span", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -150,7 +152,7 @@ def main() -> None:
         where = provenance("python -m bench.e2e.plugin " + " ".join(sys.argv[1:]))
         found = {"provenance": where, "engine": ENGINE, "span": args.span, "tokens": args.tokens, "prompt": args.prompt}
         found |= {"load_average": os.getloadavg(), "step_ms": steps, "scoring": scored, "medians": cells, "runs": runs}
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from atts_engine.evaluation.files import cannot_write, write_text
 from bench.gpu_proof import build, correctness, engine, facts, job, kernels, profiles
 from bench.gpu_proof.context import Context, Found, Part, run_parts
 from bench.gpu_proof.report import file_name, lines_of, plots, table
@@ -54,7 +55,11 @@ def main(argv: list[str] | None = None, parts: tuple[tuple[str, float, Part], ..
         return 2
     if args.dry_run:
         torch.set_num_threads(1)  # on tensors this small a second thread costs more than it brings
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(cannot_write(args.out, error), file=sys.stderr)
+        return 2
     device = torch.device("cpu") if args.dry_run else torch.device("cuda", torch.cuda.current_device())
     ctx = Context(device, args.out, args.dry_run)
     chosen = tuple(part for part in parts if not args.only or part[0] in args.only)
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None, parts: tuple[tuple[str, float, Part], ..
         print(f"{last}: {outcome[last]['status']}, {outcome[last]['seconds']:.1f} s", file=sys.stderr, flush=True)
         # A whole file at any moment: what was measured outlives an interruption.
         part_file = path.with_suffix(".part")
-        part_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(part_file, json.dumps(record, indent=1) + "\n")
         os.replace(part_file, path)
 
     outcome = run_parts(ctx, chosen, args.minutes, save)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atts_engine.evaluation.files import atomically
 from bench.gpu_proof.context import Found, Line, Part
 
 PREFIX = "gpu_proof"
@@ -72,7 +73,8 @@ def plots(outcome: dict[str, Found], folder: Path) -> list[str]:
 
 
 def _saved(figure: Any, path: Path) -> str:
-    figure.savefig(path, dpi=120)
+    with atomically(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     return path.name
 
 

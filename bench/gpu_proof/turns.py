@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atts_engine.evaluation.files import write_text
 from atts_engine.evaluation.simulation.work import CHARS_PER_TOKEN, TURNS, Job, TurnWork, estimated_tokens
 from atts_engine.evaluation.traces import read_chains
 
@@ -70,4 +71,4 @@ def derive(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    TURNS.write_text(json.dumps(derive(Path(sys.argv[1])), separators=(",", ":")) + "\n", encoding="utf-8")
+    write_text(TURNS, json.dumps(derive(Path(sys.argv[1])), separators=(",", ":")) + "\n")

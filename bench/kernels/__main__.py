@@ -11,14 +11,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
+from atts_engine.evaluation.files import write_text
 from bench.kernels.cases import SIZES, cases
 from bench.kernels.devices import measure
 from bench.kernels.run import measure_case
 from bench.kernels.table import Row, table
+from bench.output import out_file
 from bench.provenance import provenance
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=11, help="turns of each provider (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=out_file, metavar="FILE")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                 "rows": [asdict(row) for row in rows],
                 "absent": absent,
             }
-            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_text(args.out, json.dumps(found, indent=1) + "\n")
     print(table(rows, facts))
     for name, reason in absent.items():
         print(f"left out: {name} ({reason})")
