@@ -31,10 +31,9 @@ from atts_engine.conformal.ordinal import (
     make_sets,
 )
 from atts_engine.errors import InputError
-from atts_engine.evaluation.files import write_text
+from atts_engine.evaluation.files import check_file, write_text
 from atts_engine.evaluation.measures import bootstrap
 from bench.early_spans import Floats, Ints, Rows, Span, read_spans, rows_of, split, turn_groups
-from bench.output import out_file
 from bench.provenance import provenance
 
 MIN_CELL = 30
@@ -227,10 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bins", type=int, default=5, help="ordinal labels of the score (default: %(default)s)")
     parser.add_argument("--sees", choices=("both", "draft"), default="both", help="scores that the predictor sees")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    parser.add_argument("--json", type=out_file, help="write the figures here, e.g. bench/results/early_verdicts.json")
+    parser.add_argument("--json", type=Path, help="write the figures here, e.g. bench/results/early_verdicts.json")
     given = parser.parse_args(arguments)
     settings = {k: getattr(given, k) for k in ("alpha", "miscoverage", "bins", "seed", "sees")}
     try:
+        if given.json is not None:
+            check_file(given.json, "--json")
         record = study(read_spans(given.traces), **settings)
         print(table(record))
         if given.json is not None:

@@ -145,7 +145,7 @@ def test_traces_that_cannot_serve_are_refused_in_one_line(tmp_path: Path, capsys
         (["--traces", str(good), "--alpha", "1.5"], "alpha must lie strictly between 0 and 1"),
         (["--traces", str(good), "--miscoverage", "0"], "miscoverage must lie strictly between 0 and 1"),
         (["--traces", str(good), "--bins", "1"], "2 or more bins"),
-        (["--traces", str(good), "--json", str(tmp_path / "no" / "f.json")], "cannot be written"),
+        (["--traces", str(good), "--json", str(tmp_path / "no" / "f.json")], "no such folder"),
     ]:
         assert main(flags) == 2
         error = capsys.readouterr().err

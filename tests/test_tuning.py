@@ -213,9 +213,14 @@ def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="made-up times are for machines without a GPU")
-def test_a_dry_run_searches_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "--tune", "--dry-run"]) == 0
-    assert "times are made up, nothing was written" in capsys.readouterr().out
+def test_a_dry_run_searches_and_writes_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--tune", "--dry-run", "--json", "-"]) == 0
+    told = capsys.readouterr()
+    assert "times are made up, no table was written" in told.err
+    found = json.loads(told.out)
+    assert found["dry_run"] and found["table"] is None
+    for entry in found["entries"]["score_tokens"]:
+        assert set(entry) == {"dtype", "bounds", "config", "time_us", "alternatives"}
 
 
 def test_the_engine_refuses_a_file_that_is_no_table(path: Path) -> None:
