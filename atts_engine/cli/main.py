@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as stop:
-        return _fail(stop.message if isinstance(stop, Interrupted) else "interrupted; nothing was saved", 130)
+        early = "nothing was added to what is saved" if "--resume" in words else "nothing was saved"
+        return _fail(stop.message if isinstance(stop, Interrupted) else f"interrupted; {early}", 130)
     except BrokenPipeError:
         # The reader of a pipe went away (`| head`); what is left in stdout's buffer must not be flushed at exit.
         _abandon(sys.stdout)

@@ -43,7 +43,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "a Hugging Face folder, a .gguf file, tiny-draft, tiny-target, smollm2-135m, or a server's: "
         "vllm://HOST:PORT/NAME, sglang://HOST:PORT/NAME"
     )
-    group.add_argument("--draft", metavar="MODEL", help=f"the model that writes: {text}")
+    group.add_argument(
+        "--draft", metavar="MODEL", help=f"the model that writes: {text}; needed but for --task registers"
+    )
     group.add_argument("--target", metavar="MODEL", help="the model that scores and takes over: as --draft")
     group.add_argument(
         "--draft-device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: %(default)s)"
@@ -67,13 +69,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="open to one server at a time (default: %(default)s)",
+        help="requests open to one server at a time (default: %(default)s)",
     )
     group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     group.add_argument(
         "--page-size", type=int, default=16, metavar="N", help="tokens in a KV page (default: %(default)s)"
     )
-    group.add_argument("--kv-tokens", type=int, default=None, metavar="N", help="KV capacity of a lane in tokens")
+    group.add_argument(
+        "--kv-tokens", type=int, default=None, metavar="N", help="KV capacity of a lane in tokens (default: what fits)"
+    )
     group.add_argument(
         "--kv-memory-fraction",
         type=float,
@@ -94,7 +98,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that the draft hands over at a time; traces hold a score for each chunk (default: %(default)s)",
     )
-    group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch")
+    group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads of torch (default: its own)")
     group.add_argument(
         "--overlap",
         action=argparse.BooleanOptionalAction,
@@ -160,7 +164,7 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed-tasks", type=int, default=None, metavar="N", help="seed of a task's problems (default: --seed)"
     )
-    group.add_argument("--steps", default=None, metavar="LO-HI", help="steps of a task's problems (default: 4-6)")
+    group.add_argument("--steps", default=None, metavar="LO-HI", help="steps of a register problem (default: 4-6)")
     group.add_argument(
         "--problems-count", type=int, default=None, metavar="N", help=f"problems of a task (default: {DEFAULT_COUNT})"
     )
@@ -170,16 +174,20 @@ def add_sampling(parser: argparse.ArgumentParser, *, strategy: bool = True) -> N
     """How chains are drawn, tested and voted on."""
     group = parser.add_argument_group("algorithm")
     group.add_argument("--chains", type=int, default=8, metavar="M", help="chains a problem (default: %(default)s)")
-    group.add_argument("--turns", type=int, metavar="N", help="turns a chain has at most (default: 15)")
-    group.add_argument("--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500)")
-    group.add_argument("--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500)")
+    group.add_argument("--turns", type=int, metavar="N", help="turns a chain has at most (default: 15; registers: 16)")
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="tokens of a draft span (default: 500; registers: 24)"
+    )
+    group.add_argument(
+        "--target-tokens", type=int, metavar="K", help="tokens of a target span (default: 500; registers: 24)"
+    )
     group.add_argument("--alpha", type=float, default=0.4, help="nominal takeover rate (default: %(default)s)")
     add_decoding(group)
     group.add_argument(
         "--takeover",
         choices=("continue", "replace"),
         default="continue",
-        help="the target goes on after the span, or redoes it",
+        help="the target goes on after the span, or redoes it (default: %(default)s)",
     )
     if strategy:
         group.add_argument(
@@ -201,7 +209,10 @@ def add_decoding(group: argparse._ActionsContainer) -> None:
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     group.add_argument(
-        "--vote", choices=("majority", "weighted"), default="majority", help="how chains become an answer"
+        "--vote",
+        choices=("majority", "weighted"),
+        default="majority",
+        help="how chains become an answer (default: %(default)s)",
     )
 
 

@@ -74,12 +74,18 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         "--max-choices", type=int, default=64, metavar="N", help="choices of a plain request (default: %(default)s)"
     )
     group.add_argument(
-        "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="of a request's body (default: 4 MiB)"
+        "--max-body-bytes",
+        type=int,
+        default=4 << 20,
+        metavar="N",
+        help="most bytes of a request's body (default: 4 MiB)",
     )
     group.add_argument(
         "--stream-tokens", type=int, default=1, metavar="N", help="tokens in a chunk of a stream (default: %(default)s)"
     )
-    group.add_argument("--timeout-s", type=float, metavar="S", help="end a request after S seconds with what there is")
+    group.add_argument(
+        "--timeout-s", type=float, metavar="S", help="end a request after S seconds with what there is (default: never)"
+    )
     group.add_argument(
         "--drain-s",
         type=int,
@@ -89,7 +95,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--otlp", metavar="URL", help="send a trace of every request to this OTLP collector (HTTP)")
     group.add_argument("--log-prompts", action="store_true", help="write prompts into the log, which is off by default")
-    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    group.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

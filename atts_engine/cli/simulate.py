@@ -37,8 +37,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--gpus", metavar="N,...", help="GPUs (default: 8)")
     group.add_argument("--draft-gpus", type=int, metavar="N", help="of these for the draft (default: chosen)")
     group.add_argument("--target-gpus", type=int, metavar="N", help="of these for the target (default: chosen)")
-    group.add_argument("--draft-tp", type=int, metavar="N", help="GPUs a copy of the draft is split over")
-    group.add_argument("--target-tp", type=int, metavar="N", help="GPUs a copy of the target is split over")
+    group.add_argument(
+        "--draft-tp", type=int, metavar="N", help="GPUs a copy of the draft is split over (default: chosen)"
+    )
+    group.add_argument(
+        "--target-tp", type=int, metavar="N", help="GPUs a copy of the target is split over (default: chosen)"
+    )
     group.add_argument(
         "--placement",
         choices=("auto", "split", "shared"),
@@ -49,11 +53,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--weight-bytes", type=int, default=2, metavar="N", help="an element of weights and KV (default: 2)"
     )
     group.add_argument(
-        "--memory-fraction", type=float, default=0.9, metavar="F", help="of the GPU's memory (default: 0.9)"
+        "--memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="share of a GPU's memory that is usable (default: 0.9)",
     )
-    for name, what in (("compute", "bf16 peak"), ("memory", "memory bandwidth"), ("link", "link bandwidth")):
-        group.add_argument(f"--{name}-efficiency", type=float, metavar="F", help=f"share of the {what} that is reached")
-    group.add_argument("--step-overhead-us", type=float, metavar="US", help="of every step (default: 500)")
+    for name, what, share in (
+        ("compute", "bf16 peak", 0.6),
+        ("memory", "memory bandwidth", 0.7),
+        ("link", "link bandwidth", 0.65),
+    ):
+        text = f"share of the {what} that is reached (default: {share})"
+        group.add_argument(f"--{name}-efficiency", type=float, metavar="F", help=text)
+    group.add_argument(
+        "--step-overhead-us", type=float, metavar="US", help="time of every step beside its arithmetic (default: 500)"
+    )
     group.add_argument("--all-reduce-us", type=float, metavar="US", help="latency of an all-reduce (default: 10)")
     group.add_argument("--lanes", metavar="FILE", help="measured step times of one lane or both, in place of computed")
     group.add_argument(
@@ -62,7 +77,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--price-per-hour", type=float, metavar="P", help="of one GPU; without it no cost is shown")
     group = parser.add_argument_group("job")
     group.add_argument("--traces", metavar="FILE", help="recorded chains (default: lengths that come with the package)")
-    group.add_argument("--chars-per-token", type=float, default=3.0, metavar="C", help="of traces without token counts")
+    group.add_argument(
+        "--chars-per-token", type=float, default=3.0, metavar="C", help="for traces without token counts (default: 3)"
+    )
     group.add_argument(
         "--problems",
         type=int,
@@ -71,7 +88,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     group.add_argument("--chains", metavar="M,...", help="chains a problem (default: 16, or as recorded)")
     group.add_argument("--turns", metavar="N,...", help="turns a chain has at most (default: as recorded)")
-    group.add_argument("--strategies", default="atts,atts-sync,target,draft", metavar="NAME,...")
+    group.add_argument(
+        "--strategies",
+        default="atts,atts-sync,target,draft",
+        metavar="NAME,...",
+        help="of these (default: %(default)s)",
+    )
     group.add_argument("--concurrency", type=int, metavar="N", help="problems in flight (default: all)")
     group.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of a prompt (default: 200)")
     group.add_argument("--chunk-tokens", type=int, default=64, metavar="N", help="handed over at a time (default: 64)")

@@ -81,8 +81,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument(
         "--proposer", choices=PROPOSERS, default="random", help="what chooses the next trial (default: %(default)s)"
     )
-    group.add_argument("--grid-levels", type=int, default=3, metavar="N", help="of each range, with --proposer grid")
-    group.add_argument("--prune", action="store_true", help="end a trial early that looks hopeless")
+    group.add_argument(
+        "--grid-levels",
+        type=int,
+        default=3,
+        metavar="N",
+        help="values of each range, with --proposer grid (default: 3)",
+    )
+    group.add_argument("--prune", action="store_true", help="end a trial early that looks hopeless (docs/tuning.md)")
     group.add_argument(
         "--validate",
         type=int,

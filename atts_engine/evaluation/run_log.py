@@ -15,6 +15,8 @@ from atts_engine.evaluation.decisions import check_log, read_decisions
 from atts_engine.evaluation.folder import Restored
 from atts_engine.evaluation.traces import read_chains
 
+_NAME = "name a folder of `atts run --out`, or DIR/STRATEGY of `atts eval --out DIR`"
+
 
 def log_figures(folder: str | os.PathLike[str], calibration: str | None = None) -> dict[str, Any]:
     """What comes of a run's log, keys as `atts replay --log --json` prints them.
@@ -49,11 +51,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{folder} is not the folder of a run: {path.name}: {error.strerror or error}") from error
+        raise InputError(f"{path}: {error.strerror or error}; {_NAME}") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != "atts-run/1":
-        raise InputError(f"{path} is not of a run: name a folder of `atts run --out`, or DIR/STRATEGY of `atts eval`")
+        raise InputError(f"{path} is not of a run; {_NAME}")
     return settings
 
 
