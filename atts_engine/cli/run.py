@@ -96,8 +96,9 @@ def _fleet_job(
     from atts_engine.evaluation.fleet import Fleet, on_ray
 
     need = on_ray.demand(config)
-    with on_ray.cluster(args.ray):
+    with on_ray.cluster(args.ray) as cluster:
         workers = on_ray.worker_count(args.ray_workers, need)
+        human_stream(args.json).write(f"Ray cluster {cluster}: {workers} worker{'' if workers == 1 else 's'}\n")
         fleet = Fleet.create(on_ray.launcher(need), workers, config, params)
         return asyncio.run(_on(fleet, args, problems, params, choice, folder))
 

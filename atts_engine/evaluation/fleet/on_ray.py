@@ -20,6 +20,9 @@ LISTENING_S = 10.0
 FREE_S = 10.0
 """What a run that has just ended held is free a little later."""
 
+LOCAL = "atts_local"
+"""A resource that marks a cluster as `local`: the newest cluster of a host is what Ray takes for its own."""
+
 STORE_BYTES = 100_000_000
 """Object store of a local cluster. What workers say is small, and the default is a third of the memory."""
 
@@ -44,15 +47,20 @@ def _devices(config: EngineConfig) -> Iterator[tuple[str, str, str]]:
 
 
 @contextlib.contextmanager
-def cluster(address: str) -> Iterator[None]:
-    """Be connected. address: `local` (made here, gone afterwards), `auto`, `HOST:PORT` or `ray://HOST:PORT`; a process
-    that is connected already stays as it is. `InputError` where ray is missing or nobody answers."""
+def cluster(address: str) -> Iterator[str]:
+    """Be connected; which cluster it is. address: `local` (made here, gone afterwards), `auto`, `HOST:PORT` or
+    `ray://HOST:PORT`; a process that is connected already stays as it is. `InputError` where ray is missing or nobody
+    answers, and where `auto` finds the `local` one of another process, which would end with that."""
     ray = _ray()
     if ray.is_initialized():
-        yield
+        yield address
         return
     check_listening(address)
-    local: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+    local: dict[str, Any] = {
+        "object_store_memory": STORE_BYTES,
+        "include_dashboard": False,
+        "resources": {LOCAL: 1.0},
+    }
     try:
         ray.init(address, log_to_driver=False, logging_level="error", **(local if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -61,9 +69,21 @@ def cluster(address: str) -> Iterator[None]:
             f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or use --ray local"
         ) from error
     try:
-        yield
+        yield _joined(address) if address == "auto" else address
     finally:
         ray.shutdown()
+
+
+def _joined(address: str) -> str:
+    """Where the cluster is that `auto` found."""
+    ray = _ray()
+    found = str(ray.get_runtime_context().gcs_address)
+    if LOCAL in ray.cluster_resources():
+        raise InputError(
+            f"the Ray cluster that --ray {address} finds on this host ({found}) belongs to another command's "
+            "--ray local and ends with it: start one with `ray start --head`, or use --ray local"
+        )
+    return found
 
 
 def check_listening(address: str) -> None:
