@@ -110,7 +110,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_hidden_states_and_cache_are_those_of_the_ops(config: str, threads: int, calls: list[int]) -> None:
@@ -131,7 +131,7 @@ def test_hidden_states_and_cache_are_those_of_the_ops(config: str, threads: int,
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_a_batch_without_rows_and_arrays_with_strides() -> None:
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(LLAMA, [0, 0], [3, 5])
@@ -151,7 +151,7 @@ def test_a_batch_without_rows_and_arrays_with_strides() -> None:
 def test_it_stands_aside_for_what_was_asked_for(calls: list[int]) -> None:
     batch, kv = random_batch(LLAMA, *BATCHES["mixed"])
     odd = replace(LLAMA, head_dim=24)
-    with ops.use("native-bf16"):
+    with ops.use("native"):
         random_decoder(LLAMA).forward(batch, kv)
         assert calls == [len(batch.ids)]
         one_by_one(random_decoder(LLAMA), batch, kv)
@@ -194,7 +194,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_written(what: s
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(LLAMA, *BATCHES["mixed"])
     before = kv.clone()
-    with ops.use("native-bf16"), pytest.raises(InputError, match=f"decoder: .*{words}"):
+    with ops.use("native"), pytest.raises(InputError, match=f"decoder: .*{words}"):
         decoder.forward(spoil(batch), kv)
     assert torch.equal(kv.view(torch.int16), before.view(torch.int16))
 
@@ -203,10 +203,10 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_written(what: s
 def test_caches_and_weights_of_another_model_are_refused() -> None:
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(replace(LLAMA, num_kv_heads=3), *BATCHES["decode"])
-    with ops.use("native-bf16"), pytest.raises(InputError, match="kv does not fit"):
+    with ops.use("native"), pytest.raises(InputError, match="kv does not fit"):
         decoder.forward(batch, kv)
     batch, kv = random_batch(LLAMA, *BATCHES["decode"])
-    with ops.use("native-bf16"), pytest.raises(InputError, match="kv must be contiguous"):
+    with ops.use("native"), pytest.raises(InputError, match="kv must be contiguous"):
         decoder.forward(batch, kv.mT.contiguous().mT)
     w = decoder.weights
     short = replace(w, layers=(replace(w.layers[0], down=w.layers[0].down[:, 1:]), *w.layers[1:]))

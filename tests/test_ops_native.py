@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(
         native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
     ),
-    pytest.mark.usefixtures("native_bf16"),
+    pytest.mark.usefixtures("native_ops"),
 ]
 BF16 = torch.bfloat16
 HALF_ULP = 2.0**-8

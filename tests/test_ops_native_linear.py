@@ -23,7 +23,7 @@ def inputs(rows: int, width: int, columns: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_float64(shape: tuple[int, int, int], with_bias: bool) -> None:
@@ -38,7 +38,7 @@ def test_equals_float64(shape: tuple[int, int, int], with_bias: bool) -> None:
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_a_row_has_its_bits_whatever_company_it_keeps() -> None:
     x, weight, _ = inputs(70, 576, 101)
     whole = ops.linear(x, weight)
@@ -58,7 +58,7 @@ def test_a_row_has_its_bits_whatever_company_it_keeps() -> None:
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_strides_empty_batches_and_values_that_are_not_finite() -> None:
     x, weight, bias = inputs(6, 64, 32)
     assert torch.equal(ops.linear(x[::2], weight, bias), ops.linear(x[::2].contiguous(), weight, bias))
@@ -75,7 +75,7 @@ def test_other_dtypes_run_the_reference_bit_for_bit() -> None:
     x, weight, bias = (t.float() for t in inputs(5, 64, 32))
     with ops.use("reference"):
         reference = ops.linear(x, weight, bias)
-    with ops.use("native-bf16"):
+    with ops.use("native"):
         assert torch.equal(ops.linear(x, weight, bias), reference)
 
 
@@ -85,7 +85,7 @@ def test_without_the_library_it_cannot_be_forced(monkeypatch: pytest.MonkeyPatch
     assert ops.available()["linear"] == ["reference"]
     assert ops.chosen("linear", "cpu") == "reference"
     with pytest.raises(InputError, match="CMake"):
-        ops.use("native-bf16")
+        ops.use("native")
 
 
 @needs_library

@@ -52,7 +52,7 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, softcap: float = 0
         import atts_triton
 
         return atts_triton.score_tokens(hidden, weight, ids, softcap)
-    if not softcap and runs_native("score_tokens", hidden) and weight.dtype == hidden.dtype:
+    if not softcap and runs_native("score_tokens", hidden.device, hidden.dtype) and weight.dtype == hidden.dtype:
         return native.score_tokens(hidden, weight, ids)
     parts = [
         _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK], softcap)
@@ -99,7 +99,7 @@ def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
         return atts_triton.score_logits(logits if logits.stride(1) == 1 else logits.contiguous(), ids, softcap)
     if impl == CUDA:
         return cuda.score_logits(logits, ids, softcap)
-    if not softcap and runs_native("score_logits", logits):
+    if not softcap and runs_native("score_logits", logits.device, logits.dtype):
         return native.score_logits(logits, ids)
     wide = logits.float()
     if softcap:
