@@ -70,6 +70,7 @@ TRITON_OPS = frozenset(
 NATIVE_OPS = frozenset(
     {
         "add_rms_norm",
+        "gate",
         "kv_append",
         "linear",
         "paged_attention",
@@ -79,6 +80,7 @@ NATIVE_OPS = frozenset(
         "score_logits",
         "score_tokens",
         "silu_mul",
+        "span_mean",
     }
 )
 CUDA_OPS = frozenset(

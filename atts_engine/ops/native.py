@@ -60,6 +60,12 @@ _Attention = _params(
     rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F,
     dtype=_T, threads=_T,
 )  # fmt: skip
+_SpanMean = _params("span_mean", logprob=_P, cu_seqlens=_P, score=_P, sum=_P, error=_P, tokens=_N, batch=_N)
+_Gate = _params(
+    "gate",
+    score=_P, key=_P, level=_P, u=_P, insert=_P, ring=_P, size=_P, head=_P, greater=_P, ties=_P, n=_P, takeover=_P, p=_P,
+    workspace=_P, error=_P, workspace_bytes=ctypes.c_uint64, batch=_N, keys=_N, capacity=_N,
+)  # fmt: skip
 _RmsNorm = _params(
     "rms_norm",
     x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, dtype=_T, threads=_T,
@@ -109,7 +115,7 @@ DTYPES = {torch.float32: 1, torch.bfloat16: 3}
 """Of the host's ops, with their atts_dtype."""
 _ALL = (
     _PackWeight, _UnpackWeight, _Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend,
-    _Sample, DecoderParams,
+    _Sample, _SpanMean, _Gate, DecoderParams,
 )  # fmt: skip
 
 
@@ -293,6 +299,41 @@ def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    logprob, cu_seqlens = logprob.contiguous(), cu_seqlens.long().contiguous()
+    batch = cu_seqlens.shape[0] - 1
+    score = logprob.new_empty(batch)
+    total = logprob.new_empty(batch, dtype=torch.float64)
+    _call(
+        _SpanMean,
+        logprob=logprob.data_ptr(),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        score=score.data_ptr(),
+        sum=total.data_ptr(),
+        tokens=logprob.shape[0],
+        batch=batch,
+    )
+    return score, total
+
+
+def gate(
+    score: Tensor, key: Tensor, ring: Tensor, size: Tensor, head: Tensor, level: Tensor, u: Tensor, insert: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    score, key, level, u, insert = (x.contiguous() for x in (score, key, level, u, insert))
+    greater, ties, n = (torch.empty_like(key) for _ in range(3))
+    takeover = torch.empty_like(insert)
+    p = torch.empty_like(score, dtype=torch.float64)
+    inputs = (score, key, level, u, insert, ring, size, head, greater, ties, n, takeover, p)
+    _call(
+        _Gate,
+        *(x.data_ptr() for x in inputs),
+        batch=score.shape[0],
+        keys=ring.shape[0],
+        capacity=ring.shape[1],
+    )
+    return greater, ties, n, takeover, p
 
 
 def serves_attention(q: Tensor, kv_layer: Tensor) -> bool:

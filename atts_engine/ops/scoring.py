@@ -11,7 +11,7 @@ from torch import Tensor
 from atts_engine.errors import InputError
 from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import CUDA, TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, NATIVE, TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -147,6 +147,8 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         return atts_triton.span_mean(logprob, cu_seqlens)
     if impl == CUDA:
         return cuda.span_mean(logprob, cu_seqlens)
+    if impl == NATIVE:
+        return native.span_mean(logprob, cu_seqlens)
     if not checks.values_read(logprob):  # it is read all the same
         checks.span_bounds("span_mean", cu_seqlens, logprob.shape[0])
     bounds = cu_seqlens.tolist()

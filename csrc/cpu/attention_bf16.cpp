@@ -138,7 +138,9 @@ int64_t attention_scratch_bf16(const atts_attention_params& p, int64_t) {
   return kAttentionRows * (p.heads / p.kv_heads) * (p.head_dim / 2 + p.head_dim + kChunk + 3);
 }
 
-void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch) {
+namespace {
+
+void attend_head(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch) {
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim, words = dim / 2, items = (last - first) * group;
   const int64_t begin = p.cu_q[b] + first;
   const int64_t before = p.kv_len[b] - (p.cu_q[b + 1] - begin);  // keys ahead of the first row's own
@@ -184,6 +186,13 @@ void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h, int64_t f
     uint16_t* out = static_cast<uint16_t*>(p.out) + ((begin + item / group) * p.heads + h * group + item % group) * dim;
     for (int64_t at = 0; at < dim; at += 8) store(out + at, to_bf16(load<F8>(sums + item * dim + at) / norm[item]));
   }
+}
+
+}  // namespace
+
+void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
+                 float* scratch) {
+  for (int64_t h = h_first; h < h_last; ++h) attend_head(p, b, h, first, last, scratch);
 }
 
 }  // namespace ATTS_ISA

@@ -28,8 +28,9 @@ struct ElementKernels {
   void (*narrow)(const float* sum, const T* bias, int64_t n, T* out);
   // Floats of scratch that `attend` takes for keys 0 .. longest-1.
   int64_t (*attention_scratch)(const atts_attention_params& p, int64_t longest);
-  // Query rows first .. last-1 of sequence b for the query heads that share KV head h.
-  void (*attend)(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch);
+  // Query rows first .. last-1 of sequence b for the query heads that share KV heads h_first .. h_last-1.
+  void (*attend)(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
+                 float* scratch);
   void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
   void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
   void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);

@@ -132,9 +132,8 @@ void attention(const atts_attention_params& p) {
     const auto all = static_cast<int64_t>(units.size()), apart = all < 4 * p.threads ? p.kv_heads : 1;
     parallel(all * apart, p.threads, [&](int64_t i) {
       const Unit& unit = units[static_cast<size_t>(i / apart)];
-      const int64_t heads = p.kv_heads / apart;
-      for (int64_t h = i % apart * heads; h < (i % apart + 1) * heads; ++h)
-        run.attend(p, unit.sequence, h, unit.first, unit.last, scratch(floats));
+      const int64_t heads = p.kv_heads / apart, h = i % apart * heads;
+      run.attend(p, unit.sequence, h, h + heads, unit.first, unit.last, scratch(floats));
     });
   });
 }

@@ -10,7 +10,7 @@ namespace atts {
   void dot_##name(const float*, int64_t, const T*, int64_t, int64_t, float*, int64_t);                                 \
   void narrow_##name(const float*, const T*, int64_t, T*);                                                             \
   int64_t attention_scratch_##name(const atts_attention_params&, int64_t);                                             \
-  void attend_##name(const atts_attention_params&, int64_t, int64_t, int64_t, int64_t, float*);                        \
+  void attend_##name(const atts_attention_params&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);               \
   void rms_norm_##name(const atts_rms_norm_params&, int64_t, int64_t);                                                 \
   void silu_mul_##name(const atts_silu_mul_params&, int64_t, int64_t);                                                 \
   void rope_##name(const atts_rope_params&, int64_t, int64_t);                                                         \
