@@ -109,13 +109,13 @@ def test_attention_refuses_what_is_not_a_batch(dtype: Dtype) -> None:
     q, kv, table, cu_q, kv_len = batch_of(dtype, LAYOUTS[0], counts=[2, 1], lengths=[5, 30])
     wrong_page = table.clone()
     wrong_page[1, 1] = kv.shape[1]
-    for changed in (
-        (q, kv, table, cu_q + 1, kv_len),
-        (q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)),
-        (q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)),
-        (q, kv, wrong_page, cu_q, kv_len),
+    for changed, words in (
+        ((q, kv, table, cu_q + 1, kv_len), "cu_q ends at 4 for 3 rows"),
+        ((q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)), "more query rows than tokens"),
+        ((q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)), "longer than its row of the block table"),
+        ((q, kv, wrong_page, cu_q, kv_len), r"block_table\[1, 1\] is \d+, which is outside the pool"),
     ):
-        with pytest.raises(InputError, match="do not describe one batch"):
+        with pytest.raises(InputError, match=words):
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
