@@ -23,6 +23,10 @@ class LaneError(AttsError):
     """A lane as a whole has failed; every sequence on it ends with this error."""
 
 
+class Refused(ChainError):
+    """A server will not do what it was asked, however often; its message says why."""
+
+
 class ContextFull(ChainError):
     """A chain has reached the end of a model's context; what it has written stands."""
 

@@ -50,9 +50,10 @@ def plain_ask(
     operation: str,
     prompts: Sequence[Sequence[int]],
     limit: int | None,
-    logprobs: bool,
+    logprobs: int | None,
 ) -> Ask:
-    """The target alone. prompts: token ids; limit: tokens of a choice at most, None: as many as there is room for."""
+    """The target alone. prompts: token ids; limit: tokens of a choice at most, None: as many as there is room for;
+    logprobs: likeliest tokens to tell beside each one's log-probability, None: tell neither."""
     choices = body.n or 1
     if choices * len(prompts) > service.settings.max_choices:
         raise bad_request(
@@ -107,19 +108,20 @@ def atts_ask(
     operation: str,
     prompts: Prompts,
     limit: int | None,
-    logprobs: bool,
+    logprobs: int | None,
 ) -> Ask:
     """Chains by both models. limit: tokens that a chain may write, which bounds its turns."""
     plain_only = {
         "n": body.n not in (None, 1),
-        "logprobs": logprobs,
+        "logprobs": logprobs is not None,
         "stop": bool(body.stops),
         "stop_token_ids": bool(body.stop_token_ids),
         "ignore_eos": bool(body.ignore_eos),
     }
     for name, asked in plain_only.items():
         if asked:
-            raise bad_request(f"{name} belongs to plain requests, not to one with atts", name)
+            mend = "; atts.verdicts tells the score of each span" if name == "logprobs" else ""
+            raise bad_request(f"{name} belongs to plain requests, not to one with atts{mend}", name)
     params = _atts_params(service, body, options, limit)
     service.check_calibration(params)
     guess = service.admission.chains if limit is None else None
@@ -158,7 +160,7 @@ def atts_ask(
     )
 
 
-def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> SamplingParams:
+def _sampling(body: Sampling, seed: int, choice: int, logprobs: int | None) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(0, body.top_k or 0),
@@ -168,7 +170,8 @@ def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> Samplin
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
+        logprobs=logprobs is not None,
+        alternatives=logprobs or 0,
     )
 
 

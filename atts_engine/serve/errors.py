@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from atts_engine.conformal import CalibrationError
-from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
+from atts_engine.errors import ChainError, InputError, LaneError, QueueFull, Refused
 from atts_engine.serve.replies import ErrorBody, ErrorReply
 
 log = logging.getLogger("atts.serve")
@@ -72,7 +72,7 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case InputError() | CalibrationError():
+        case InputError() | CalibrationError() | Refused():
             return bad_request(str(error))
         case QueueFull():
             return overloaded(str(error), "overloaded", 1)

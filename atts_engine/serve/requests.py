@@ -193,7 +193,7 @@ class ChatRequest(Sampling):
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=0, description="alternatives are not told")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens told at each place")
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
@@ -224,6 +224,11 @@ class ChatRequest(Sampling):
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """Likeliest tokens told beside each log-probability; None where none is told."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(Sampling):
     """`/v1/completions`"""
@@ -234,7 +239,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    logprobs: int | None = Field(None, ge=0, le=1, description="0 or 1: of each token that was sampled")
+    logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens told beside each that was sampled")
     best_of: int | None = Field(None, ge=1, le=4096, description="as `n`")
     suffix: Literal[""] | None = None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from tests import fake_vllm
 from tests.fake_vllm import FakeVllm
 from tests.remote_cases import MODEL as LOCAL
 from tests.remote_site import site
@@ -24,7 +25,7 @@ def greedy(tokens: list[int], n: int) -> str:
     return LOCAL.tokenizer.decode(found[len(tokens) :])
 
 
-def test_a_target_on_a_server() -> None:
+def test_a_target_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with site("tiny-target") as target:
         config = replace(CONFIG, target=target.address, patience_s=0.3)
         with serving(config=config, model=MODEL) as running, httpx.Client(base_url=running.url, timeout=60) as http:
@@ -32,6 +33,15 @@ def test_a_target_on_a_server() -> None:
             reply = http.post("/v1/completions", json=PLAIN)
             assert reply.status_code == 200, reply.text
             assert reply.json()["choices"][0]["text"] == greedy(ENCODE(QUESTION), 12)
+            listed = http.post("/v1/completions", json=PLAIN | {"logprobs": 3}).json()["choices"][0]["logprobs"]
+            for place, own in zip(listed["top_logprobs"], listed["token_logprobs"], strict=True):
+                assert len(place) == 3 and max(place.values()) == own
+            with monkeypatch.context() as patch:
+                # --max-logprobs 2, which a server tells of nowhere else.
+                patch.setattr(fake_vllm, "MAX_LOGPROBS", 2)
+                refused = http.post("/v1/completions", json=PLAIN | {"logprobs": 3})
+                assert refused.status_code == 400
+                assert "logprobs of 3, which is greater than max allowed: 2" in refused.json()["error"]["message"]
             chat = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "atts": {"turns": 2}}
             found = http.post("/v1/chat/completions", json=chat)
             assert found.status_code == 200, found.text

@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atts_engine.backends.remote.stats import RemoteStats
-from atts_engine.errors import ChainError, InputError, LaneError, Unreachable
+from atts_engine.errors import InputError, LaneError, Refused, Unreachable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -59,7 +59,7 @@ class Client:
         return await self._whole("GET", path, None)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The answer's JSON. `Unreachable` for a server that cannot be asked now, `ChainError` for a request that it
+        """The answer's JSON. `Unreachable` for a server that cannot be asked now, `Refused` for a request that it
         refuses, `LaneError` for one that it does not know or for an answer that is no JSON."""
         return await self._whole("POST", path, body)
 
@@ -178,7 +178,7 @@ class Client:
             )
         if status == 404:
             return LaneError(f"{self.server}: {status} {said}")
-        return ChainError(f"{self.server}: {status} {said}")
+        return Refused(f"{self.server}: {status} {said}")
 
 
 def _seconds(retry_after: str | None) -> float | None:
