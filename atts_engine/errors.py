@@ -32,7 +32,8 @@ class ContextFull(ChainError):
 
 
 class Unreachable(LaneError):
-    """A server cannot be asked now; the same request may be made again. retry_after: seconds that it asked for."""
+    """A server cannot be asked now; the same request may be made again. retry_after: seconds until then, as far as
+    anybody knows."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from atts_engine.conformal import CalibrationError
-from atts_engine.errors import ChainError, InputError, LaneError, QueueFull, Refused
+from atts_engine.errors import ChainError, InputError, LaneError, QueueFull, Refused, Unreachable
 from atts_engine.serve.replies import ErrorBody, ErrorReply
 
 log = logging.getLogger("atts.serve")
@@ -76,6 +77,9 @@ def as_api_error(error: Exception) -> ApiError:
             return bad_request(str(error))
         case QueueFull():
             return overloaded(str(error), "overloaded", 1)
+        case Unreachable():
+            log.warning("%s", error)
+            return overloaded(str(error), "server_unreachable", max(1, math.ceil(error.retry_after or 1)))
         case LaneError():
             log.error("a lane has failed", exc_info=error)
             return ApiError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import httpx
+import openai
 import pytest
 
 from tests import fake_vllm
@@ -62,9 +64,29 @@ def test_a_target_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
             target.kill()
             running.service._checked_at = -1e9
-            assert http.get("/health").status_code == 503
-            gone = http.post("/v1/completions", json=PLAIN)
-            assert (gone.status_code, gone.json()["error"]["code"]) == (500, "lane_failed")
+            health = http.get("/health")
+            assert health.status_code == 503
+            assert health.json()["lanes"]["target"]["error"] == "its server does not answer; the log has the details"
+            asked_for = (
+                ("/v1/completions", PLAIN),
+                ("/v1/completions", PLAIN | {"n": 3, "stream": True}),
+                ("/v1/chat/completions", chat),
+                ("/v1/score", span | {"spans": span["spans"] * 3}),
+            )
+            for path, body in asked_for:
+                gone = http.post(path, json=body)
+                error = gone.json()["error"]
+                assert (gone.status_code, error["type"], error["code"]) == (503, "server_error", "server_unreachable")
+                assert int(gone.headers["retry-after"]) >= 1
+                assert target.address in error["message"] and "see that it runs" in error["message"]
+            # Its draft, which is here, has written by then.
+            *_, event, done = http.post("/v1/chat/completions", json=chat | {"stream": True}).text.strip().split("\n\n")
+            assert json.loads(event.removeprefix("data: "))["error"]["code"] == "server_unreachable"
+            assert done == "data: [DONE]"
+            with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+                with pytest.raises(openai.InternalServerError, match="has not answered") as caught:
+                    client.completions.create(**PLAIN)
+                assert caught.value.status_code == 503
             target.start()
             running.service._checked_at = -1e9
             assert http.get("/health").status_code == 200

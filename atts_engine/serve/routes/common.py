@@ -19,7 +19,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "No such model"},
     413: {"model": ErrorReply, "description": "The body is too large"},
     500: {"model": ErrorReply, "description": "A lane or a chain has failed"},
-    503: {"model": ErrorReply, "description": "Too much is open already, or the server goes down; see Retry-After"},
+    503: {
+        "model": ErrorReply,
+        "description": "Too much is open already, a model's server is away, or this one goes down; see Retry-After",
+    },
 }
 
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
