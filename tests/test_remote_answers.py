@@ -16,7 +16,7 @@ from atts_engine.backends.remote.stats import RemoteStats
 from atts_engine.errors import ChainError, InputError, LaneError
 from atts_engine.models import resolve
 from tests.fake_vllm import FakeVllm, Fault, serving
-from tests.remote_cases import GREEDY, MODEL, PROMPT, asked, greedy, span, tokens_of, until
+from tests.remote_cases import GREEDY, MODEL, PROMPT, STEP, asked, greedy, logprobs_of, span, tokens_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,52 @@ def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
         assert tokens_of(await span(lane, await lane.open(PROMPT), 4, GREEDY)) == greedy(PROMPT, 4)
 
     asked(body, patience_s=0.3)
+
+
+def test_a_request_that_is_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server lives, and answers others."""
+    monkeypatch.setattr(client, "LOST", 3)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        seq, other = await lane.open(PROMPT), await lane.open(PROMPT)
+        for lost, resumed in ((0, 0), (3, 1)):
+            fake.heard.clear()
+            fake.faults.append(Fault(lost=lost))
+            asking = asyncio.create_task(span(lane, seq, 8, GREEDY))
+            await until(lambda: len(fake.heard) == 1)
+            assert tokens_of(await span(lane, other, 8, GREEDY)) == greedy(PROMPT, 8)
+            assert tokens_of(await asking) == greedy(PROMPT, 8)
+            assert fake.heard[-1][1]["prompt"] == PROMPT + greedy(PROMPT, 8)[:lost]
+            assert lane.stats()["resumed_spans"] == resumed
+            for one in (seq, other):
+                await lane.truncate(one, len(PROMPT))
+        for lost in (0, 1):
+            fake.faults.append(Fault(lost=lost))
+            await lane.append(seq, STEP, score=True)
+            scored = (await lane.verdict(seq, None)).logprobs
+            assert scored == pytest.approx(logprobs_of(PROMPT + STEP * (lost + 1), seq.length - len(STEP)), abs=1e-5)
+        stats = lane.stats()
+        assert (stats["lost_requests"], stats["retries"], stats["failures"]) == (4, 4, 0)
+        # Each was ended before it was made again.
+        await until(lambda: fake.aborted == 4)
+        # What is silent for shorter than that, however often, is slow.
+        fake.pace = 0.12
+        assert tokens_of(await span(lane, other, 6, GREEDY)) == greedy(PROMPT, 6)
+        assert lane.stats()["lost_requests"] == 4
+
+    asked(body, patience_s=0.2)
+
+
+def test_a_server_that_loses_every_request_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LOST", 3)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.hang = True
+        with pytest.raises(LaneError, match=r"no word of a request for 0.3 seconds, while /health answers.*--patience"):
+            await span(lane, await lane.open(PROMPT), 4, GREEDY)
+        assert lane.stats()["lost_requests"] == 2
+
+    asked(body, patience_s=0.1)
 
 
 def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,10 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 IDLE_S = 4.0
 """A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
+LOST = 10
+"""Times `silence_s` without a byte after which a request is lost, whatever /health says. No less, for a busy server is
+silent too: a score says nothing before it is done, and behind 256 others of 8,000 tokens each, at 20,000 tokens a
+second, it waits for 100 seconds; one that is asked again queues up anew."""
 END_S = 1.0
 """That the end of an answer may come behind its "[DONE]"."""
 HEALTH_S = 25.0
@@ -33,7 +37,8 @@ LONGEST = 300
 
 class Client:
     """server: its name in messages; key: sent as a bearer token. max_requests: open at a time; others wait. silence_s:
-    a request that hears nothing for so long asks /health whether it may go on waiting: a long queue is no fault."""
+    a request that hears nothing for so long asks /health whether it may go on waiting, up to `LOST` times so long: a
+    long queue is no fault."""
 
     def __init__(
         self, server: str, base_url: str, key: str | None, *, max_requests: int, silence_s: float, stats: RemoteStats
@@ -89,7 +94,7 @@ class Client:
             with self._stats.request():
                 answer = await self._begun(method, path, body)
                 async with answer:
-                    text = await self._heard(answer.read())
+                    text = await self._body(answer)
         return self._json(text)
 
     async def _begun(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
@@ -99,7 +104,7 @@ class Client:
         if answer.status == 200:
             return answer
         async with answer:
-            text = (await self._heard(answer.read())).decode("utf-8", "replace")
+            text = (await self._body(answer)).decode("utf-8", "replace")
         raise self._refusal(answer.status, f"{path}: {_message(text)}", answer.headers.get("Retry-After"))
 
     async def _events(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Any, None]:
@@ -119,25 +124,38 @@ class Client:
 
     async def _lines(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         # Not `readline`: that has a limit on the length of a line, which one with many log-probabilities exceeds.
-        kept = b""
-        while True:
-            block = await self._patiently(answer.content.readany)
-            if not block:
-                return
-            *lines, kept = (kept + block).split(b"\n")
-            for line in lines:
-                yield line
+        begun: list[bytes] = []
+        async for block in self._blocks(answer):
+            rest, *later = block.split(b"\n")
+            begun.append(rest)
+            for next_one in later:
+                yield b"".join(begun)
+                begun = [next_one]
+
+    async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
+        return b"".join([block async for block in self._blocks(answer)])
+
+    async def _blocks(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """An answer's bytes as they come; each may be waited for as long as the request itself."""
+        while block := await self._patiently(answer.content.readany):
+            yield block
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Wait for an answer, or for more of it, for as long as the server says that it lives."""
-        task = asyncio.ensure_future(ask())
+        """Wait for an answer, or for more of it, for as long as the server says that it lives. One that has been silent
+        for too long all the same is lost: `Unreachable`, so that it is asked for again."""
+        task, waits = asyncio.ensure_future(ask()), 0
         try:
-            while True:
-                done, _ = await asyncio.wait({task}, timeout=self._silence_s)
-                if done:
-                    return await self._heard(task)
+            while not (await asyncio.wait({task}, timeout=self._silence_s))[0]:
+                waits += 1
+                if waits == LOST:
+                    self._stats.lost_requests += 1
+                    raise Unreachable(
+                        f"{self.server}: no word of a request for {LOST * self._silence_s:g} seconds, while /health "
+                        "answers; if its queue is as long as that, raise --patience"
+                    )
                 if not await self._alive():
                     raise Unreachable(f"{self.server}: no word for {self._silence_s:g} seconds")
+            return await self._heard(task)
         finally:
             task.cancel()
 
