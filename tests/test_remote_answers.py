@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from atts_engine.backends.remote import client, patience
 from atts_engine.backends.remote.connect import connect
@@ -103,6 +108,62 @@ def test_a_server_that_loses_every_request_is_away(monkeypatch: pytest.MonkeyPat
         assert lane.stats()["lost_requests"] == 2
 
     asked(body, patience_s=0.1)
+
+
+@given(st.lists(st.binary(max_size=6)), st.booleans())
+def test_lines_are_what_is_between_line_ends_however_they_arrive(blocks: list[bytes], ends: bool) -> None:
+    blocks = [block.replace(b"\x00", b"\n") for block in blocks if block] + [b"\n"] * ends
+
+    async def run() -> list[bytes]:
+        http = client.Client("box", "http://box", None, max_requests=1, silence_s=60.0, stats=RemoteStats())
+        coming = iter(blocks)
+
+        async def readany() -> bytes:
+            return next(coming, b"")
+
+        answer: Any = SimpleNamespace(content=SimpleNamespace(readany=readany))
+        found = [line async for line in http._lines(answer)]
+        await http.close()
+        return found
+
+    assert asyncio.run(run()) == b"".join(blocks).split(b"\n")[:-1]
+
+
+def test_a_long_answer_is_parsed_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that gives way: the parser by itself holds the interpreter's lock from end to end."""
+    rows = [{str(i): {"logprob": -i / 7, "rank": 1, "decoded_token": "a"}} for i in range(20_000)]
+    text = json.dumps(rows).encode()
+    monkeypatch.setattr(client, "ASIDE", len(text))
+    parsed, turns, during = client._parsed_aside, 0, list[int]()
+
+    def watched(text: bytes) -> Any:
+        before = turns
+        try:
+            return parsed(text)
+        finally:
+            during.append(turns - before)
+
+    monkeypatch.setattr(client, "_parsed_aside", watched)
+
+    async def run() -> Any:
+        nonlocal turns
+        http = client.Client("box", "http://box", None, max_requests=1, silence_s=60.0, stats=RemoteStats())
+        parsing = asyncio.create_task(http._json(text))
+        while not parsing.done():
+            await asyncio.sleep(0)
+            turns += 1
+        with pytest.raises(LaneError, match="the answer is no JSON"):
+            await http._json(text[:-1] + b"!")
+        await http.close()
+        return parsing.result()
+
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        found = asyncio.run(run())
+    finally:
+        sys.setswitchinterval(often)
+    assert found == rows and during[0] > 10
 
 
 def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
