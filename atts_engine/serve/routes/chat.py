@@ -11,7 +11,7 @@ from atts_engine.serve.rendering import ChatRenderer, Heading
 from atts_engine.serve.replies import ChatReply
 from atts_engine.serve.requests import ChatRequest
 from atts_engine.serve.responding import respond
-from atts_engine.serve.routes.common import ERRORS, STREAM, chat_ids, log_prompt, now, service_of
+from atts_engine.serve.routes.common import ERRORS, STREAM, chat_ids, log_prompt, naming, now, service_of
 from atts_engine.serve.service import Service
 
 router = APIRouter(tags=["generation"])
@@ -40,5 +40,6 @@ async def _ask(service: Service, body: ChatRequest, ask_id: str) -> Ask:
         return plain_ask(service, body, ask_id, "chat", [ids], body.limit, body.alternatives)
     plain = [message.plain() for message in body.messages]
     size = sum(len(message["content"]) for message in plain)
-    prompts = await service.off_loop(size, lambda: service.engine.prompts(plain))
+    with naming("messages"):
+        prompts = await service.off_loop(size, lambda: service.engine.prompts(plain))
     return atts_ask(service, body, body.atts, ask_id, "chat", prompts, body.limit, body.alternatives)

@@ -11,7 +11,7 @@ from atts_engine.serve.rendering import CompletionRenderer, Heading
 from atts_engine.serve.replies import CompletionReply
 from atts_engine.serve.requests import CompletionRequest
 from atts_engine.serve.responding import respond
-from atts_engine.serve.routes.common import ERRORS, STREAM, log_prompt, now, service_of, text_ids
+from atts_engine.serve.routes.common import ERRORS, STREAM, log_prompt, naming, now, service_of, text_ids
 from atts_engine.serve.service import Service
 
 router = APIRouter(tags=["generation"])
@@ -45,5 +45,6 @@ async def _ask(service: Service, body: CompletionRequest, ask_id: str) -> Ask:
     if not isinstance(body.prompt, str):
         raise bad_request("with atts the prompt must be one text: each model has tokens of its own", "prompt")
     text = body.prompt
-    prompts = await service.off_loop(len(text), lambda: service.engine.prompts(text))
+    with naming("prompt"):
+        prompts = await service.off_loop(len(text), lambda: service.engine.prompts(text))
     return atts_ask(service, body, body.atts, ask_id, "text_completion", prompts, body.max_tokens, body.logprobs)
