@@ -273,7 +273,7 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["row_invariance"]["holds"] is True
     assert "reference" in found["ops"]["score_tokens"]["available"]
     assert found["models"] == {"tiny-draft": True, "tiny-target": True}
-    assert found["ops"]["rms_norm"]["obstacles"]["native-bf16"]["cuda"] == "CPU only"
+    assert found["ops"]["rms_norm"]["obstacles"]["native"]["cuda"] == "CPU only"
     assert "apache-tvm-ffi" in found["packages"]
     assert ("a CUDA device" in found["csrc_cuda"]) != torch.cuda.is_available()
     packing = found["packed_weights"]["obstacle"]
@@ -285,7 +285,7 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
     from atts_engine.cli.doctor import kernel_table
 
-    facts = {"chosen": {"cpu": "native-bf16"}, "obstacles": {"reference": {}, "native-bf16": {"cuda": "CPU only"}}}
+    facts = {"chosen": {"cpu": "native"}, "obstacles": {"reference": {}, "native": {"cuda": "CPU only"}}}
     assert kernel_table({"rope": facts}, "cpu").rows == (("rope", "can run", "runs"),)
     elsewhere = kernel_table({"rope": facts}, "cuda")
     assert elsewhere.rows == (("rope", "no GPU", "CPU only"),) and "no cuda device" in str(elsewhere.note)
@@ -293,7 +293,7 @@ def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
 
 def test_an_implementation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], problems: Path) -> None:
     line = fails(capsys, ["calibrate", *PAIR, "--problems", str(problems), "--ops", "cutlass", "--out", "x.npz"])
-    assert "ops must be one of reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'" in line
+    assert "ops must be one of reference, triton, native, flashinfer, cuda, not 'cutlass'" in line
 
 
 def watched(view_of: type[PlainView] | type[LiveView], stream: io.StringIO) -> str:

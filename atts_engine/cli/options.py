@@ -110,8 +110,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lane-threads",
         choices=("one", "each"),
-        default="one",
-        help="one scheduler thread for both lanes, or each lane its own (default: %(default)s)",
+        help="one scheduler thread for both lanes, or each lane its own (default: each on a CPU with two cores or more)",
     )
     group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
     group.add_argument(

@@ -117,7 +117,7 @@ def paged_attention(
     impl = chosen("paged_attention", q.device)
     if impl == TRITON:
         return _triton(q, kv_layer, block_table, cu_q, kv_len, scale, window)
-    if not window and runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
+    if not window and runs_native("paged_attention", q.device, q.dtype) and native.serves_attention(q, kv_layer):
         return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
     scratch = Scratch() if scratch is None else scratch
     if impl == FLASHINFER:

@@ -52,7 +52,7 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
         return flash.kv_append(k, v, kv_layer, slots)
     if impl == CUDA:
         return cuda.kv_append(k, v, kv_layer, slots)
-    if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
+    if runs_native("kv_append", kv_layer.device, kv_layer.dtype) and k.dtype is kv_layer.dtype:
         return native.kv_append(k, v, kv_layer, slots)
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
     if checks.values_read(slots):
