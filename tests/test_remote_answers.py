@@ -68,6 +68,7 @@ def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
 def test_a_request_that_is_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server lives, and answers others."""
     monkeypatch.setattr(client, "LOST", 3)
+    monkeypatch.setattr(client, "LOST_S", 0.0)
 
     async def body(lane: RemoteLane, fake: FakeVllm) -> None:
         seq, other = await lane.open(PROMPT), await lane.open(PROMPT)
@@ -101,6 +102,7 @@ def test_a_request_that_is_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_server_that_loses_every_request_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LOST", 3)
+    monkeypatch.setattr(client, "LOST_S", 0.0)
 
     async def body(lane: RemoteLane, fake: FakeVllm) -> None:
         fake.hang = True

@@ -54,7 +54,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="S",
         help="seconds without any answer after which a server is given up; ten times as long without a byte of one "
-        "request, and it is asked again (default: 60)",
+        "request, ten minutes at the least, and that is asked again (default: 60)",
     )
     group.add_argument(
         "--server-requests",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -21,10 +22,10 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 IDLE_S = 4.0
 """A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
-LOST = 10
-"""Times `silence_s` without a byte after which a request is lost, whatever /health says. No less, for a busy server is
-silent too: a score says nothing before it is done, and behind 256 others of 8,000 tokens each, at 20,000 tokens a
-second, it waits for 100 seconds; one that is asked again queues up anew."""
+LOST, LOST_S = 10, 600.0
+"""Times `silence_s`, and seconds at the least, without a byte after which a request is lost, whatever /health says. No
+less, for a busy server is silent too: a score says nothing before it is done, and behind 256 others of 8,000 tokens
+each, at 20,000 tokens a second, it waits for 100 seconds; one that is asked again queues up anew."""
 END_S = 1.0
 """That the end of an answer may come behind its "[DONE]"."""
 HEALTH_S = 25.0
@@ -40,7 +41,7 @@ LONGEST = 300
 
 class Client:
     """server: its name in messages; key: sent as a bearer token. max_requests: open at a time; others wait. silence_s:
-    a request that hears nothing for so long asks /health whether it may go on waiting, up to `LOST` times so long: a
+    a request that hears nothing for so long asks /health whether it may go on waiting, until it is lost (`LOST`): a
     long queue is no fault."""
 
     def __init__(
@@ -55,6 +56,7 @@ class Client:
         self.server = server
         self._base_url = base_url
         self._silence_s = silence_s
+        self._waits = max(LOST, math.ceil(LOST_S / silence_s))
         self._stats = stats
         self._places = asyncio.Semaphore(max_requests)
         self._http = aiohttp.ClientSession(
@@ -150,11 +152,12 @@ class Client:
         try:
             while not (await asyncio.wait({task}, timeout=self._silence_s))[0]:
                 waits += 1
-                if waits == LOST:
+                if waits == self._waits:
                     self._stats.lost_requests += 1
+                    seconds = self._waits * self._silence_s
                     raise Unreachable(
-                        f"{self.server}: no word of a request for {LOST * self._silence_s:g} seconds, while /health "
-                        "answers; if its queue is as long as that, raise --patience"
+                        f"{self.server}: no word of a request for {seconds:g} seconds, while /health answers; if its "
+                        "queue is as long as that, raise --patience"
                     )
                 if not await self._alive():
                     raise Unreachable(f"{self.server}: no word for {self._silence_s:g} seconds")
