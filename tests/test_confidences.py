@@ -3,6 +3,8 @@ against transformers."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from atts_engine.models import load_model
 from atts_engine.runtime import lane as lane_module
 from atts_engine.runtime.commands import Decode
 from atts_engine.runtime.lane import LaneCore
-from atts_engine.runtime.likeliest import top_logprobs
+from atts_engine.runtime.likeliest import alternatives, top_logprobs
 from atts_engine.runtime.records import SamplingParams, TokenChunk
 from tests.late import LateRunner, fake_capture
 
@@ -63,6 +65,9 @@ def test_the_likeliest_tokens_and_their_log_probabilities(k: int, dtype: torch.d
     alone = [top_logprobs(row[None], k) for row in logits]
     assert torch.equal(torch.cat([values for _, values in alone]), found)
     assert torch.equal(torch.cat([own for own, _ in alone]), ids)
+    # What cannot be drawn is no alternative.
+    told = alternatives(ids[3].tolist(), found[3].tolist())
+    assert len(told) == min(k, 20) and all(token < 20 and math.isfinite(value) for token, value in told)
 
 
 ASKED = (0, 20, 3, 20, 60)
