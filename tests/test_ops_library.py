@@ -136,7 +136,7 @@ def test_ops_chain_in_one_compiled_graph(dtype: torch.dtype) -> None:
 
 
 def test_an_implementation_that_cannot_be_had_is_an_error() -> None:
-    assert ops.chosen("gate", "cpu") == "reference"
+    assert ops.chosen("kv_slots", "cpu") == "reference"
     with pytest.raises(InputError, match="reference, triton, native, flashinfer, cuda, not 'cutlass'"):
         ops.use("cutlass")
     with pytest.raises(InputError, match="no op is named"):
@@ -151,10 +151,11 @@ def test_what_was_decided_is_forgotten_when_another_is_forced() -> None:
     before = ops.chosen("rms_norm", x.device)
     with ops.use("reference"):
         assert ops.chosen("rms_norm", x.device) == ops.chosen("rms_norm", "cpu") == "reference"
-        assert not runs_native("rms_norm", x)
+        assert not runs_native("rms_norm", x.device, x.dtype)
     assert ops.chosen("rms_norm", x.device) == before
-    assert runs_native("rms_norm", x) == (before == "native")
-    assert not runs_native("rms_norm", x.float())
+    assert runs_native("rms_norm", x.device, torch.bfloat16) == (before == "native")
+    assert runs_native("rms_norm", x.device, torch.float32) == (before == "native")
+    assert not runs_native("rms_norm", x.device, torch.float16)
 
 
 @pytest.mark.skipif(native.library() is None, reason="csrc/ was not built at installation")

@@ -91,7 +91,9 @@ def test_attention_equals_float64(dtype: Dtype, layout: tuple[int, int, int, int
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(dtype: Dtype, layout: tuple[int, int, int, int]) -> None:
+def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(
+    dtype: Dtype, layout: tuple[int, int, int, int]
+) -> None:
     q, kv, table, cu_q, kv_len = batch = batch_of(dtype, layout, counts=[23, 1, 6], lengths=[61, 30, 6])
     whole = ops.paged_attention(*batch, 0.2)
     for b in range(3):
@@ -109,13 +111,13 @@ def test_attention_refuses_what_is_not_a_batch(dtype: Dtype) -> None:
     q, kv, table, cu_q, kv_len = batch_of(dtype, LAYOUTS[0], counts=[2, 1], lengths=[5, 30])
     wrong_page = table.clone()
     wrong_page[1, 1] = kv.shape[1]
-    for changed in (
-        (q, kv, table, cu_q + 1, kv_len),
-        (q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)),
-        (q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)),
-        (q, kv, wrong_page, cu_q, kv_len),
+    for changed, words in (
+        ((q, kv, table, cu_q + 1, kv_len), "cu_q ends at 4 for 3 rows"),
+        ((q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)), "more query rows than tokens"),
+        ((q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)), "longer than its row of the block table"),
+        ((q, kv, wrong_page, cu_q, kv_len), r"block_table\[1, 1\] is \d+, which is outside the pool"),
     ):
-        with pytest.raises(InputError, match="do not describe one batch"):
+        with pytest.raises(InputError, match=words):
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
@@ -140,7 +142,11 @@ def test_rms_norm(dtype: Dtype, rows: int, width: int) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 33, 200])
 @pytest.mark.parametrize("width", [8, 61, 576])
 def test_add_rms_norm_is_a_sum_and_its_norm(dtype: Dtype, rows: int, width: int) -> None:
-    x, delta, weight = random(dtype, rows, width + 8)[:, :width], random(dtype, rows, width, scale=3), random(dtype, width)
+    x, delta, weight = (
+        random(dtype, rows, width + 8)[:, :width],
+        random(dtype, rows, width, scale=3),
+        random(dtype, width),
+    )
     total, normed = ops.add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))

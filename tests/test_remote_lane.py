@@ -367,7 +367,7 @@ def test_a_silent_server_is_asked_whether_it_lives() -> None:
 
 def test_a_server_that_comes_back() -> None:
     async def run() -> None:
-        fake = FakeVllm(MODEL, pace=0.005)
+        fake = FakeVllm(MODEL, pace=0.02)
         async with serving(fake) as place:
             lane = await connect(f"vllm://{place}/tiny", lane="draft", tokenizer="tiny-target", patience_s=30)
             seqs = [await lane.open(PROMPT) for _ in range(12)]

@@ -110,7 +110,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lane-threads",
         choices=("one", "each"),
-        help="one scheduler thread for both lanes, or each lane its own (default: each on a CPU with two cores or more)",
+        help="one scheduler thread for both lanes, or each lane its own (default: each on a CPU of several cores)",
     )
     group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
     group.add_argument(

@@ -50,8 +50,8 @@ def unpack_weight(weight: Weight) -> Tensor:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
 
-    On a CPU fp32, and bfloat16 without AMX, run in csrc/ where that was built, with fp32 sums. A packed weight gives the
-    bits of the plain one; outside csrc/ it is unpacked anew for each call.
+    On a CPU fp32, and bfloat16 without AMX, run in csrc/ where that was built, with fp32 sums. A packed weight gives
+    the bits of the plain one; outside csrc/ it is unpacked anew for each call.
 
     Raises InputError where the inner sizes or the dtypes differ.
     """

@@ -244,8 +244,8 @@ def _decide(op: str, device: torch.device | str) -> str:
 
 
 def runs_native(op: str, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether op on tensors of dtype on device is the native kernel's: it is chosen, and has one for the dtype. Products
-    of bfloat16 are left to torch, unless they are asked for, where torch's own are faster (AMX)."""
+    """Whether op on tensors of dtype on device is the native kernel's: it is chosen, and has one for the dtype.
+    Products of bfloat16 are left to torch, unless they are asked for, where torch's own are faster (AMX)."""
     if dtype not in native.DTYPES or chosen(op, device) != NATIVE:
         return False
     asked = dtype is not torch.bfloat16 or op not in _PRODUCTS or _Selection.forced == NATIVE

@@ -21,8 +21,8 @@ class ForwardPass:
 
     embed: [V, H]; norm: [H]; cos, sin: fp32 [positions, D/2], D a multiple of 16. layers: the weights of each block,
     named and shaped as `atts_decoder_layer` in csrc/include/atts/atts.h has them; qkv_bias, q_norm and k_norm may be
-    None; in bfloat16 qkv, out, gate_up and down may be packed, each for itself. All are held and must not move. For one caller at
-    a time: what it works in is kept from call to call.
+    None; in bfloat16 qkv, out, gate_up and down may be packed, each for itself. All are held and must not move. For
+    one caller at a time: what it works in is kept from call to call.
 
     Raises InputError where shapes, dtypes or devices do not fit.
     """

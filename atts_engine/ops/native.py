@@ -42,12 +42,29 @@ _PackWeight = _params(
 _UnpackWeight = _params("unpack_weight", packed=_P, weight=_P, out_features=_N, in_features=_N, threads=_T)
 _Linear = _params(
     "linear",
-    x=_P, weight=_P, packed=_P, bias=_P, out=_P, rows=_N, in_features=_N, out_features=_N,
-    dtype=_T, threads=_T,
+    x=_P,
+    weight=_P,
+    packed=_P,
+    bias=_P,
+    out=_P,
+    rows=_N,
+    in_features=_N,
+    out_features=_N,
+    dtype=_T,
+    threads=_T,
 )
 _ScoreTokens = _params(
     "score_tokens",
-    hidden=_P, weight=_P, packed=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, dtype=_T, threads=_T,
+    hidden=_P,
+    weight=_P,
+    packed=_P,
+    ids=_P,
+    logprob=_P,
+    rows=_N,
+    width=_N,
+    vocab=_N,
+    dtype=_T,
+    threads=_T,
 )
 _ScoreLogits = _params(
     "score_logits",
@@ -63,20 +80,47 @@ _Attention = _params(
 _SpanMean = _params("span_mean", logprob=_P, cu_seqlens=_P, score=_P, sum=_P, error=_P, tokens=_N, batch=_N)
 _Gate = _params(
     "gate",
-    score=_P, key=_P, level=_P, u=_P, insert=_P, ring=_P, size=_P, head=_P, greater=_P, ties=_P, n=_P, takeover=_P, p=_P,
-    workspace=_P, error=_P, workspace_bytes=ctypes.c_uint64, batch=_N, keys=_N, capacity=_N,
+    score=_P, key=_P, level=_P, u=_P, insert=_P, ring=_P, size=_P, head=_P, greater=_P, ties=_P, n=_P, takeover=_P,
+    p=_P, workspace=_P, error=_P, workspace_bytes=ctypes.c_uint64, batch=_N, keys=_N, capacity=_N,
 )  # fmt: skip
 _RmsNorm = _params(
     "rms_norm",
-    x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, dtype=_T, threads=_T,
+    x=_P,
+    delta=_P,
+    weight=_P,
+    sum=_P,
+    out=_P,
+    rows=_N,
+    width=_N,
+    x_stride=_N,
+    eps=_F,
+    dtype=_T,
+    threads=_T,
 )
 _SiluMul = _params(
     "silu_mul",
-    gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, dtype=_T, threads=_T,
+    gate=_P,
+    up=_P,
+    out=_P,
+    rows=_N,
+    width=_N,
+    gate_stride=_N,
+    up_stride=_N,
+    dtype=_T,
+    threads=_T,
 )
 _Rope = _params(
     "rope",
-    x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, dtype=_T, threads=_T,
+    x=_P,
+    cosine=_P,
+    sine=_P,
+    out=_P,
+    rows=_N,
+    heads=_N,
+    head_dim=_N,
+    row_stride=_N,
+    dtype=_T,
+    threads=_T,
 )
 _KvAppend = _params(
     "kv_append",

@@ -207,14 +207,12 @@ typedef struct atts_linear_params {
   const void* bias;     /* [out_features] of dtype, or NULL */
   void* out;            /* [rows, out_features] of dtype, written; must not overlap x */
   int64_t rows;         /* 0 or more */
-  int64_t in_features;  /* 1 or more */
-  int64_t out_features; /* 1 or more */
+  int64_t in_features, out_features; /* 1 or more */
   int32_t dtype;        /* atts_dtype of every array */
   int32_t threads;      /* 1 or more */
 } atts_linear_params;
 
-/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]], logits in fp32 and never rounded. NaN where a row is not
- * finite. */
+/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]], logits in fp32, never rounded. NaN where a row is not finite. */
 typedef struct atts_score_tokens_params {
   uint64_t struct_size;    /* sizeof(atts_score_tokens_params) */
   const void* hidden;      /* [rows, width] of dtype */
@@ -227,9 +225,8 @@ typedef struct atts_score_tokens_params {
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
 
-/* Causal attention over a paged cache, in fp32 between its input and its result. Query rows cu_q[b] .. cu_q[b+1]-1 are
- * the last positions of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page
- * block_table[b, t / page]. */
+/* Causal attention over a paged cache, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions of
+ * sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
 typedef struct atts_attention_params {
   uint64_t struct_size;        /* sizeof(atts_attention_params) */
   const void* q;               /* [rows, heads, head_dim] of dtype */
@@ -246,8 +243,7 @@ typedef struct atts_attention_params {
   int32_t threads;             /* 1 or more */
 } atts_attention_params;
 
-/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum.
- * */
+/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded; y is x, or x + delta, rounded and kept in sum. */
 typedef struct atts_rms_norm_params {
   uint64_t struct_size;  /* sizeof(atts_rms_norm_params) */
   const void* x;         /* [rows, width] of dtype, rows x_stride apart */
