@@ -34,7 +34,8 @@ class EngineConfig:
     packed_weights: hold the weights of this process's models packed (`DecoderWeights.packed`): quicker steps in about
     the same memory, with the same results; None: where they help, in bfloat16 on a CPU with AVX512-BF16; True: an error
     elsewhere, and for a model without a matrix that packs.
-    patience_s: seconds without any answer after which a server is given up. server_requests: to one server at a time.
+    patience_s: seconds without any answer after which a server is given up; ten times as long, ten minutes at the
+    least, without a byte of one request, and that is made again. server_requests: to one server at a time.
     page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
     for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
     kv_tokens: capacity of each lane's KV pool, whatever is free.

@@ -53,7 +53,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         metavar="S",
-        help="seconds without any answer after which a server is given up (default: 60)",
+        help="seconds without any answer after which a server is given up; ten times as long without a byte of one "
+        "request, ten minutes at the least, and that is asked again (default: 60)",
     )
     group.add_argument(
         "--server-requests",
