@@ -121,10 +121,10 @@ def test_settings_of_the_lanes_reach_the_engine(command: str) -> None:
 
     plain = EngineConfig("tiny-draft", "tiny-target")
     default = plain.overlap, plain.graphs, plain.lane_threads, plain.profile, plain.packed_weights
-    assert settings() == default == (None, None, "one", False, None)
+    assert settings() == default == (None, None, None, False, None)
     flags = ("--overlap", "--graphs", "--lane-threads", "each", "--profile", "--packed-weights")
     assert settings(*flags) == (True, True, "each", True, True)
-    assert settings("--no-overlap", "--no-graphs", "--no-packed-weights") == (False, False, "one", False, False)
+    assert settings("--no-overlap", "--no-graphs", "--no-packed-weights") == (False, False, None, False, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
@@ -136,7 +136,7 @@ def test_graphs_that_cannot_be_had_are_named(
 
 def test_the_lanes_may_run_ahead_on_a_thread_each(tmp_path: Path, problems: Path) -> None:
     chains = []
-    for i, flags in enumerate(([], ["--overlap", "--lane-threads", "each"])):
+    for i, flags in enumerate((["--lane-threads", "one"], ["--overlap", "--lane-threads", "each"])):
         assert cli.main(run_words(problems, tmp_path / f"{i}", "--strategy", "draft", *flags)) == 0
         chains.append(sorted(_untimed((tmp_path / f"{i}" / "chains.jsonl").read_text())))
     assert chains[0] == chains[1]
