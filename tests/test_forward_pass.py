@@ -178,7 +178,7 @@ def test_it_stands_aside_for_what_was_asked_for(calls: list[int]) -> None:
 def test_products_that_are_left_to_torch_leave_the_rest_to_the_ops(
     calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "products_are_torchs", lambda: True)
+    monkeypatch.setattr(native, "products_are_torchs", lambda dtype: True)
     with ops.use(None):  # forgets what was decided before
         random_decoder(LLAMA).forward(*random_batch(LLAMA, *BATCHES["decode"]))
     ops.use(None)

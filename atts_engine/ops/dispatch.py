@@ -97,7 +97,7 @@ CUDA_OPS = frozenset(
     }
 )
 _PRODUCTS = frozenset({"linear", "score_tokens"})
-"""Native ops that are left to torch in bfloat16 where `native.products_are_torchs`."""
+"""Native ops that are left to torch where `native.products_are_torchs`."""
 _DEFAULTS = {"cpu": NATIVE, "cuda": TRITON}
 """What a device's ops run by themselves where it can; the reference elsewhere."""
 
@@ -245,11 +245,10 @@ def _decide(op: str, device: torch.device | str) -> str:
 
 def runs_native(op: str, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether op on tensors of dtype on device is the native kernel's: it is chosen, and has one for the dtype.
-    Products of bfloat16 are left to torch, unless they are asked for, where torch's own are faster (AMX)."""
+    Products are left to torch, unless they are asked for, where torch's own are faster (`products_are_torchs`)."""
     if dtype not in native.DTYPES or chosen(op, device) != NATIVE:
         return False
-    asked = dtype is not torch.bfloat16 or op not in _PRODUCTS or _Selection.forced == NATIVE
-    return asked or not native.products_are_torchs()
+    return op not in _PRODUCTS or _Selection.forced == NATIVE or not native.products_are_torchs(dtype)
 
 
 def packing_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -204,12 +204,16 @@ def use_isa(name: str | None) -> None:
     loaded = library()
     if loaded is None or loaded.atts_use_cpu_isa(None if name is None else name.encode()):
         raise InputError(f"the kernels of csrc/ for {name} cannot run here: it is one of {', '.join(ISAS)}")
+    products_are_torchs.cache_clear()
 
 
 @cache
-def products_are_torchs() -> bool:
-    """Whether torch's own bfloat16 products are the faster ones: the CPU multiplies bfloat16 by an instruction that
-    csrc/ does not use (AMX), or that the compiler of csrc/ did not know (AVX512-BF16)."""
+def products_are_torchs(dtype: torch.dtype) -> bool:
+    """Whether torch's own products are the faster ones. In fp32: csrc/ has no kernels for what the processor has. In
+    bfloat16: the CPU multiplies it by an instruction that csrc/ does not use (AMX), or that the compiler of csrc/ did
+    not know (AVX512-BF16)."""
+    if dtype is torch.float32:
+        return isa() == "plain"
     if torch.cpu._is_amx_tile_supported():
         return True
     return bool(torch.cpu._is_avx512_bf16_supported()) and isa() != "avx512bf16"
