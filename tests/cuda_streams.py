@@ -299,6 +299,16 @@ class Device:
         finally:
             self._thread.stream = before
 
+    @contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        """Where the calling thread raises instead of waiting for the device."""
+        before = getattr(self._thread, "may_not_wait", False)
+        self._thread.may_not_wait = True
+        try:
+            yield
+        finally:
+            self._thread.may_not_wait = before
+
     @property
     def ready(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.ready]
@@ -333,6 +343,8 @@ class Device:
     def wait(self, mark: Mark) -> None:
         """The host waits until a stream has come to a mark."""
         with self.lock:
+            if getattr(self._thread, "may_not_wait", False):
+                raise RuntimeError("the host would wait for the device here")
             if self.current.capture is not None:
                 raise RuntimeError("operation not permitted when stream is capturing")
             self.waits += 1
