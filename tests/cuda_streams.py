@@ -27,6 +27,10 @@ Clock = dict[int, int]
 """For each stream, by number, how many of its pieces of work are known to have been before."""
 
 
+_ASKED = 16
+"""Pieces of work that run after a question whether a stream has come somewhere was answered with no."""
+
+
 class Mark(NamedTuple):
     """A place in a stream: behind its first `count` pieces of work. clock: all that is before it."""
 
@@ -277,8 +281,6 @@ class Device:
         self.known: Clock = {}
         """What the host has waited for."""
         self.reports: list[str] = []
-        self.waits = 0
-        """How often the host has waited for a stream."""
         self._thread = threading.local()
 
     def report(self, what: str) -> None:
@@ -289,6 +291,12 @@ class Device:
     def current(self) -> Stream:
         """The calling thread's."""
         return getattr(self._thread, "stream", self.default)
+
+    def new_stream(self, priority: int = 0) -> Stream:
+        return Stream(self, priority)
+
+    def new_event(self, enable_timing: bool = False) -> Event:
+        return Event(self, enable_timing)
 
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
@@ -347,7 +355,6 @@ class Device:
                 raise RuntimeError("the host would wait for the device here")
             if self.current.capture is not None:
                 raise RuntimeError("operation not permitted when stream is capturing")
-            self.waits += 1
             self._reach(mark)
             _join(self.known, mark.clock)
 
@@ -363,13 +370,15 @@ class Device:
             if mark.reached:
                 _join(self.known, mark.clock)
                 return True
-            self.order.pick(self.ready, _needed(mark)).step()
+            for _ in range(_ASKED):
+                if not mark.reached:
+                    self.order.pick(self.ready, _needed(mark)).step()
             return False
 
     @contextmanager
     def capture(self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None) -> Iterator[None]:
         self.synchronize()
-        stream = Stream(self) if stream is None else stream
+        stream = self.new_stream() if stream is None else stream
         graph.pool = graph.pool if pool is None else pool
         with self.on(stream):
             stream.capture = graph
@@ -393,4 +402,3 @@ def _needed(mark: Mark) -> Stream:
 def _join(clock: Clock, other: Clock) -> None:
     for number, count in other.items():
         clock[number] = max(clock.get(number, 0), count)
-

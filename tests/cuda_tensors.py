@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from atts_engine import ops
-from tests.cuda_streams import Device, Event, Graph, Memory, Order, Pool, Stream, Work
+from tests.cuda_streams import Device, Graph, Memory, Order, Pool, Work
 
 CUDA = torch.device("cuda", 0)
 FREE_BYTES = 1 << 30
@@ -98,6 +98,8 @@ class Gpu:
 
     def __init__(self, order: Order) -> None:
         self.device = Device(order)
+        self.waits_fail = False
+        """Whether `torch.cuda.set_sync_debug_mode` says so."""
         self._locked: dict[int, Memory] = {}
         """Page-locked allocations by address."""
         self._shapes: dict[Any, list[Any]] = {}
@@ -105,7 +107,9 @@ class Gpu:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> DeviceTensor:
         """Fresh memory of the current stream, or of the graph that it captures."""
         with _outside():
-            held = torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+            held = (
+                torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+            )
             whole = held.as_strided((held.untyped_storage().nbytes() // held.itemsize,), (1,), 0)
             _spoil(whole)
         stream = self.device.current
@@ -122,7 +126,9 @@ class Gpu:
         weakref.finalize(raw, self._locked.pop, address).atexit = False
         return torch.from_numpy(raw)[: count * dtype.itemsize].view(dtype).view(shape)
 
-    def queue(self, name: str, run: Callable[[], object], reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> None:
+    def queue(
+        self, name: str, run: Callable[[], object], reads: Sequence[Any] = (), writes: Sequence[Any] = ()
+    ) -> None:
         """One kernel or one copy on the current stream. reads, writes: the tensors that it touches. run: works on what
         they hold, and must not refer to a `DeviceTensor`, as a queued kernel keeps no memory alive."""
 
@@ -155,19 +161,20 @@ class Gpu:
             return self._copy(*args, **kwargs)
         if func in _HOST_READS:
             self.queue(func.name(), lambda: None, reads=tensors)
-            self.device.current.synchronize()
+            self._wait()
             return func(*_held(args), **_held(kwargs))
         if func in _HOST_SIZES or (func is _aten.index.Tensor and any(_is_mask(t) for t in tensors[1:])):
             # The result's size is known to the device first.
-            self.device.current.synchronize()
+            self._wait()
             found = func(*_held(args), **_held(kwargs))
             return self._launch(func, args, kwargs, [(found.shape, found.dtype, found.stride())])
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            lease = next(t.lease for t in tensors if isinstance(t, DeviceTensor))
+            whole = next(t for t in tensors if isinstance(t, DeviceTensor))
             views = func(*_held(args), **_held(kwargs))
-            if isinstance(views, torch.Tensor):
-                return DeviceTensor(views, lease)
-            return [DeviceTensor(view, lease) for view in views]
+            with torch.inference_mode(whole.is_inference()):
+                if isinstance(views, torch.Tensor):
+                    return DeviceTensor(views, whole.lease)
+                return [DeviceTensor(view, whole.lease) for view in views]
         return self._launch(func, args, kwargs)
 
     def _launch(self, func: Any, args: Any, kwargs: dict[str, Any], results: list[Any] | None = None) -> Any:
@@ -230,10 +237,18 @@ class Gpu:
         to, of = _held(target), _held(source)
         if host is source and not locked:
             of = of.clone()
-        self.queue("copy to the device" if host is source else "copy to the host", lambda: to.copy_(of), [source], [target])
+        self.queue(
+            "copy to the device" if host is source else "copy to the host", lambda: to.copy_(of), [source], [target]
+        )
         if not non_blocking or (host is target and not locked):
-            self.device.current.synchronize()
+            self._wait()
         return target
+
+    def _wait(self) -> None:
+        """An operation that cannot do without: for what the current stream has queued so far."""
+        if self.waits_fail:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.device.current.synchronize()
 
     def _memory(self, tensor: torch.Tensor) -> Memory | None:
         """Of a tensor that lies on the device or in page-locked memory."""
@@ -269,10 +284,13 @@ def pretend_cuda(order: Order) -> Iterator[Gpu]:
         with _Mode(gpu):
             plain_run(thread)
 
+    def set_sync_debug_mode(mode: str) -> None:
+        gpu.waits_fail = mode == "error"
+
     cuda = {
         "CUDAGraph": partial(Graph, device),
-        "Event": lambda enable_timing=False, **_: Event(device, enable_timing),
-        "Stream": lambda place=None, priority=0: Stream(device, priority),
+        "Event": lambda enable_timing=False, blocking=False: device.new_event(enable_timing),
+        "Stream": lambda place=None, priority=0: device.new_stream(priority),
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
         "current_stream": lambda place=None: device.current,
@@ -285,6 +303,7 @@ def pretend_cuda(order: Order) -> Iterator[Gpu]:
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: device.current.capture is not None,
         "mem_get_info": lambda place=None: (FREE_BYTES, FREE_BYTES),
+        "set_sync_debug_mode": set_sync_debug_mode,
         "stream": device.on,
         "synchronize": lambda place=None: device.synchronize(),
     }
@@ -313,9 +332,13 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
-@contextmanager
-def _outside() -> Iterator[None]:
+def _outside() -> AbstractContextManager[object]:
     """What runs here is neither seen by modes nor held to the rules of tensors made in inference mode."""
+    return _beyond_modes() if torch._C._len_torch_dispatch_stack() else torch.inference_mode()
+
+
+@contextmanager
+def _beyond_modes() -> Iterator[None]:
     with _disable_current_modes(), torch.inference_mode():
         yield
 
