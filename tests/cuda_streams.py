@@ -27,8 +27,10 @@ Clock = dict[int, int]
 """For each stream, by number, how many of its pieces of work are known to have been before."""
 
 
-_ASKED = 16
-"""Pieces of work that run after a question whether a stream has come somewhere was answered with no."""
+_POLLED = 4
+"""Questions, with nothing queued between them, from which on the host is taken to poll."""
+_MEANWHILE = 16
+"""Pieces of work that run between two questions of a host that polls."""
 
 
 class Mark(NamedTuple):
@@ -282,6 +284,8 @@ class Device:
         """What the host has waited for."""
         self.reports: list[str] = []
         self._thread = threading.local()
+        self._asked = 0
+        """Questions since work was queued last."""
 
     def report(self, what: str) -> None:
         if what not in self.reports:
@@ -329,6 +333,7 @@ class Device:
                 stream.capture.works.append(work)
                 return
             stream.add(work)
+            self._asked = 0
             self.order.idle(self)
 
     def free(self, memory: Memory) -> None:
@@ -364,13 +369,14 @@ class Device:
                 stream.synchronize()
 
     def asked(self, mark: Mark) -> bool:
-        """Whether a stream has come to a mark. Asking does not wait, but whoever asks often enough hears yes."""
+        """Whether a stream has come to a mark. Asking does not wait, but who polls hears yes in the end."""
         with self.lock:
             self.order.idle(self)
             if mark.reached:
                 _join(self.known, mark.clock)
                 return True
-            for _ in range(_ASKED):
+            self._asked += 1
+            for _ in range(_MEANWHILE if self._asked >= _POLLED else 0):
                 if not mark.reached:
                     self.order.pick(self.ready, _needed(mark)).step()
             return False

@@ -3,15 +3,15 @@
 Inside `pretend_cuda` a tensor made on cuda:0 is a `DeviceTensor`. What it will hold is an ordinary tensor, full of
 nonsense (NaN, absurd integers) until the work that computes it has run. An operation makes its results at once, as
 torch does, and queues what computes them on the current stream; views share memory at once; what needs a value on the
-host waits for the current stream, as CUDA does. A Triton kernel is one piece of work, which runs the torch reference of
-its op.
+host waits for the current stream, as CUDA does. A kernel of Triton or csrc/ is one piece of work, which runs the torch
+reference of its op: what is tested is where and when it is launched.
 
-Copies are CUDA's: to and from page-locked memory without waiting where `non_blocking` is given, reading the host's bytes
-when they run; from pageable memory the bytes of the moment; to pageable memory they wait. Freed memory is written over
-behind all that its stream has queued so far; page-locked memory is kept until the copies that use it have run. A
-captured graph holds the work between its two ends, with the tensors and the Python numbers of that moment.
+Copies are CUDA's. Those that do not block read and write page-locked memory when they run; pageable memory they read at
+once, and to write it they wait. Freed memory is written over behind all that its stream has queued so far; page-locked
+memory is kept until the copies that use it have run. A captured graph holds the work between its two ends, with the
+tensors and the Python numbers of that moment.
 
-Not here: a second device, events inside a capture, the kernels of csrc/ and FlashInfer, memory that runs out, time.
+Not here: a second device, events inside a capture, FlashInfer, memory that runs out, time.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import atts_triton
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from atts_engine import ops
+from atts_engine.ops import cuda as ops_cuda
+from tests.cuda_kernels import csrc_call, triton_launcher
 from tests.cuda_streams import Device, Graph, Memory, Order, Pool, Work
+
+atts_triton = pytest.importorskip("atts_triton", reason="triton is not installed")
 
 CUDA = torch.device("cuda", 0)
 FREE_BYTES = 1 << 30
@@ -307,29 +310,19 @@ def pretend_cuda(order: Order) -> Iterator[Gpu]:
         "stream": device.on,
         "synchronize": lambda place=None: device.synchronize(),
     }
-    kernels = {name: _launcher(name) for name in atts_triton.__all__}
+    triton = {name: triton_launcher(name) for name in atts_triton.__all__}
+    csrc = {"_call": csrc_call(gpu.queue), "lacking": dict}
     with ExitStack() as stack:
-        for owner, attributes in ((torch.cuda, cuda), (atts_triton, kernels)):
+        for owner, attributes in ((torch.cuda, cuda), (atts_triton, triton), (ops_cuda, csrc)):
             for name, value in attributes.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.object(ops_cuda._Workspaces, "held", {}))
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_thread))
         stack.enter_context(ops.use(None))  # what runs on cuda:0 is decided anew, now and behind this
         stack.enter_context(_Mode(gpu))
         yield gpu
         device.synchronize()
-
-
-def _launcher(name: str) -> Callable[..., Any]:
-    """A Triton kernel's launcher: the op of that name, as `dispatch` finds it."""
-    op = getattr(torch.ops.atts, name)
-    positional = [a.name for a in op.default._schema.arguments if not a.kwarg_only]
-    named = [a.name for a in op.default._schema.arguments if a.kwarg_only]
-
-    def launch(*args: Any) -> Any:
-        return op(*args[: len(positional)], **dict(zip(named, args[len(positional) :], strict=False)))
-
-    return launch
 
 
 def _outside() -> AbstractContextManager[object]:
