@@ -7,8 +7,8 @@ is found, and neither a race inside a kernel nor one between two halves of two k
 
 Beside that every access is checked against the order in which it was queued: two pieces of work that touch the same
 allocation, one of them writing, with nothing that orders them, are a race whatever order was run (`Device.reports`).
-Allocations are told apart, parts of one are not. Host threads count as one, and what the host itself reads and writes
-is not seen here.
+What the host has waited for, or was told has been, comes before all that it queues afterwards. Allocations are told
+apart, parts of one are not; host threads count as one; what the host itself reads and writes is not seen here.
 
 `tests.cuda_tensors` puts tensors on such a device.
 """
@@ -25,7 +25,6 @@ from typing import NamedTuple, Protocol
 
 Clock = dict[int, int]
 """For each stream, by number, how many of its pieces of work are known to have been before."""
-
 
 _POLLED = 4
 """Questions, with nothing queued between them, from which on the host is taken to poll."""
@@ -277,7 +276,7 @@ class Device:
 
     def __init__(self, order: Order) -> None:
         self.lock = threading.RLock()
-        self.order = order
+        self._order = order
         self.streams: list[Stream] = []
         self.default = Stream(self)
         self.known: Clock = {}
@@ -334,7 +333,7 @@ class Device:
                 return
             stream.add(work)
             self._asked = 0
-            self.order.idle(self)
+            self._order.idle(self)
 
     def free(self, memory: Memory) -> None:
         """The last reference is gone. As in torch's allocator the memory is its stream's at once: whatever is queued
@@ -371,14 +370,14 @@ class Device:
     def asked(self, mark: Mark) -> bool:
         """Whether a stream has come to a mark. Asking does not wait, but who polls hears yes in the end."""
         with self.lock:
-            self.order.idle(self)
+            self._order.idle(self)
             if mark.reached:
                 _join(self.known, mark.clock)
                 return True
             self._asked += 1
             for _ in range(_MEANWHILE if self._asked >= _POLLED else 0):
                 if not mark.reached:
-                    self.order.pick(self.ready, _needed(mark)).step()
+                    self._order.pick(self.ready, _needed(mark)).step()
             return False
 
     @contextmanager
@@ -395,7 +394,7 @@ class Device:
 
     def _reach(self, mark: Mark) -> None:
         while not mark.reached:
-            self.order.pick(self.ready, _needed(mark)).step()
+            self._order.pick(self.ready, _needed(mark)).step()
 
 
 def _needed(mark: Mark) -> Stream:

@@ -44,6 +44,7 @@ nothing that it could ask about a CUDA tensor."""
 _aten = torch.ops.aten
 _HOST_READS = (_aten._local_scalar_dense.default, _aten.equal.default)
 _HOST_SIZES = (_aten.nonzero.default, _aten.masked_select.default)
+_MASKABLE = (_aten.index.Tensor, _aten.index_put_.default)
 _EMPTY = ("aten::empty", "aten::new_empty")
 
 
@@ -139,8 +140,8 @@ class Gpu:
             with _outside():
                 run()
 
-        touched = [[found for t in tensors if (found := self._memory(t)) is not None] for tensors in (reads, writes)]
-        self.device.put(Work(name, inside, *touched))
+        read, written = ([m for t in some if (m := self._memory(t)) is not None] for some in (reads, writes))
+        self.device.put(Work(name, inside, read, written))
 
     def dispatch(self, mode: TorchDispatchMode, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operator of torch."""
@@ -166,9 +167,11 @@ class Gpu:
             self.queue(func.name(), lambda: None, reads=tensors)
             self._wait()
             return func(*_held(args), **_held(kwargs))
-        if func in _HOST_SIZES or (func is _aten.index.Tensor and any(_is_mask(t) for t in tensors[1:])):
-            # The result's size is known to the device first.
+        if func in _HOST_SIZES or (func in _MASKABLE and any(_is_mask(t) for t in tensors[1:])):
+            # How much a mask holds is known to the device first.
             self._wait()
+            if func is _aten.index_put_.default:
+                return self._launch(func, args, kwargs)
             found = func(*_held(args), **_held(kwargs))
             return self._launch(func, args, kwargs, [(found.shape, found.dtype, found.stride())])
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
@@ -240,9 +243,8 @@ class Gpu:
         to, of = _held(target), _held(source)
         if host is source and not locked:
             of = of.clone()
-        self.queue(
-            "copy to the device" if host is source else "copy to the host", lambda: to.copy_(of), [source], [target]
-        )
+        name = f"copy to the {'device' if host is source else 'host'}"
+        self.queue(name, lambda: to.copy_(of), [source], [target])
         if not non_blocking or (host is target and not locked):
             self._wait()
         return target

@@ -294,6 +294,7 @@ def played(broken: Broken, order: str = "late") -> tuple[dict[int, list[Any]] | 
     with pretend_cuda(order_of(order)) as gpu, pytest.MonkeyPatch.context() as patch:
         broken(patch, gpu)
         core = lane(gpu, overlap=True, graphs=True, **TIGHT)  # type: ignore[arg-type]
+        forbid_waiting_launches(patch, gpu)
         try:
             heard = play(core, SCRIPT)
         except AssertionError:
