@@ -1,4 +1,4 @@
-"""Launches of kernels on the device of `tests.cuda_tensors`: one piece of work each, which runs the torch reference of
+"""Launches of kernels on the devices of `tests.cuda_tensors`: one piece of work each, which runs the torch reference of
 the op on the tensors behind its arguments."""
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class Queue(Protocol):
     def __call__(self, name: str, run: Callable[[], object], reads: Any, writes: Any) -> None: ...
 
 
-def triton_launcher(name: str) -> Callable[..., Any]:
-    """Stands for the function of `atts_triton` that launches the op of this name: torch's dispatcher finds the rest."""
+def triton_launcher(name: str, launches: Callable[[str, Any], None]) -> Callable[..., Any]:
+    """Stands for the function of `atts_triton` that launches the op of this name: torch's dispatcher finds the rest.
+    launches: told of it with its arguments."""
     op = getattr(torch.ops.atts, name)
     schema = op.default._schema.arguments
     named = [argument.name for argument in schema if argument.kwarg_only]
     positional = len(schema) - len(named)
 
     def launch(*args: Any) -> Any:
+        launches(name, args)
         return op(*args[:positional], **dict(zip(named, args[positional:], strict=False)))
 
     return launch

@@ -1,4 +1,4 @@
-"""Streams, events and graphs of a CUDA device as queues of Python functions, which run late and in any legal order.
+"""Streams, events and graphs of CUDA devices as queues of Python functions, which run late and in any legal order.
 
 What is queued on one stream runs in the order in which it was queued; what is queued on two streams runs in any order
 that their events allow. An `Order` chooses one: `Late`, `Early`, `Ahead`, or `Shuffled` by a seed. Each piece of work
@@ -6,11 +6,11 @@ runs as a whole: two kernels never overlap, their stores are visible at once, an
 is found, and neither a race inside a kernel nor one between two halves of two kernels.
 
 Beside that every access is checked against the order in which it was queued: two pieces of work that touch the same
-allocation, one of them writing, with nothing that orders them, are a race whatever order was run (`Device.reports`).
+allocation, one of them writing, with nothing that orders them, are a race whatever order was run (`Machine.reports`).
 What the host has waited for, or was told has been, comes before all that it queues afterwards. Allocations are told
 apart, parts of one are not; host threads count as one; what the host itself reads and writes is not seen here.
 
-`tests.cuda_tensors` puts tensors on such a device.
+`tests.cuda_tensors` puts tensors on such devices.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class Pool:
 
 
 class Stream:
-    """Stands for `torch.cuda.Stream`. priority is taken and has no effect."""
+    """Stands for `torch.cuda.Stream`. device: its number. priority is taken and has no effect."""
 
-    def __init__(self, owner: Device, priority: int = 0) -> None:
+    def __init__(self, owner: Machine, device: int = 0, priority: int = 0) -> None:
         self.number = len(owner.streams)
+        self.device = device
         self.priority = priority
         self.queue: deque[Work] = deque()
         self.ran = 0
@@ -162,7 +163,7 @@ class Stream:
 class Event:
     """Stands for `torch.cuda.Event`; the time between two of them is 0."""
 
-    def __init__(self, owner: Device, enable_timing: bool = False) -> None:
+    def __init__(self, owner: Machine, enable_timing: bool = False) -> None:
         self.mark: Mark | None = None
         self._owner = owner
         self._timing = enable_timing
@@ -171,6 +172,8 @@ class Event:
         stream = self._owner.current if stream is None else stream
         if stream.capture is not None:
             raise NotImplementedError("an event inside a capture is not modelled")
+        if self.mark is not None and self.mark.stream.device != stream.device:
+            raise RuntimeError("an event belongs to the device on which it was recorded first")
         self.mark = stream.mark
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -193,7 +196,7 @@ class Event:
 class Graph:
     """Stands for `torch.cuda.CUDAGraph`: what was queued on one stream during a capture, queued again by a replay."""
 
-    def __init__(self, owner: Device) -> None:
+    def __init__(self, owner: Machine) -> None:
         self.works: list[Work] = []
         self.pool = Pool()
         self._owner = owner
@@ -209,7 +212,7 @@ class Graph:
 class Order(Protocol):
     """Chooses among the legal orders."""
 
-    def idle(self, device: Device) -> None:
+    def idle(self, machine: Machine) -> None:
         """The host does something: the device may get on."""
 
     def pick(self, ready: list[Stream], needed: Stream) -> Stream:
@@ -219,7 +222,7 @@ class Order(Protocol):
 class Late:
     """Nothing runs before the host waits for it, and then what it waits for and no more."""
 
-    def idle(self, device: Device) -> None:
+    def idle(self, machine: Machine) -> None:
         return None
 
     def pick(self, ready: list[Stream], needed: Stream) -> Stream:
@@ -229,8 +232,8 @@ class Late:
 class Early:
     """Everything runs as soon as it may."""
 
-    def idle(self, device: Device) -> None:
-        while ready := device.ready:
+    def idle(self, machine: Machine) -> None:
+        while ready := machine.ready:
             ready[0].step()
 
     def pick(self, ready: list[Stream], needed: Stream) -> Stream:
@@ -240,7 +243,7 @@ class Early:
 class Ahead:
     """Nothing runs before the host waits, and then all that it does not wait for comes first."""
 
-    def idle(self, device: Device) -> None:
+    def idle(self, machine: Machine) -> None:
         return None
 
     def pick(self, ready: list[Stream], needed: Stream) -> Stream:
@@ -255,8 +258,8 @@ class Shuffled:
         self._pace = self._random.choice([0.02, 0.3, 1.0])
         self._haste: dict[int, float] = {}
 
-    def idle(self, device: Device) -> None:
-        while self._random.random() < self._pace / (1 + self._pace) and (ready := device.ready):
+    def idle(self, machine: Machine) -> None:
+        while self._random.random() < self._pace / (1 + self._pace) and (ready := machine.ready):
             self._one_of(ready).step()
 
     def pick(self, ready: list[Stream], needed: Stream) -> Stream:
@@ -271,14 +274,14 @@ class Shuffled:
         return self._random.choices(ready, [self._haste[stream.number] for stream in ready])[0]
 
 
-class Device:
-    """The streams of one device, what the host knows of them, and what went wrong (`reports`)."""
+class Machine:
+    """The streams of some devices, what the host knows of them, and what went wrong (`reports`)."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, devices: int = 1) -> None:
         self.lock = threading.RLock()
         self._order = order
         self.streams: list[Stream] = []
-        self.default = Stream(self)
+        self.defaults = [Stream(self, device) for device in range(devices)]
         self.known: Clock = {}
         """What the host has waited for."""
         self.reports: list[str] = []
@@ -291,24 +294,43 @@ class Device:
             self.reports.append(what)
 
     @property
-    def current(self) -> Stream:
-        """The calling thread's."""
-        return getattr(self._thread, "stream", self.default)
+    def device(self) -> int:
+        """The calling thread's current one."""
+        return getattr(self._thread, "device", 0)
 
-    def new_stream(self, priority: int = 0) -> Stream:
-        return Stream(self, priority)
+    @property
+    def current(self) -> Stream:
+        """The calling thread's current stream on its current device."""
+        return self.current_on(self.device)
+
+    def current_on(self, device: int) -> Stream:
+        return getattr(self._thread, f"stream{device}", self.defaults[device])
+
+    def new_stream(self, device: int | None = None, priority: int = 0) -> Stream:
+        return Stream(self, self.device if device is None else device, priority)
 
     def new_event(self, enable_timing: bool = False) -> Event:
         return Event(self, enable_timing)
 
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
-        before = self.current
-        self._thread.stream = before if stream is None else stream
+        """Makes it the current stream of its device, and that the current device."""
+        stream = self.current if stream is None else stream
+        device, before = self.device, self.current_on(stream.device)
+        self._become(stream.device, stream)
         try:
             yield
         finally:
-            self._thread.stream = before
+            self._become(device, before)
+
+    @contextmanager
+    def on_device(self, device: int) -> Iterator[None]:
+        with self.on(self.current_on(device)):
+            yield
+
+    def _become(self, device: int, stream: Stream) -> None:
+        self._thread.device = device
+        setattr(self._thread, f"stream{stream.device}", stream)
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:
@@ -324,10 +346,10 @@ class Device:
     def ready(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.ready]
 
-    def put(self, work: Work) -> None:
-        """Queue work on the current stream, or record it where that captures."""
+    def put(self, work: Work, device: int | None = None) -> None:
+        """Queue work on the device's current stream, or record it where that captures."""
         with self.lock:
-            stream = self.current
+            stream = self.current_on(self.device if device is None else device)
             if stream.capture is not None:
                 stream.capture.works.append(work)
                 return
@@ -362,10 +384,13 @@ class Device:
             self._reach(mark)
             _join(self.known, mark.clock)
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: int | None = None) -> None:
+        """Waits for all streams of a device; None: the current one."""
+        device = self.device if device is None else device
         with self.lock:
             for stream in self.streams:
-                stream.synchronize()
+                if stream.device == device:
+                    stream.synchronize()
 
     def asked(self, mark: Mark) -> bool:
         """Whether a stream has come to a mark. Asking does not wait, but who polls hears yes in the end."""

@@ -1,17 +1,18 @@
-"""Tensors on the device of `tests.cuda_streams`: torch's CUDA interface on a machine without a GPU.
+"""Tensors on the devices of `tests.cuda_streams`: torch's CUDA interface on a machine without a GPU.
 
-Inside `pretend_cuda` a tensor made on cuda:0 is a `DeviceTensor`. What it will hold is an ordinary tensor, full of
-nonsense (NaN, absurd integers) until the work that computes it has run. An operation makes its results at once, as
+Inside `pretend_cuda` a tensor made on a CUDA device is a `DeviceTensor`. What it will hold is an ordinary tensor, full
+of nonsense (NaN, absurd integers) until the work that computes it has run. An operation makes its results at once, as
 torch does, and queues what computes them on the current stream; views share memory at once; what needs a value on the
 host waits for the current stream, as CUDA does. A kernel of Triton or csrc/ is one piece of work, which runs the torch
-reference of its op: what is tested is where and when it is launched.
+reference of its op: what is tested is where and when it is launched. torch's own operators run on the device of their
+tensors, those kernels on the current device, and they refuse tensors of another one.
 
 Copies are CUDA's. Those that do not block read and write page-locked memory when they run; pageable memory they read at
 once, and to write it they wait. Freed memory is written over behind all that its stream has queued so far; page-locked
 memory is kept until the copies that use it have run. A captured graph holds the work between its two ends, with the
 tensors and the Python numbers of that moment.
 
-Not here: a second device, events inside a capture, FlashInfer, memory that runs out, time.
+Not here: copies from device to device, events inside a capture, FlashInfer, memory that runs out, time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from atts_engine import ops
 from atts_engine.ops import cuda as ops_cuda
 from tests.cuda_kernels import csrc_call, triton_launcher
-from tests.cuda_streams import Device, Graph, Memory, Order, Pool, Work
+from tests.cuda_streams import Graph, Machine, Memory, Order, Pool, Work
 
 atts_triton = pytest.importorskip("atts_triton", reason="triton is not installed")
 
@@ -51,9 +52,9 @@ _EMPTY = ("aten::empty", "aten::new_empty")
 class _Lease:
     """Held by every tensor over an allocation. Its end frees the memory."""
 
-    def __init__(self, device: Device, memory: Memory) -> None:
+    def __init__(self, machine: Machine, memory: Memory) -> None:
         self.memory = memory
-        weakref.finalize(self, device.free, memory).atexit = False
+        weakref.finalize(self, machine.free, memory).atexit = False
 
 
 class DeviceTensor(torch.Tensor):
@@ -76,7 +77,7 @@ class DeviceTensor(torch.Tensor):
         tensor.held, tensor.lease = held, lease
         return tensor
 
-    device = property(lambda self: CUDA)
+    device = property(lambda self: torch.device("cuda", self.lease.memory.stream.device))
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
 
@@ -98,27 +99,30 @@ class DeviceTensor(torch.Tensor):
 
 
 class Gpu:
-    """What torch and its allocators do for tensors on one device."""
+    """What torch and its allocators do for tensors on the devices of a machine."""
 
-    def __init__(self, order: Order) -> None:
-        self.device = Device(order)
+    def __init__(self, order: Order, devices: int) -> None:
+        self.machine = Machine(order, devices)
         self.waits_fail = False
         """Whether `torch.cuda.set_sync_debug_mode` says so."""
         self._locked: dict[int, Memory] = {}
         """Page-locked allocations by address."""
         self._shapes: dict[Any, list[Any]] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> DeviceTensor:
-        """Fresh memory of the current stream, or of the graph that it captures."""
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, device: int | None = None
+    ) -> DeviceTensor:
+        """Fresh memory of the device's current stream, or of the graph that it captures. device: None for the current
+        one."""
         with _outside():
             held = (
                 torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
             )
             whole = held.as_strided((held.untyped_storage().nbytes() // held.itemsize,), (1,), 0)
             _spoil(whole)
-        stream = self.device.current
+        stream = self.machine.current if device is None else self.machine.current_on(device)
         pool = stream.capture.pool if stream.capture is not None else None
-        return DeviceTensor(held, _Lease(self.device, Memory(partial(_spoil, whole), stream, pool)))
+        return DeviceTensor(held, _Lease(self.machine, Memory(partial(_spoil, whole), stream, pool)))
 
     def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """On the host. Like torch's allocator it gives the memory to nobody else before the copies have run: their
@@ -131,17 +135,27 @@ class Gpu:
         return torch.from_numpy(raw)[: count * dtype.itemsize].view(dtype).view(shape)
 
     def queue(
-        self, name: str, run: Callable[[], object], reads: Sequence[Any] = (), writes: Sequence[Any] = ()
+        self,
+        name: str,
+        run: Callable[[], object],
+        reads: Sequence[Any] = (),
+        writes: Sequence[Any] = (),
+        device: int | None = None,
     ) -> None:
-        """One kernel or one copy on the current stream. reads, writes: the tensors that it touches. run: works on what
-        they hold, and must not refer to a `DeviceTensor`, as a queued kernel keeps no memory alive."""
+        """One kernel or one copy on the current stream of a device, None: the current one, which must be that of the
+        tensors. reads, writes: the tensors that it touches. run: works on what they hold, and must not refer to a
+        `DeviceTensor`, as a queued kernel keeps no memory alive."""
 
         def inside() -> None:
             with _outside():
                 run()
 
+        place = self.machine.device if device is None else device
+        elsewhere = [t.device for t in (*reads, *writes) if isinstance(t, DeviceTensor) and t.device.index != place]
+        if elsewhere:
+            raise RuntimeError(f"{name} on cuda:{place} touches a tensor on {elsewhere[0]}")
         read, written = ([m for t in some if (m := self._memory(t)) is not None] for some in (reads, writes))
-        self.device.put(Work(name, inside, read, written))
+        self.machine.put(Work(name, inside, read, written), place)
 
     def dispatch(self, mode: TorchDispatchMode, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operator of torch."""
@@ -164,12 +178,12 @@ class Gpu:
         if func is _aten.copy_.default and not all(isinstance(t, DeviceTensor) for t in args[:2]):
             return self._copy(*args, **kwargs)
         if func in _HOST_READS:
-            self.queue(func.name(), lambda: None, reads=tensors)
-            self._wait()
+            self.queue(func.name(), lambda: None, reads=tensors, device=self._device_of(tensors))
+            self._wait(tensors)
             return func(*_held(args), **_held(kwargs))
         if func in _HOST_SIZES or (func in _MASKABLE and any(_is_mask(t) for t in tensors[1:])):
             # How much a mask holds is known to the device first.
-            self._wait()
+            self._wait(tensors)
             if func is _aten.index_put_.default:
                 return self._launch(func, args, kwargs)
             found = func(*_held(args), **_held(kwargs))
@@ -191,7 +205,9 @@ class Gpu:
         anew = all(r.alias_info is None for r in schema.returns)
         if results is None:
             results = self._results(func, args, kwargs) if anew else []
-        made = [self.empty(*result) for result in results]
+        tensors = _tensors(args, kwargs)
+        device = self._device_of(tensors, kwargs.get("device"))
+        made = [self.empty(*result, device) for result in results]
         if not func.name().startswith(_EMPTY):
             inner, named = _held(args, keep=True), _held(kwargs, keep=True)
             outs = [t.held for t in made]
@@ -202,8 +218,8 @@ class Gpu:
                 for out, value in zip(outs, values, strict=bool(outs)):
                     out.copy_(value)
 
-            reads = [t for t in _tensors(args, kwargs) if not any(t is w for w in written)]
-            self.queue(func.name(), run, reads, [*written, *made])
+            reads = [t for t in tensors if not any(t is w for w in written)]
+            self.queue(func.name(), run, reads, [*written, *made], device)
         if not anew:
             return written[0] if len(written) == 1 else tuple(written)
         if not schema.returns:
@@ -225,35 +241,52 @@ class Gpu:
         place = options.get("device")
         to_host = place is not None and place.type not in _OURS
         if isinstance(source, DeviceTensor) and not to_host:
+            if place is not None and place.type == "cuda" and place != source.device:
+                raise NotImplementedError("a copy from device to device is not modelled")
             if dtype is source.dtype:
                 return source
             return self._launch(_aten._to_copy.default, (source,), {"dtype": dtype})
         waits = not options.get("non_blocking", False)
         if not to_host:
-            return self._copy(self.empty(source.shape, dtype), source, not waits)
+            return self._copy(self.empty(source.shape, dtype, device=self._device_of((), place)), source, not waits)
         target = torch.empty(source.shape, dtype=dtype) if waits else self.page_locked(source.shape, dtype)
         return self._copy(target, source, not waits)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """Between host and device."""
         host = source if isinstance(target, DeviceTensor) else target
-        locked = self._memory(host) is not None
-        if self.device.current.capture is not None and not locked:
+        locked, device = self._memory(host) is not None, self._device_of((target, source))
+        if self.machine.current_on(device).capture is not None and not locked:
             raise RuntimeError("operation not permitted when stream is capturing: a copy of pageable memory")
         to, of = _held(target), _held(source)
         if host is source and not locked:
             of = of.clone()
         name = f"copy to the {'device' if host is source else 'host'}"
-        self.queue(name, lambda: to.copy_(of), [source], [target])
+        self.queue(name, lambda: to.copy_(of), [source], [target], device)
         if not non_blocking or (host is target and not locked):
-            self._wait()
+            self._wait((target, source))
         return target
 
-    def _wait(self) -> None:
-        """An operation that cannot do without: for what the current stream has queued so far."""
+    def _wait(self, tensors: Sequence[Any]) -> None:
+        """An operation that cannot do without: for what the current stream of its device has queued so far."""
         if self.waits_fail:
             raise RuntimeError("called a synchronizing CUDA operation")
-        self.device.current.synchronize()
+        self.machine.current_on(self._device_of(tensors)).synchronize()
+
+    def _device_of(self, tensors: Sequence[Any], place: torch.device | None = None) -> int:
+        """Where an operator runs: on its tensors' device, or that which it names, else the current one."""
+        found = [t.device.index for t in tensors if isinstance(t, DeviceTensor)]
+        if found:
+            return found[0]
+        named = place is not None and place.type == "cuda" and place.index is not None
+        return place.index if named else self.machine.device
+
+    def launches(self, name: str, tensors: Sequence[Any]) -> None:
+        """A kernel of ours goes to the current device: raises where its tensors are on another."""
+        place = self.machine.device
+        for tensor in tensors:
+            if isinstance(tensor, DeviceTensor) and tensor.device.index != place:
+                raise RuntimeError(f"{name} is launched on cuda:{place} and its tensors are on {tensor.device}")
 
     def _memory(self, tensor: torch.Tensor) -> Memory | None:
         """Of a tensor that lies on the device or in page-locked memory."""
@@ -274,16 +307,21 @@ class _Mode(TorchDispatchMode):
 
 
 @contextmanager
-def pretend_cuda(order: Order) -> Iterator[Gpu]:
-    """cuda:0 is there, for this thread and those that are started inside. In the end everything queued is run."""
-    gpu = Gpu(order)
-    device = gpu.device
+def pretend_cuda(order: Order, devices: int = 1) -> Iterator[Gpu]:
+    """CUDA devices are there, for this thread and those that it starts inside. In the end all that was queued runs."""
+    gpu = Gpu(order, devices)
+    machine = gpu.machine
     plain_tensor, plain_run = torch.tensor, threading.Thread.run
+
+    def number(place: Any) -> int:
+        index = place if isinstance(place, int | None) else torch.device(place).index
+        return machine.device if index is None else index
 
     def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         # It hides its copy from modes.
         made = plain_tensor(data, dtype=dtype)
-        return made if device is None else made.to(CUDA if torch.device(device).type == "cuda" else device)
+        on_host = device is None or torch.device(device).type == "cpu"
+        return made if on_host else made.to(torch.device("cuda", number(device)))
 
     def run_thread(thread: threading.Thread) -> None:
         with _Mode(gpu):
@@ -293,26 +331,28 @@ def pretend_cuda(order: Order) -> Iterator[Gpu]:
         gpu.waits_fail = mode == "error"
 
     cuda = {
-        "CUDAGraph": partial(Graph, device),
-        "Event": lambda enable_timing=False, blocking=False: device.new_event(enable_timing),
-        "Stream": lambda place=None, priority=0: device.new_stream(priority),
+        "CUDAGraph": partial(Graph, machine),
+        "Event": lambda enable_timing=False, blocking=False: machine.new_event(enable_timing),
+        "Stream": lambda place=None, priority=0: machine.new_stream(number(place), priority),
         "_lazy_init": lambda: None,
-        "current_device": lambda: 0,
-        "current_stream": lambda place=None: device.current,
-        "default_stream": lambda place=None: device.default,
-        "device": lambda place: nullcontext(),
-        "device_count": lambda: 1,
+        "current_device": lambda: machine.device,
+        "current_stream": lambda place=None: machine.current_on(number(place)),
+        "default_stream": lambda place=None: machine.defaults[number(place)],
+        "device": lambda place: machine.on_device(number(place)),
+        "device_count": lambda: devices,
         "get_device_name": lambda place=None: "a pretended GPU",
-        "graph": lambda graph, pool=None, stream=None, capture_error_mode="global": device.capture(graph, pool, stream),
+        "graph": lambda graph, pool=None, stream=None, capture_error_mode="global": machine.capture(
+            graph, pool, stream
+        ),
         "graph_pool_handle": Pool,
         "is_available": lambda: True,
-        "is_current_stream_capturing": lambda: device.current.capture is not None,
+        "is_current_stream_capturing": lambda: machine.current.capture is not None,
         "mem_get_info": lambda place=None: (FREE_BYTES, FREE_BYTES),
         "set_sync_debug_mode": set_sync_debug_mode,
-        "stream": device.on,
-        "synchronize": lambda place=None: device.synchronize(),
+        "stream": machine.on,
+        "synchronize": lambda place=None: machine.synchronize(number(place)),
     }
-    triton = {name: triton_launcher(name) for name in atts_triton.__all__}
+    triton = {name: triton_launcher(name, gpu.launches) for name in atts_triton.__all__}
     csrc = {"_call": csrc_call(gpu.queue), "lacking": dict}
     with ExitStack() as stack:
         for owner, attributes in ((torch.cuda, cuda), (atts_triton, triton), (ops_cuda, csrc)):
@@ -321,10 +361,11 @@ def pretend_cuda(order: Order) -> Iterator[Gpu]:
         stack.enter_context(mock.patch.object(ops_cuda._Workspaces, "held", {}))
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_thread))
-        stack.enter_context(ops.use(None))  # what runs on cuda:0 is decided anew, now and behind this
+        stack.enter_context(ops.use(None))  # what runs on a CUDA device is decided anew, now and behind this
         stack.enter_context(_Mode(gpu))
         yield gpu
-        device.synchronize()
+        for device in range(devices):
+            machine.synchronize(device)
 
 
 def _outside() -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cuda_streams import Ahead, Device, Early, Late, Memory, Order, Shuffled, Work
+from tests.cuda_streams import Ahead, Early, Late, Machine, Memory, Order, Shuffled, Work
 from tests.cuda_tensors import CUDA, pretend_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and nothing to pretend")
@@ -31,12 +31,12 @@ def test_every_order_that_the_rules_allow_happens_and_no_other(linked: bool) -> 
     }
     met = set()
     for seed in range(300):
-        device, ran = Device(Shuffled(seed)), []
-        a, b = (device.new_stream() for _ in range(2))
+        machine, ran = Machine(Shuffled(seed)), []
+        a, b = (machine.new_stream() for _ in range(2))
 
-        def put(stream: Any, name: str, device: Device = device, ran: list[str] = ran) -> None:
-            with device.on(stream):
-                device.put(Work(name, lambda: ran.append(name)))
+        def put(stream: Any, name: str, machine: Machine = machine, ran: list[str] = ran) -> None:
+            with machine.on(stream):
+                machine.put(Work(name, lambda: ran.append(name)))
 
         put(a, "a1")
         first = a.record_event()
@@ -45,7 +45,7 @@ def test_every_order_that_the_rules_allow_happens_and_no_other(linked: bool) -> 
         if linked:
             b.wait_event(first)
         put(b, "b2")
-        device.synchronize()
+        machine.synchronize()
         met.add(tuple(ran))
     assert met == allowed
 
@@ -65,10 +65,10 @@ PROGRAMS = st.lists(
 
 def execute(program: list[Any], order: Order) -> tuple[list[int], list[str]]:
     """What the cells hold in the end: "mix" writes target = 3 target + source + 1."""
-    device, cells = Device(order), [0, 1, 2]
+    machine, cells = Machine(order), [0, 1, 2]
     memories = [Memory(lambda: None) for _ in cells]
-    streams = [device.new_stream() for _ in range(3)]
-    events = [device.new_event() for _ in range(3)]
+    streams = [machine.new_stream() for _ in range(3)]
+    events = [machine.new_event() for _ in range(3)]
     for step in program:
         match step:
             case ("mix", stream, target, source):
@@ -76,16 +76,16 @@ def execute(program: list[Any], order: Order) -> tuple[list[int], list[str]]:
                 def mix(target: int = target, source: int = source) -> None:
                     cells[target] = (3 * cells[target] + cells[source] + 1) % 1_000_003
 
-                with device.on(streams[stream]):
-                    device.put(Work("mix", mix, [memories[source]], [memories[target]]))
+                with machine.on(streams[stream]):
+                    machine.put(Work("mix", mix, [memories[source]], [memories[target]]))
             case ("record", stream, event):
                 events[event].record(streams[stream])
             case ("wait", stream, event):
                 streams[stream].wait_event(events[event])
             case ("host", event):
                 events[event].synchronize()
-    device.synchronize()
-    return cells, device.reports
+    machine.synchronize()
+    return cells, machine.reports
 
 
 def has_race(program: list[Any]) -> bool:
@@ -172,7 +172,7 @@ def test_freed_memory_is_its_streams_again(recorded: bool) -> None:
             torch.cuda.current_stream().synchronize()
             with torch.cuda.stream(other):
                 met.add(tuple(y.nan_to_num(0).tolist()))
-        assert gpu.device.reports == (
+        assert gpu.machine.reports == (
             [] if recorded else ["race: reuse of freed memory writes what aten::mul.Tensor reads, streams 0 and 1"]
         )
     assert met == {(2.0,) * 3} if recorded else {(2.0,) * 3, (0.0,) * 3}
@@ -194,7 +194,7 @@ def test_a_graph_reads_its_tensors_anew_and_keeps_the_numbers_of_its_capture() -
             x.fill_(value)
             graph.replay()
             assert y.tolist() == [3 * value + 1] * 2
-    assert gpu.device.reports == []
+    assert gpu.machine.reports == []
 
 
 def test_graphs_of_one_pool_must_not_run_side_by_side() -> None:
@@ -209,7 +209,7 @@ def test_graphs_of_one_pool_must_not_run_side_by_side() -> None:
             for graph, stream, _ in kept:
                 with torch.cuda.stream(stream):
                     graph.replay()
-        return gpu.device.reports
+        return gpu.machine.reports
 
     assert replayed(shared=False) == []
     assert any("reuse of graph memory" in report for report in replayed(shared=True))
@@ -219,5 +219,5 @@ def test_what_goes_wrong_in_a_kernel_is_reported() -> None:
     with pretend_cuda(Late()) as gpu:
         torch.ones(2, device=CUDA).index_select(0, torch.full((1,), 7, device=CUDA))
         torch.cuda.synchronize()
-    (report,) = gpu.device.reports
+    (report,) = gpu.machine.reports
     assert report.startswith("fault: aten::index_select: IndexError")
