@@ -132,7 +132,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         if self.capture is not None:
-            raise NotImplementedError("an event inside a capture is not modelled")
+            raise RuntimeError("an event inside a capture is not modelled")
         if event.mark is not None:
             self.add(Work("wait for an event", lambda: None, waits=[event.mark]))
             _join(self._clock, event.mark.clock)
@@ -171,7 +171,7 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         stream = self._owner.current if stream is None else stream
         if stream.capture is not None:
-            raise NotImplementedError("an event inside a capture is not modelled")
+            raise RuntimeError("an event inside a capture is not modelled")
         if self.mark is not None and self.mark.stream.device != stream.device:
             raise RuntimeError("an event belongs to the device on which it was recorded first")
         self.mark = stream.mark

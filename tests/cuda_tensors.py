@@ -242,7 +242,7 @@ class Gpu:
         to_host = place is not None and place.type not in _OURS
         if isinstance(source, DeviceTensor) and not to_host:
             if place is not None and place.type == "cuda" and place != source.device:
-                raise NotImplementedError("a copy from device to device is not modelled")
+                raise RuntimeError("a copy from device to device is not modelled")
             if dtype is source.dtype:
                 return source
             return self._launch(_aten._to_copy.default, (source,), {"dtype": dtype})
