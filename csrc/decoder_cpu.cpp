@@ -47,16 +47,12 @@ atts_status check_sizes(const atts_decoder_params& p) {
     return ATTS_ERROR_SHAPE;
   if (const atts_status status = check_dtype(p.dtype)) return status;
   const int64_t bytes = element_bytes(p.dtype);
-  const int64_t sizes[] = {product(p.vocab, p.hidden, bytes),
-                           product(p.max_positions, p.head_dim, 2),
+  const int64_t sizes[] = {product(p.vocab, p.hidden, bytes), product(p.max_positions, p.head_dim, 2),
                            product(p.layers, 2, p.pages, p.page, p.kv_heads, p.head_dim, bytes),
-                           product(p.batch, p.table_width, 4),
-                           product(p.table_width, p.page),
-                           product(p.heads, p.head_dim, 3, p.hidden, bytes),
-                           product(p.inner, 2, p.hidden, bytes),
+                           product(p.batch, p.table_width, 4), product(p.table_width, p.page),
+                           product(p.heads, p.head_dim, 3, p.hidden, bytes), product(p.inner, 2, p.hidden, bytes),
                            // No array of the workspace is wider, and there are four and the slots.
-                           product(p.rows, p.heads, p.head_dim, 3, 8 * bytes),
-                           product(p.rows, p.inner, 2, 8 * bytes),
+                           product(p.rows, p.heads, p.head_dim, 3, 8 * bytes), product(p.rows, p.inner, 2, 8 * bytes),
                            product(p.rows, p.hidden, 8 * bytes)};
   return *std::min_element(std::begin(sizes), std::end(sizes)) < 0 ? ATTS_ERROR_SHAPE : ATTS_OK;
 }
@@ -77,9 +73,10 @@ atts_status check_arrays(const atts_decoder_params& p) {
     if (!elements(l->attn_norm, l->qkv, l->qkv_bias, l->q_norm, l->k_norm, l->out, l->mlp_norm, l->gate_up, l->down))
       return ATTS_ERROR_ALIGNMENT;
     const int64_t q_width = p.heads * p.head_dim, qkv_width = q_width + 2 * p.kv_heads * p.head_dim;
-    for (const atts_status status :
-         {check_packed(l->qkv_packed, p.dtype, qkv_width, p.hidden), check_packed(l->out_packed, p.dtype, p.hidden, q_width),
-          check_packed(l->gate_up_packed, p.dtype, 2 * p.inner, p.hidden), check_packed(l->down_packed, p.dtype, p.hidden, p.inner)})
+    for (const atts_status status : {check_packed(l->qkv_packed, p.dtype, qkv_width, p.hidden),
+                                     check_packed(l->out_packed, p.dtype, p.hidden, q_width),
+                                     check_packed(l->gate_up_packed, p.dtype, 2 * p.inner, p.hidden),
+                                     check_packed(l->down_packed, p.dtype, p.hidden, p.inner)})
       if (status != ATTS_OK) return status;
   }
   return ATTS_OK;
@@ -114,14 +111,16 @@ void place(const atts_decoder_params& p, int64_t layer, const Workspace<T>& w, i
   const int64_t dim = p.head_dim, q_width = p.heads * dim, kv_width = p.kv_heads * dim;
   T *q = w.wide + row * (q_width + 2 * kv_width), *k = q + q_width, *v = k + kv_width;
   if (l.q_norm != nullptr) {
-    run.rms_norm({sizeof(atts_rms_norm_params), q, nullptr, l.q_norm, nullptr, q, p.heads, dim, dim, p.eps, p.dtype, 1}, 0,
-                 p.heads);
-    run.rms_norm({sizeof(atts_rms_norm_params), k, nullptr, l.k_norm, nullptr, k, p.kv_heads, dim, dim, p.eps, p.dtype, 1}, 0,
-                 p.kv_heads);
+    run.rms_norm({sizeof(atts_rms_norm_params), q, nullptr, l.q_norm, nullptr, q, p.heads, dim, dim, p.eps, p.dtype, 1},
+                 0, p.heads);
+    run.rms_norm(
+        {sizeof(atts_rms_norm_params), k, nullptr, l.k_norm, nullptr, k, p.kv_heads, dim, dim, p.eps, p.dtype, 1}, 0,
+        p.kv_heads);
   }
   T* keys = static_cast<T*>(p.kv) + (layer * 2 * p.pages * p.page + w.slots[row]) * kv_width;
   const float *cosine = p.cosine + p.positions[row] * (dim / 2), *sine = p.sine + p.positions[row] * (dim / 2);
-  run.rope({sizeof(atts_rope_params), q, cosine, sine, w.narrow + row * q_width, 1, p.heads, dim, q_width, p.dtype, 1}, 0, 1);
+  run.rope({sizeof(atts_rope_params), q, cosine, sine, w.narrow + row * q_width, 1, p.heads, dim, q_width, p.dtype, 1},
+           0, 1);
   run.rope({sizeof(atts_rope_params), k, cosine, sine, keys, 1, p.kv_heads, dim, kv_width, p.dtype, 1}, 0, 1);
   std::memcpy(keys + p.pages * p.page * kv_width, v, static_cast<size_t>(kv_width) * sizeof *v);
 }

@@ -191,7 +191,7 @@ int64_t draw(const Row<T>& row) {
   float shift = shifted(best);
   const auto contend = [&](int64_t id) {
     const float y = value_of(row.logits[id]) * slope + shift;  // 127 + 63 + log2 of the largest v that can win
-    if (!(y > 125.0f)) return;                               // no v is below 2^-64
+    if (!(y > 125.0f)) return;                                 // no v is below 2^-64
     const uint64_t bits = hashed(id);
     if (y < 190.0f) {
       const uint32_t pattern = static_cast<uint32_t>(y * 8388608.0f);
@@ -236,9 +236,9 @@ extern "C" int atts_sample_cpu(const atts_sample_params* params) {
     atts::parallel(p.rows, threads, [&](int64_t i) {
       // An infinite temperature would make NaN of tokens at -inf; NaN stays.
       const float temperature = std::min(p.temperature[i], std::numeric_limits<float>::max());
-      p.ids[i] = draw<T>({static_cast<const T*>(p.logits) + i * p.logits_stride, p.vocab, temperature, p.top_k[i],
-                          p.top_p[i], p.min_p[i], static_cast<uint64_t>(p.seed[i]),
-                          static_cast<uint64_t>(p.position[i])});
+      p.ids[i] =
+          draw<T>({static_cast<const T*>(p.logits) + i * p.logits_stride, p.vocab, temperature, p.top_k[i], p.top_p[i],
+                   p.min_p[i], static_cast<uint64_t>(p.seed[i]), static_cast<uint64_t>(p.position[i])});
     });
   });
   return ATTS_OK;

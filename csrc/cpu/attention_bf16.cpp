@@ -14,9 +14,9 @@ namespace ATTS_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 64;      // keys whose scores are held at once
+constexpr int64_t kChunk = 64;        // keys whose scores are held at once
 constexpr int64_t kBlockWords = 128;  // of a key: heads of up to 256 elements are transposed in one piece
-constexpr int64_t kMixRows = 4;     // 4 x 4 sums and four values' sixteen elements each
+constexpr int64_t kMixRows = 4;       // 4 x 4 sums and four values' sixteen elements each
 
 // Pointers to the keys first .. first + n - 1 of one head.
 void find_keys(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t n, const uint16_t** key) {
@@ -124,8 +124,7 @@ template <int R>
 void mix(const float* weights, const uint16_t* const* value, int64_t first, int64_t last, int64_t dim,
          const float* factor, float* sums) {
   int64_t at = 0;
-  for (; at + 4 * kLanes <= dim; at += 4 * kLanes)
-    mix_part<R, 4>(weights, value, first, last, at, dim, factor, sums);
+  for (; at + 4 * kLanes <= dim; at += 4 * kLanes) mix_part<R, 4>(weights, value, first, last, at, dim, factor, sums);
   for (; at < dim; at += kLanes) mix_part<R, 1>(weights, value, first, last, at, dim, factor, sums);
 }
 
@@ -153,7 +152,8 @@ void attend_head(const atts_attention_params& p, int64_t b, int64_t h, int64_t f
   float* norm = peak + items;
   float* factor = norm + items;
   for (int64_t row = 0; row < last - first; ++row)
-    std::memcpy(q + row * group * words, static_cast<const uint16_t*>(p.q) + ((begin + row) * p.heads + h * group) * dim,
+    std::memcpy(q + row * group * words,
+                static_cast<const uint16_t*>(p.q) + ((begin + row) * p.heads + h * group) * dim,
                 static_cast<size_t>(group * dim) * sizeof(uint16_t));
   std::fill(sums, scores, 0.0f);
   std::fill(peak, norm, -__builtin_inff());
@@ -190,8 +190,8 @@ void attend_head(const atts_attention_params& p, int64_t b, int64_t h, int64_t f
 
 }  // namespace
 
-void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
-                 float* scratch) {
+void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first,
+                 int64_t last, float* scratch) {
   for (int64_t h = h_first; h < h_last; ++h) attend_head(p, b, h, first, last, scratch);
 }
 

@@ -86,7 +86,7 @@ struct Unit {
   int64_t heads, dim;
   const float* q;  // widened
   int64_t q_stride;
-  float* sums;  // [heads, kTile, dim]
+  float* sums;    // [heads, kTile, dim]
   float* scores;  // [heads, kTile, stride]
   int64_t stride;
 
@@ -116,7 +116,8 @@ void attend_tile(const Unit<T>& unit, int64_t item, const int64_t* visible, T* c
     else
       ask(unit, unit.values, 0, shared < kKeys ? shared : kKeys);
     for (int64_t h = 0; h < unit.heads; ++h)
-      score<T, R>(unit.q + h * unit.q_stride + item * dim, dim, unit.keys_of(h), first, last, unit.scores_of(h), stride);
+      score<T, R>(unit.q + h * unit.q_stride + item * dim, dim, unit.keys_of(h), first, last, unit.scores_of(h),
+                  stride);
   }
   float norm[kHeads][R];
   for (int64_t h = 0; h < unit.heads; ++h) {
@@ -156,7 +157,8 @@ int64_t heads_at_once(int64_t heads, int64_t keys) {
 
 int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
   const int64_t group = p.heads / p.kv_heads, stride = (longest + 7) / 8 * 8;
-  return 2 * longest + heads_at_once(p.kv_heads, stride) * ((kAttentionRows * group + kTile) * p.head_dim + kTile * stride);
+  return 2 * longest +
+         heads_at_once(p.kv_heads, stride) * ((kAttentionRows * group + kTile) * p.head_dim + kTile * stride);
 }
 
 template <class T>
@@ -202,18 +204,22 @@ void attend(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t 
 
 }  // namespace
 
-int64_t attention_scratch_fp32(const atts_attention_params& p, int64_t longest) { return attention_scratch(p, longest); }
+int64_t attention_scratch_fp32(const atts_attention_params& p, int64_t longest) {
+  return attention_scratch(p, longest);
+}
 
-void attend_fp32(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
-                 float* scratch) {
+void attend_fp32(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first,
+                 int64_t last, float* scratch) {
   attend<float>(p, b, h_first, h_last, first, last, scratch);
 }
 
 #if !defined(ATTS_BF16_PRODUCTS)
-int64_t attention_scratch_bf16(const atts_attention_params& p, int64_t longest) { return attention_scratch(p, longest); }
+int64_t attention_scratch_bf16(const atts_attention_params& p, int64_t longest) {
+  return attention_scratch(p, longest);
+}
 
-void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
-                 float* scratch) {
+void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first,
+                 int64_t last, float* scratch) {
   attend<uint16_t>(p, b, h_first, h_last, first, last, scratch);
 }
 #endif

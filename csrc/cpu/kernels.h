@@ -10,7 +10,7 @@
 
 namespace atts {
 
-constexpr int64_t kScoreBlock = 512;  // logits of one normaliser's block
+constexpr int64_t kScoreBlock = 512;    // logits of one normaliser's block
 constexpr int64_t kAttentionRows = 16;  // query rows of one unit of attention
 
 // An element's bits, and an integer that orders them.
@@ -23,14 +23,15 @@ using OrderOf = std::make_signed_t<BitsOf<T>>;
 template <class T>
 struct ElementKernels {
   // out[r * out_stride + c] = x[r] . weight[c], row r of x at x + r * n, prepared (`Kernels::prepare`) where T is bfloat16.
-  void (*dot)(const float* x, int64_t rows, const T* weight, int64_t columns, int64_t n, float* out, int64_t out_stride);
+  void (*dot)(const float* x, int64_t rows, const T* weight, int64_t columns, int64_t n, float* out,
+              int64_t out_stride);
   // out[n] = sum[n] + bias[n], rounded once.
   void (*narrow)(const float* sum, const T* bias, int64_t n, T* out);
   // Floats of scratch that `attend` takes for keys 0 .. longest-1.
   int64_t (*attention_scratch)(const atts_attention_params& p, int64_t longest);
   // Query rows first .. last-1 of sequence b for the query heads that share KV heads h_first .. h_last-1.
-  void (*attend)(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first, int64_t last,
-                 float* scratch);
+  void (*attend)(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first,
+                 int64_t last, float* scratch);
   void (*rms_norm)(const atts_rms_norm_params& p, int64_t first, int64_t last);
   void (*silu_mul)(const atts_silu_mul_params& p, int64_t first, int64_t last);
   void (*rope)(const atts_rope_params& p, int64_t first, int64_t last);

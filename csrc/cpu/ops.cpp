@@ -10,9 +10,9 @@
 namespace atts {
 namespace {
 
-constexpr int64_t kColumns = 128;  // weight rows handed to a thread at a time, at most
-constexpr int64_t kShares = 4;     // of them for each thread, at least
-constexpr int64_t kRows = 256;     // input rows whose results lie in a thread's scratch
+constexpr int64_t kColumns = 128;             // weight rows handed to a thread at a time, at most
+constexpr int64_t kShares = 4;                // of them for each thread, at least
+constexpr int64_t kRows = 256;                // input rows whose results lie in a thread's scratch
 constexpr int64_t kSerialProducts = 1 << 17;  // multiplications that a thread does in the time of handing some over
 
 // Weight rows of a thread's share: large, for what one block leaves the next to read on; many, so that no thread waits long.
