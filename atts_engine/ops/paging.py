@@ -162,7 +162,7 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
         return cuda.kv_swap(kv, host, pages, slots, to_host)
     order = slots.argsort()
     for part in order.split(max(1, _STAGED_BYTES * host.shape[0] // max(1, host.nbytes))):
-        index, runs = pages[part.to(pages.device)], _runs(slots[part].tolist())
+        index, runs = pages[part.to(pages.device, non_blocking=True)], _runs(slots[part].tolist())
         if to_host:
             staged = kv_gather(kv, index)
             for at, slot, n in runs:
