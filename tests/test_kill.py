@@ -57,10 +57,10 @@ def untimed(path: Path) -> dict[tuple[str, int], object]:
 def test_an_online_run_that_was_killed_counts_every_span_once(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words, log = ["run", *SMALL, "--out", str(tmp_path), "--resume"], tmp_path / "decisions.jsonl"
-    rng = random.Random(8)
+    words = ["run", *SMALL, "--problems-count", "12", "--out", str(tmp_path), "--resume"]
+    log, rng = tmp_path / "decisions.jsonl", random.Random(8)
     for more in (rng.randint(8, 20), rng.randint(2, 8)):
-        kill_after(words, log, more, rng.uniform(0.0, 0.1))
+        kill_after(words, log, more, rng.uniform(0.0, 0.05))
     check = ["replay", "--log", str(tmp_path), "--json", "-"]
     assert cli.main(check) == 0
     killed = json.loads(capsys.readouterr().out)
