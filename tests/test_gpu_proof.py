@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-from dataclasses import dataclass, field
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from atts_engine.models import ModelConfig
 from bench import readme
 from bench.gpu_proof import build, engine, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
-from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
+from bench.gpu_proof.apart import run_apart, serve
+from bench.gpu_proof.context import Context, DeviceLost, Found, Line, OutOfTime, ran, run_parts, written
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
 from bench.gpu_proof.job import ALONE, ATTS, FEWER, SYNC
 from bench.gpu_proof.lanes import decode_rows, least_seconds, verify_rows
@@ -60,7 +63,7 @@ def test_the_dry_run_touches_every_part(dry: tuple[int, dict[str, Any], Path]) -
     parts = record["parts"]
     assert code == 0 and list(parts) == [name for name, _, _ in PARTS]
     assert {cell["status"] for cell in parts.values()} == {"ok"}, {n: c["error"] for n, c in parts.items()}
-    assert record["dry"] and record["device"] == "cpu" and not list(out.glob("*.part"))
+    assert record["dry"] and record["device"] == "cpu" and not [*out.glob("*.new"), *out.glob("*.state")]
     assert {"commit", "date", "torch", "packages", "command"} <= set(record["provenance"])
     names = {line[1] for line in record["lines"]}
     assert {"memory bandwidth", "decode 14B, 2 chains", "job, ATTS", "verify hidden by overlap", "[profiles]"} <= names
@@ -114,6 +117,73 @@ def test_a_part_that_fails_or_runs_out_of_time_stops_no_other(
     assert said.startswith("DRY RUN") and "RuntimeError: broken" in said and said.count("a figure") == 4
 
 
+_CHILD = """
+import json, os, sys, time
+path = sys.argv[1]
+state = json.load(open(path))
+def keep(doing):
+    state["doing"] = doing
+    json.dump(state, open(path + ".new", "w"))
+    os.replace(path + ".new", path)
+for cell in ("good", "lost", "dead", "hung", "last"):
+    if cell not in state["cell"]["found"] and cell not in state["lost"]:
+        keep(cell)
+        if cell == "lost":
+            state["cell"] |= {"status": "device lost", "error": "illegal address"}
+            keep(cell)
+            sys.exit()
+        if cell == "dead":
+            os.abort()
+        if cell == "hung" or sys.argv[2] == "late":
+            time.sleep(600)
+    state["cell"]["found"].setdefault(cell, state["lost"].get(cell))
+state["cell"]["status"] = "ok"
+keep(cell)
+"""
+"""The child's side of `bench.gpu_proof.apart` without torch, whose import takes seconds."""
+
+
+def test_a_part_goes_on_behind_what_the_device_did_not_survive(tmp_path: Path) -> None:
+    """Three cells end their processes, each in its way, and what was found before and behind them is there."""
+    ctx, state, kept = Context(CPU, tmp_path, False), tmp_path / "cells.state", []
+    ctx.deadline = time.perf_counter() + 100
+    cell: Found = {"status": "running", "error": None, "found": {}}
+    command = [sys.executable, "-c", _CHILD, str(state), "in time"]
+    run_apart(command, state, ctx, cell, lambda: kept.append(len(cell["found"])), hang_s=1.0)
+    assert cell["status"] == "ok" and not state.exists() and kept
+    assert cell["found"] == {
+        "good": None, "lost": "illegal address", "dead": "its process ended with -6", "hung": "nothing came for 1 s",
+        "last": None,
+    }  # fmt: skip
+
+
+def test_a_part_that_does_not_look_at_the_clock_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu_proof.apart._GRACE_S", 0.0)
+    ctx, state = Context(CPU, tmp_path, False), tmp_path / "cells.state"
+    ctx.deadline = time.perf_counter() + 1
+    cell: Found = {"status": "running", "error": None, "found": {}}
+    run_apart([sys.executable, "-c", _CHILD, str(state), "late"], state, ctx, cell, lambda: None)
+    assert cell["status"] == "out of time" and cell["error"] == "its share of --minutes was over, in good"
+
+
+def test_a_part_is_served_behind_what_an_earlier_process_left(tmp_path: Path) -> None:
+    state, facts = tmp_path / "s.state", Facts("cuda", "a card", 1.0, 2.0, 3.0, 4)
+    cell = {"status": "running", "error": None, "found": {"old": 1}}
+    written(state, {"cell": cell, "doing": "", "lost": {"second": "it hung"}, "facts": asdict(facts)})
+
+    class Two(Step):
+        def measure(self, ctx: Context, found: Found) -> None:
+            assert ctx.limits() == facts and found == {"old": 1}
+            assert ctx.begin("second") == "it hung" and ctx.begin("first") is None
+            assert json.loads(state.read_text())["doing"] == "first"
+            raise DeviceLost("illegal address")
+
+    serve("s", Two(), Context(CPU, tmp_path, False), state)
+    left = json.loads(state.read_text())
+    assert left["cell"]["status"] == "device lost" and left["cell"]["error"] == "DeviceLost: illegal address"
+    assert left["doing"] == "first" and left["cell"]["found"] == {"old": 1}
+
+
 def test_only_some_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path), "--dry-run", "--only", "facts", "--only", "profiles"]) == 0
     (path,) = tmp_path.glob("*.json")
@@ -163,6 +233,12 @@ def test_an_error_is_measured_against_what_is_allowed() -> None:
     assert excess(half.float(), half, exact) == float("inf")
     assert relative(half, exact) < 1 < 4 < relative(half + 0.01, exact)
     assert excess(torch.full_like(half, torch.nan), half, exact) == float("inf")
+
+
+def test_a_file_holds_no_infinity(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    written(path, {"a": [float("nan"), (1.0, float("inf"))], "b": {"c": -0.5}})
+    assert json.loads(path.read_text()) == {"a": [None, [1.0, None]], "b": {"c": -0.5}}
 
 
 def test_poison_fills_what_nobody_writes() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from bench.gpu_proof.context import Context, Found, Line, one_line
+from bench.gpu_proof.context import Context, Found, Line, free_memory, one_line
 from bench.kernels.cases import cases
 from bench.kernels.run import measure_case
 from bench.kernels.table import Row, duration
@@ -16,16 +16,23 @@ def measure(ctx: Context, found: Found) -> None:
     """Cold inputs, graphs replayed, medians; a case that fails is named in `failed` and the rest goes on."""
     facts, rounds = ctx.limits(), 1 if ctx.dry else 7
     dtype = torch.float32 if ctx.dry else torch.bfloat16
-    found |= {"rows": [], "absent": {}, "failed": {}}
+    if not found:
+        found |= {"rows": [], "absent": {}, "failed": {}}
+    done = {f"{row['op']} {row['case']}" for row in found["rows"]}
     for case in cases("tiny" if ctx.dry else "8b", dtype):
-        ctx.check()
+        name = f"{case.op} {case.label}"
+        if name in done or name in found["failed"]:
+            continue
+        if (lost := ctx.begin(name)) is not None:
+            found["failed"][name] = lost
+            continue
         try:
             rows = measure_case(case, ctx.device, facts, rounds, found["absent"], only_kernels=not ctx.dry)
             found["rows"] += [asdict(row) for row in rows]
         except Exception as error:
-            found["failed"][f"{case.op} {case.label}"] = one_line(error)
-        if ctx.device.type == "cuda":
-            torch.cuda.empty_cache()
+            found["failed"][name] = one_line(error)
+            ctx.survived()
+        free_memory(ctx.device)
 
 
 def best_of_ours(found: Found) -> dict[tuple[str, str], Row]:
@@ -44,4 +51,5 @@ def lines(found: Found) -> list[Line]:
     for (op, case), row in best_of_ours(found).items():
         limit = f"{100 * row.limit_s / row.seconds:.1f}% of the limit {duration(row.limit_s)} ({row.bound})"
         told.append((f"{op} {case}", f"{duration(row.seconds)} {row.provider}", limit))
+    told += [(name, "left out", reason) for name, reason in found.get("absent", {}).items()]
     return told + [(name, "failed", error) for name, error in found.get("failed", {}).items()]
