@@ -18,7 +18,7 @@ from atts_engine import ops
 from atts_engine.evaluation.simulation.work import TurnWork, cut, load_turns, tokens_of
 from atts_engine.models import ModelConfig
 from bench import readme
-from bench.gpu_proof import build, engine, once, profiles, turns
+from bench.gpu_proof import ahead, build, engine, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.apart import run_apart, serve
 from bench.gpu_proof.context import Context, DeviceLost, Found, Line, OutOfTime, ran, run_parts, written
@@ -27,7 +27,9 @@ from bench.gpu_proof.job import ALONE, ATTS, FEWER, SYNC
 from bench.gpu_proof.lanes import decode_rows, least_seconds, verify_rows
 from bench.gpu_proof.models import CONFIGS, NoText, random_model
 from bench.gpu_proof.report import file_name, newest, section
+from bench.kernels.cases import cases
 from bench.kernels.devices import Facts
+from bench.kernels.run import measure_case
 
 CPU = torch.device("cpu")
 
@@ -182,6 +184,29 @@ def test_a_part_is_served_behind_what_an_earlier_process_left(tmp_path: Path) ->
     left = json.loads(state.read_text())
     assert left["cell"]["status"] == "device lost" and left["cell"]["error"] == "DeviceLost: illegal address"
     assert left["doing"] == "first" and left["cell"]["found"] == {"old": 1}
+
+
+def test_what_is_not_compiled_in_time_is_left_out(tmp_path: Path) -> None:
+    compiling = ahead.Ahead(tmp_path)
+    for op, script in (
+        ("sample", "pass"),
+        ("rms_norm", "print('no nvcc'); exit(1)"),
+        ("kv_append", "import time; time.sleep(99)"),
+    ):
+        compiling.running[op] = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=-1, text=True, start_new_session=True
+        )
+    compiling.settle(2.0)
+    found = json.loads(ahead.ready_file(tmp_path).read_text())
+    assert found == {"sample": "", "rms_norm": "no nvcc", "kv_append": "its kernels were not compiled in time"}
+    rows, absent = [], {}
+    for case in cases("tiny", torch.float32):
+        if case.op == "rms_norm":
+            without = {"torch": "not today"}
+            facts = Facts("cpu", "a machine", 1.0, 1.0, 1.0, 1)
+            rows += measure_case(case, CPU, facts, 1, absent, without=without)
+    assert [row.provider for row in rows] == ["reference"]
+    assert absent["torch rms_norm"] == "not today"
 
 
 def test_only_some_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench.gpu_proof import build, correctness, engine, facts, job, kernels, profiles
+from bench.gpu_proof.ahead import Ahead
 from bench.gpu_proof.apart import HANG_S, run_apart, serve
 from bench.gpu_proof.context import Context, Found, Part, measured, run_parts, written
 from bench.gpu_proof.report import file_name, lines_of, plots, table
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None, parts: tuple[tuple[str, float, Part], ..
     parser.add_argument("--part", nargs=3, metavar=("PART", "STATE", "SECONDS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.part:
-        return _part(*args.part, args.out)
+        return _part(args.out, *args.part)
     unknown = set(args.only or ()) - {name for name, _, _ in parts}
     if unknown:
         print(f"no part is named {', '.join(sorted(unknown))}", file=sys.stderr)
@@ -90,11 +91,19 @@ def main(argv: list[str] | None = None, parts: tuple[tuple[str, float, Part], ..
         if ctx.device.type != "cuda" or name in HERE:
             measured(name, part, ctx, cell, keep)
             return
+        if name == "kernels":
+            compiling.settle(ctx.left() / 4)
         state = args.out.resolve() / f"{name}.state"
         command = [sys.executable, "-m", "bench.gpu_proof", "--out", str(args.out.resolve())]
         run_apart([*command, "--part", name, str(state)], state, ctx, cell, keep, inf if name in LONG else HANG_S)
 
-    outcome = run_parts(ctx, chosen, args.minutes, save, run)
+    compiling = Ahead(args.out)
+    if device.type == "cuda" and any(name == "kernels" for name, _, _ in chosen):
+        compiling.start()
+    try:
+        outcome = run_parts(ctx, chosen, args.minutes, save, run)
+    finally:
+        compiling.settle(0.0)
     drawn = plots(outcome, args.out)
     if args.dry_run:
         print("DRY RUN: the figures below are of small shapes on a CPU and mean nothing")
@@ -103,7 +112,7 @@ def main(argv: list[str] | None = None, parts: tuple[tuple[str, float, Part], ..
     return int(any(cell["status"] == "failed" for cell in outcome.values()))
 
 
-def _part(name: str, state: str, seconds: str, out: Path) -> int:
+def _part(out: Path, name: str, state: str, seconds: str) -> int:
     """One part of `PARTS` in this process, for the one that has started it."""
     began = time.perf_counter()
     ctx = Context(torch.device("cuda", torch.cuda.current_device()), out, dry=False)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.kernels.devices import Facts
+from bench.kernels.devices import Facts, one_line
 from bench.provenance import ROOT
 
 Found = dict[str, Any]
@@ -185,11 +185,6 @@ def ran(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[s
         process.communicate()
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def one_line(error: BaseException) -> str:
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:300] if said else 'no message'}"
 
 
 def share(part: float, whole: float) -> str:

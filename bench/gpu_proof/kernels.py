@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import torch
 
+from bench.gpu_proof import ahead
 from bench.gpu_proof.context import Context, Found, Line, free_memory, one_line
 from bench.kernels.cases import cases
 from bench.kernels.run import measure_case
@@ -18,6 +20,7 @@ def measure(ctx: Context, found: Found) -> None:
     dtype = torch.float32 if ctx.dry else torch.bfloat16
     if not found:
         found |= {"rows": [], "absent": {}, "failed": {}}
+    lacking = _flashinfer(ctx)
     done = {f"{row['op']} {row['case']}" for row in found["rows"]}
     for case in cases("tiny" if ctx.dry else "8b", dtype):
         name = f"{case.op} {case.label}"
@@ -27,12 +30,22 @@ def measure(ctx: Context, found: Found) -> None:
             found["failed"][name] = lost
             continue
         try:
-            rows = measure_case(case, ctx.device, facts, rounds, found["absent"], only_kernels=not ctx.dry)
+            without = {ahead.PACKAGE: lacking[case.op]} if lacking.get(case.op) else {}
+            rows = measure_case(
+                case, ctx.device, facts, rounds, found["absent"], only_kernels=not ctx.dry, without=without
+            )
             found["rows"] += [asdict(row) for row in rows]
         except Exception as error:
             found["failed"][name] = one_line(error)
             ctx.survived()
         free_memory(ctx.device)
+
+
+def _flashinfer(ctx: Context) -> dict[str, str]:
+    """By op, what keeps FlashInfer from it."""
+    path = ahead.ready_file(ctx.out)
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def best_of_ours(found: Found) -> dict[tuple[str, str], Row]:

@@ -1,0 +1,82 @@
+"""FlashInfer compiles each of its kernels with nvcc when it is first called, which takes minutes: done here beside the
+parts that time nothing, a process for each op. What is not ready when kernels are timed is left out, and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.gpu_proof.context import one_line, written
+from bench.kernels.cases import cases
+from bench.kernels.peers import PEERS
+from bench.provenance import ROOT
+
+PACKAGE = "flashinfer"
+OPS = tuple(op for op, peers in PEERS.items() if any(peer.package == PACKAGE for peer in peers))
+
+
+@dataclass(slots=True)
+class Ahead:
+    """Processes under way, by op."""
+
+    out: Path
+    running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Nothing where FlashInfer is not installed."""
+        ready_file(self.out).unlink(missing_ok=True)
+        if importlib.util.find_spec(PACKAGE) is None:
+            return
+        for op in OPS:
+            command = [sys.executable, "-m", "bench.gpu_proof.ahead", op]
+            pipe = subprocess.PIPE
+            self.running[op] = subprocess.Popen(
+                command, cwd=ROOT, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+            )
+
+    def settle(self, seconds: float) -> None:
+        """Wait that long at most, end what is still running, and write by op why it is not ready ("": it is)."""
+        until, found = time.perf_counter() + seconds, {}
+        for op, process in self.running.items():
+            try:
+                said = process.communicate(timeout=max(0.0, until - time.perf_counter()))[0].strip()
+                found[op] = "" if process.returncode == 0 else said or f"its process ended with {process.returncode}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                found[op] = "its kernels were not compiled in time"
+        if self.running:
+            written(ready_file(self.out), found)
+        self.running.clear()
+
+
+def ready_file(out: Path) -> Path:
+    return out / "flashinfer.json"
+
+
+def main(op: str) -> int:
+    """Call FlashInfer's kernels for an op once, on the cases of the table."""
+    device = torch.device("cuda")
+    try:
+        for case in cases("8b", torch.bfloat16):
+            for peer in PEERS[op] if case.op == op else ():
+                if peer.package == PACKAGE:
+                    peer.build(*case.make(device, 0))()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever another project's code raises
+        print(one_line(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
