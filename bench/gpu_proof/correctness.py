@@ -18,6 +18,7 @@ from bench.gpu_proof import oracle_models
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, one_line
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
 from bench.kernels.cases import SIZES, Case, cases
+from bench.kernels.devices import synchronise
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What is served first comes first: time may run out, as every dtype has kernels of its own to compile."""
@@ -120,6 +121,7 @@ def _outcome(case: Case, impl: str, device: torch.device, seed: int) -> list[Ten
     given = case.make(device, seed)
     with ops.use(impl), poisoned():
         result = getattr(ops, case.op)(*given)
+        synchronise(device)  # kv_swap's copies to the host are compared there
     returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
     return [x for x in returned if isinstance(x, Tensor)] + [given[i] for i in WRITTEN.get(case.op, ())]
 
