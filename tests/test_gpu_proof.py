@@ -209,6 +209,19 @@ def test_what_is_not_compiled_in_time_is_left_out(tmp_path: Path) -> None:
     assert absent["torch rms_norm"] == "not today"
 
 
+def test_headers_of_curand_are_searched_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit, site = tmp_path / "toolkit", tmp_path / "site"
+    headers = site / "nvidia" / "cu13" / "include"
+    for folder in (toolkit / "bin", toolkit / "include", headers):
+        folder.mkdir(parents=True)
+    (headers / "curand_kernel.h").touch()
+    monkeypatch.syspath_prepend(str(site))
+    nvcc = str(toolkit / "bin" / "nvcc")
+    assert ahead.curand_flags(nvcc) == f"-Xcompiler -idirafter,{headers}"
+    (toolkit / "include" / "curand_kernel.h").touch()
+    assert ahead.curand_flags(nvcc) == ahead.curand_flags(None) == ""
+
+
 def test_only_some_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path), "--dry-run", "--only", "facts", "--only", "profiles"]) == 0
     (path,) = tmp_path.glob("*.json")

@@ -1,5 +1,5 @@
-"""FlashInfer compiles each of its kernels with nvcc when it is first called, which takes minutes: done here beside the
-parts that time nothing, a process for each op. What is not ready when kernels are timed is left out, and says so.
+"""FlashInfer compiles each of its kernels with nvcc when it is first called: done here beside the parts that time
+nothing, a process for each op. What is not ready when kernels are timed is left out, and says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu_proof.build import find_nvcc
 from bench.gpu_proof.context import one_line, written
 from bench.kernels.cases import cases
 from bench.kernels.peers import PEERS
@@ -36,6 +37,8 @@ class Ahead:
         ready_file(self.out).unlink(missing_ok=True)
         if importlib.util.find_spec(PACKAGE) is None:
             return
+        if flags := curand_flags(find_nvcc()):
+            os.environ.setdefault("FLASHINFER_EXTRA_CUDAFLAGS", flags)
         for op in OPS:
             command = [sys.executable, "-m", "bench.gpu_proof.ahead", op]
             pipe = subprocess.PIPE
@@ -59,6 +62,18 @@ class Ahead:
         self.running.clear()
 
 
+def curand_flags(nvcc: str | None) -> str:
+    """Some of FlashInfer's sources include cuRAND's headers, which an nvcc without the rest of the toolkit lacks and
+    torch's wheels bring. Searched last, so that no other header comes from there; "" where there is no need."""
+    toolkit = Path(nvcc).resolve().parent.parent if nvcc else None
+    if toolkit is None or next(toolkit.glob("**/include/curand_kernel.h"), None) is not None:
+        return ""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations or () if spec else ()
+    found = next((path for place in places for path in Path(place).glob("**/curand_kernel.h")), None)
+    return f"-Xcompiler -idirafter,{found.parent}" if found else ""
+
+
 def ready_file(out: Path) -> Path:
     return out / "flashinfer.json"
 
@@ -66,16 +81,19 @@ def ready_file(out: Path) -> Path:
 def main(op: str) -> int:
     """Call FlashInfer's kernels for an op once, on the cases of the table."""
     device = torch.device("cuda")
-    try:
-        for case in cases("8b", torch.bfloat16):
-            for peer in PEERS[op] if case.op == op else ():
-                if peer.package == PACKAGE:
-                    peer.build(*case.make(device, 0))()
-        torch.cuda.synchronize(device)
-    except Exception as error:  # whatever another project's code raises
-        print(one_line(error))
-        return 1
-    return 0
+    works, said = False, ""
+    for peer in PEERS[op]:
+        if peer.package == PACKAGE:
+            try:
+                for case in cases("8b", torch.bfloat16):
+                    if case.op == op:
+                        peer.build(*case.make(device, 0))()
+                torch.cuda.synchronize(device)
+                works = True
+            except Exception as error:  # whatever another project's code raises
+                said = one_line(error)
+    print(said)
+    return 0 if works else 1
 
 
 if __name__ == "__main__":

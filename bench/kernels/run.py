@@ -58,11 +58,11 @@ def measure_case(
                 runners = [runner for runner in runners if runner.name != peer.name]
         if reason is not None:
             absent[peer.name] = reason
-    differences = _differences(case, device, runners, signs)
     for name, reason in race(device, runners, rounds).items():
         ours = name in ops.IMPLEMENTATIONS
         absent[f"{case.op} {case.label}, {name}" if ours else name] = reason
         runners = [runner for runner in runners if runner.name != name]
+    differences = _differences(case, device, runners, signs)
     least, bound = limit(case, facts)
     rows = []
     for runner in runners:
@@ -84,8 +84,8 @@ def _ours(case: Case, impl: str, inputs: list[tuple[Any, ...]]) -> Runner:
 def _differences(
     case: Case, device: torch.device, runners: list[Runner], signs: dict[str, int]
 ) -> dict[str, float | None]:
-    """Largest difference of each provider's floating result from our reference's, on inputs of their own: some ops
-    write to what they are given."""
+    """Largest difference of each provider's floating result from our reference's. Ops that write to what they are given
+    have no floating result."""
     with ops.use("reference"):
         wanted = getattr(ops, case.op)(*case.make(device, 0))
     found: dict[str, float | None] = {}
