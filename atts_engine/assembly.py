@@ -61,7 +61,7 @@ async def lanes(config: EngineConfig, mailbox: Mailbox, heard: DecisionListener)
                 await lane.aclose()
         raise
     driven = {i: (core, heard) for i, core in cores.items()}
-    if config.lane_threads == "one":
+    if _threads(config.lane_threads, [core.model.decoder.device for core in cores.values()]) == "one":
         loops = dict.fromkeys(driven, EngineLoop(list(driven.values())))
     else:
         loops = {i: EngineLoop([lane]) for i, lane in driven.items()}
@@ -72,6 +72,15 @@ async def lanes(config: EngineConfig, mailbox: Mailbox, heard: DecisionListener)
     draft, target = made
     assert draft is not None and target is not None
     return draft, target
+
+
+def _threads(asked: str | None, devices: Sequence[torch.device]) -> str:
+    """As `EngineConfig.lane_threads` has it. A lane on a CPU computes in its own thread, for the most part without
+    Python's lock; on a GPU a thread only hands out work, and one has both lanes in view."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return "each" if cores > 1 and all(device.type == "cpu" for device in devices) else "one"
 
 
 async def _connected(config: EngineConfig, i: int) -> RemoteLane:

@@ -34,7 +34,8 @@ class EngineConfig:
     packed_weights: hold the weights of this process's models packed (`DecoderWeights.packed`): quicker steps in about
     the same memory, with the same results; None: where they help, in bfloat16 on a CPU with AVX512-BF16; True: an error
     elsewhere, and for a model without a matrix that packs.
-    patience_s: seconds without any answer after which a server is given up. server_requests: to one server at a time.
+    patience_s: seconds without any answer after which a server is given up; ten times as long, ten minutes at the
+    least, without a byte of one request, and that is made again. server_requests: to one server at a time.
     page_size: tokens per KV page. kv_memory_fraction: of the memory free on a device once the weights are there,
     for all KV pools on it, split so that both lanes hold as many tokens; None: 0.85 on a GPU, 0.25 on a CPU.
     kv_tokens: capacity of each lane's KV pool, whatever is free.
@@ -48,7 +49,8 @@ class EngineConfig:
     threads: CPU threads of torch; None leaves torch's own choice.
     overlap: a lane launches a step before it has seen the results of the one before; None: on a GPU, not on a CPU.
     graphs: decode steps as CUDA graphs; None: where every op of a step can be captured.
-    lane_threads: "one" scheduler thread for both lanes, or "each" lane its own. profile: NVTX ranges on a GPU.
+    lane_threads: "one" scheduler thread for both lanes, or "each" lane its own; None: each where both run on a CPU with
+    two cores or more, else one. profile: NVTX ranges on a GPU.
     ops: the implementation that every op with a kernel of that name runs ("reference", "triton", ...), in the whole
     process; None: each device's own choice. check_ops: ops look into their tensors for values out of range, which on a
     GPU waits for the device at each of them (`ops.checked`).
@@ -79,7 +81,7 @@ class EngineConfig:
     threads: int | None = None
     overlap: bool | None = None
     graphs: bool | None = None
-    lane_threads: str = "one"
+    lane_threads: str | None = None
     profile: bool = False
     ops: str | None = None
     check_ops: bool = False
@@ -100,7 +102,7 @@ class EngineConfig:
             raise InputError(f"patience_s must be more than 0 seconds, not {self.patience_s}")
         for lane in ("draft", "target"):
             self._check_place(lane)
-        if self.lane_threads not in ("one", "each"):
+        if self.lane_threads not in (None, "one", "each"):
             raise InputError(f"lane_threads must be 'one' or 'each', not {self.lane_threads!r}")
         if self.kv_memory_fraction is not None and not 0.0 < self.kv_memory_fraction <= 1.0:
             raise InputError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")

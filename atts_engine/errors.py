@@ -23,12 +23,17 @@ class LaneError(AttsError):
     """A lane as a whole has failed; every sequence on it ends with this error."""
 
 
+class Refused(ChainError):
+    """A server will not do what it was asked, however often; its message says why."""
+
+
 class ContextFull(ChainError):
     """A chain has reached the end of a model's context; what it has written stands."""
 
 
 class Unreachable(LaneError):
-    """A server cannot be asked now; the same request may be made again. retry_after: seconds that it asked for."""
+    """A server cannot be asked now; the same request may be made again. retry_after: seconds until then, as far as
+    anybody knows."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atts_engine.evaluation.plan import stands_in
@@ -24,7 +24,10 @@ RESULTS = ROOT / "bench" / "results" / "registers.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 STRATEGIES = ROOT / "bench" / "results" / "strategies_cpu.json"
 STRATEGIES_BEGIN, STRATEGIES_END = "<!-- strategies:begin -->\n", "<!-- strategies:end -->"
-DECODE = ROOT / "bench" / "results" / "e2e_decode_cpu_packed.json"
+DECODE = {
+    "bfloat16": ROOT / "bench" / "results" / "e2e_decode_cpu_packed.json",
+    "float32": ROOT / "bench" / "results" / "e2e_decode_cpu_fp32.json",
+}
 DECODE_BEGIN, DECODE_END = "<!-- decode:begin -->\n", "<!-- decode:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->\n", "<!-- gpu:end -->"
 GPU_PAGES = {
@@ -126,31 +129,39 @@ def strategies_updated(readme: str, record: dict[str, Any]) -> str:
     return _between(readme, STRATEGIES_BEGIN, STRATEGIES_END, strategies_section(record))
 
 
-def decode_section(record: dict[str, Any]) -> str:
-    """Decode beside vLLM as Markdown: one row for each number of sequences."""
-    where, ours = record["provenance"], record["medians"]["atts-engine bfloat16"]
-    peers = [speeds for engine, speeds in record["medians"].items() if engine.startswith("vLLM")]
-    lines = [
-        f"SmolLM2-135M, the same weights in both, tokens a second (medians); vLLM {record['vllm']} in the best of "
-        f"{len(peers)} settings (bfloat16 or float32, eager or compiled), the two in turns:",
-        "",
-        "| sequences | one lane, bfloat16 | vLLM's best | ratio |",
-        "|---|---|---|---|",
-    ]
-    for sequences, speed in ours.items():
-        best = max(speeds[sequences] for speeds in peers)
-        lines.append(f"| {sequences} | {speed:,.0f} | {best:,.0f} | {speed / best:.2f} |")
-    lines += [
-        "",
-        f"`{where['command']}` · {where['date']} · {where['cpu']} ({where['cpu_isa']}), {where['cores']} cores, torch "
-        f"{where['torch']} · [{DECODE.relative_to(ROOT)}]({DECODE.relative_to(ROOT)}), [notes](bench/NOTES.md).",
-        "",
-    ]
+def decode_records() -> dict[str, dict[str, Any]]:
+    return {dtype: json.loads(path.read_text(encoding="utf-8")) for dtype, path in DECODE.items()}
+
+
+def decode_section(records: Mapping[str, dict[str, Any]]) -> str:
+    """Decode beside vLLM as Markdown, by our dtype: a table each, with one row for each number of sequences."""
+    lines = []
+    for dtype, record in records.items():
+        where, ours = record["provenance"], record["medians"][f"atts-engine {dtype}"]
+        peers = [speeds for engine, speeds in record["medians"].items() if engine.startswith("vLLM")]
+        kinds = "bfloat16 or float32, eager or compiled" if dtype == "bfloat16" else "float32, eager or compiled"
+        lines += [
+            f"SmolLM2-135M, the same weights in both, tokens a second (medians); vLLM {record['vllm']} in the best of "
+            f"{len(peers)} settings ({kinds}), the two in turns:",
+            "",
+            f"| sequences | one lane, {dtype} | vLLM's best | ratio |",
+            "|---|---|---|---|",
+        ]
+        for sequences, speed in ours.items():
+            best = max(speeds[sequences] for speeds in peers)
+            lines.append(f"| {sequences} | {speed:,.0f} | {best:,.0f} | {speed / best:.2f} |")
+        file = DECODE[dtype].relative_to(ROOT)
+        lines += [
+            "",
+            f"`{where['command']}` · {where['date']} · {where['cpu']} ({where['cpu_isa']}), {where['cores']} cores, "
+            f"torch {where['torch']} · [{file}]({file}), [notes](bench/NOTES.md).",
+            "",
+        ]
     return "\n".join(lines)
 
 
-def decode_updated(readme: str, record: dict[str, Any]) -> str:
-    return _between(readme, DECODE_BEGIN, DECODE_END, decode_section(record))
+def decode_updated(readme: str, records: Mapping[str, dict[str, Any]]) -> str:
+    return _between(readme, DECODE_BEGIN, DECODE_END, decode_section(records))
 
 
 def _between(text: str, begin: str, end: str, block: str) -> str:
@@ -187,7 +198,7 @@ def main(check: bool) -> int:
         if path == README:
             new = updated(new, json.loads(RESULTS.read_text(encoding="utf-8")))
             new = strategies_updated(new, json.loads(STRATEGIES.read_text(encoding="utf-8")))
-            new = decode_updated(new, json.loads(DECODE.read_text(encoding="utf-8")))
+            new = decode_updated(new, decode_records())
         stale += old != new
         if not check:
             path.write_text(new, encoding="utf-8")

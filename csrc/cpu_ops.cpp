@@ -1,4 +1,4 @@
-// The host's bfloat16 ops behind the C ABI: arguments checked, then cpu/ops.cpp.
+// The host's ops behind the C ABI: arguments checked, then cpu/ops.cpp.
 #include <vector>
 
 #include "atts/atts.h"
@@ -10,36 +10,15 @@
 
 namespace {
 
-constexpr int64_t kScoreRows = 64;  // input rows whose block of logits lies in a thread's scratch
-
-}  // namespace
-
 using atts::kernels;
 using atts::parallel;
 
-extern "C" int atts_linear_cpu(const atts_linear_params* params) {
-  if (const int status = atts::check_struct(params)) return status;
-  const atts_linear_params& p = *params;
-  if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
-  if (p.rows == 0) return ATTS_OK;
-  if (p.x == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.out == nullptr)
-    return ATTS_ERROR_NULL_POINTER;
-  if (const int status = atts::check_packed(p.packed, p.out_features, p.in_features)) return status;
-  atts::linear(p);
-  return ATTS_OK;
-}
+constexpr int64_t kScoreRows = 64;  // input rows whose block of logits lies in a thread's scratch
 
-extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
-  if (const int status = atts::check_struct(params)) return status;
-  const atts_score_tokens_params& p = *params;
-  if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
-  if (p.rows == 0) return ATTS_OK;
-  if (p.hidden == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.ids == nullptr || p.logprob == nullptr)
-    return ATTS_ERROR_NULL_POINTER;
-  if (const int status = atts::check_packed(p.packed, p.vocab, p.width)) return status;
-  for (int64_t row = 0; row < p.rows; ++row)
-    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
-  const float* hidden = atts::prepared(p.hidden, p.rows, p.width);
+template <class T>
+void score_tokens(const atts_score_tokens_params& p) {
+  const float* hidden = atts::prepared(static_cast<const T*>(p.hidden), p.rows, p.width);
+  const auto* weight = static_cast<const T*>(p.weight);
   const int64_t blocks = (p.vocab + atts::kScoreBlock - 1) / atts::kScoreBlock;
   std::vector<float> peaks(static_cast<size_t>(blocks * p.rows)), sums(peaks.size());
   std::vector<float> target(static_cast<size_t>(p.rows));
@@ -49,7 +28,7 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
     float* logits = atts::scratch(kScoreRows * atts::kScoreBlock);
     for (int64_t at = 0; at < p.rows; at += kScoreRows) {
       const int64_t rows = p.rows - at < kScoreRows ? p.rows - at : kScoreRows;
-      atts::dot(hidden + at * p.width, rows, p.weight, p.packed, first, columns, p.width, logits, atts::kScoreBlock);
+      atts::dot(hidden + at * p.width, rows, weight, p.packed, first, columns, p.width, logits, atts::kScoreBlock);
       for (int64_t row = 0; row < rows; ++row) {
         float* own = logits + row * atts::kScoreBlock;
         const int64_t id = p.ids[at + row] - first;
@@ -62,6 +41,35 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
   for (int64_t row = 0; row < p.rows; ++row)
     p.logprob[row] = atts::logprob_of(target[static_cast<size_t>(row)], &peaks[static_cast<size_t>(row)],
                                       &sums[static_cast<size_t>(row)], blocks, p.rows);
+}
+
+}  // namespace
+
+extern "C" int atts_linear_cpu(const atts_linear_params* params) {
+  if (const int status = atts::check_struct(params)) return status;
+  const atts_linear_params& p = *params;
+  if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.x == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.out == nullptr)
+    return ATTS_ERROR_NULL_POINTER;
+  if (const int status = atts::check_packed(p.packed, p.dtype, p.out_features, p.in_features)) return status;
+  atts::linear(p);
+  return ATTS_OK;
+}
+
+extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
+  if (const int status = atts::check_struct(params)) return status;
+  const atts_score_tokens_params& p = *params;
+  if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (p.rows == 0) return ATTS_OK;
+  if (p.hidden == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.ids == nullptr || p.logprob == nullptr)
+    return ATTS_ERROR_NULL_POINTER;
+  if (const int status = atts::check_packed(p.packed, p.dtype, p.vocab, p.width)) return status;
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (p.ids[row] < 0 || p.ids[row] >= p.vocab) return ATTS_ERROR_KEY;
+  atts::with_type(p.dtype, [&](auto element) { score_tokens<decltype(element)>(p); });
   return ATTS_OK;
 }
 
@@ -71,6 +79,7 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
   if (p.rows < 0 || p.batch < 0 || p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads || p.head_dim < 16 ||
       p.head_dim % 16 || p.page < 1 || p.pages < 0 || p.table_width < 0 || p.threads < 1)
     return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
   if (p.cu_q == nullptr || (p.batch > 0 && p.kv_len == nullptr)) return ATTS_ERROR_NULL_POINTER;
   if (p.rows > 0 && (p.q == nullptr || p.kv == nullptr || p.block_table == nullptr || p.out == nullptr))
     return ATTS_ERROR_NULL_POINTER;
@@ -83,6 +92,7 @@ extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
   if (const int status = atts::check_struct(params)) return status;
   const atts_rms_norm_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.weight == nullptr || p.out == nullptr || (p.delta == nullptr) != (p.sum == nullptr))
     return ATTS_ERROR_NULL_POINTER;
@@ -94,6 +104,7 @@ extern "C" int atts_silu_mul_cpu(const atts_silu_mul_params* params) {
   if (const int status = atts::check_struct(params)) return status;
   const atts_silu_mul_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
   if (p.rows == 0) return ATTS_OK;
   if (p.gate == nullptr || p.up == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
   atts::silu_mul(p);
@@ -104,6 +115,7 @@ extern "C" int atts_rope_cpu(const atts_rope_params* params) {
   if (const int status = atts::check_struct(params)) return status;
   const atts_rope_params& p = *params;
   if (p.rows < 0 || p.heads < 1 || p.head_dim < 2 || p.head_dim % 2 || p.threads < 1) return ATTS_ERROR_SHAPE;
+  if (const int status = atts::check_dtype(p.dtype)) return status;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.cosine == nullptr || p.sine == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
   atts::rope(p);

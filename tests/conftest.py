@@ -79,12 +79,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(params=native.ISAS)
-def native_bf16(request: pytest.FixtureRequest) -> Iterator[None]:
+def native_ops(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernels of csrc/ for each instruction set that this processor has, in turn."""
     try:
         native.use_isa(request.param)
     except InputError as reason:
         pytest.skip(str(reason))
-    with ops.use("native-bf16"):
+    with ops.use("native"):
         yield
     native.use_isa(None)

@@ -40,12 +40,14 @@ class Refusal(Exception):
 @dataclass(slots=True)
 class Fault:
     """What becomes of one request. status: answered in its place, with retry_after as its header; after: tokens of a
-    stream behind which the connection is cut, 0 before anything; body: said in place of the answer; change: applied to
+    stream behind which the connection is cut, 0 before anything; lost: likewise, behind which nothing comes while the
+    connection stays, of an answer that is no stream half of it; body: said in place of the answer; change: applied to
     every choice of the answer."""
 
     status: int | None = None
     retry_after: str | None = None
     after: int | None = None
+    lost: int | None = None
     body: bytes | None = None
     change: Any = None
 
@@ -124,6 +126,8 @@ class FakeVllm:
             return web.Response(body=fault.body)
         if fault.after == 0:
             return _cut(request)
+        if fault.lost == 0:
+            await asyncio.Event().wait()
         while self.hang:
             await asyncio.sleep(0.01)
         if request.path == "/v1/completions":
@@ -144,6 +148,8 @@ class FakeVllm:
             if fault.after == written:
                 await asyncio.sleep(0.02)  # an abort takes back what was not sent yet
                 return _cut(request, response)
+            if fault.lost == written:
+                await asyncio.Event().wait()
         await _send(response, {"choices": [], "usage": self._usage(prompt, written, cached)})
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -157,7 +163,14 @@ class FakeVllm:
         if body.get("prompt_logprobs") is not None:
             choice["prompt_logprobs"] = [None, *({str(t): {"logprob": v}} for t, v in self._of_prompt(prompt, 1))]
         choice = fault.change(choice) if fault.change else choice
-        return web.json_response({"choices": [choice], "usage": self._usage(prompt, 1, cached)})
+        answer = web.json_response({"choices": [choice], "usage": self._usage(prompt, 1, cached)})
+        if fault.lost:
+            assert isinstance(answer.body, bytes)
+            half = web.StreamResponse(headers={"content-length": str(len(answer.body))})
+            await half.prepare(request)
+            await half.write(answer.body[: len(answer.body) // 2])
+            await asyncio.Event().wait()
+        return answer
 
     async def _generate(self, body: dict[str, Any], fault: Fault) -> web.Response:
         if not self.scale_out:  # entrypoints/scale_out/factories.py

@@ -114,7 +114,7 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     peers = (Peer("one", "torch", broken, cuda=False), Peer("two", "no_such_package", broken, cuda=False))
     monkeypatch.setitem(PEERS, "rms_norm", peers)
     absent: dict[str, str] = {}
-    rms_norm = next(c for c in cases("tiny", torch.float32) if c.op == "rms_norm")
+    rms_norm = next(c for c in cases("tiny", torch.float16) if c.op == "rms_norm")
     rows = measure_case(rms_norm, CPU, FACTS, 1, absent)
     assert [r.provider for r in rows] == ["reference"] and rows[0].max_abs_diff == 0.0
     assert absent == {"one": "TypeError: no such argument", "two": "no_such_package is not installed"}

@@ -121,10 +121,10 @@ def test_settings_of_the_lanes_reach_the_engine(command: str) -> None:
 
     plain = EngineConfig("tiny-draft", "tiny-target")
     default = plain.overlap, plain.graphs, plain.lane_threads, plain.profile, plain.packed_weights
-    assert settings() == default == (None, None, "one", False, None)
+    assert settings() == default == (None, None, None, False, None)
     flags = ("--overlap", "--graphs", "--lane-threads", "each", "--profile", "--packed-weights")
     assert settings(*flags) == (True, True, "each", True, True)
-    assert settings("--no-overlap", "--no-graphs", "--no-packed-weights") == (False, False, "one", False, False)
+    assert settings("--no-overlap", "--no-graphs", "--no-packed-weights") == (False, False, None, False, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
@@ -136,7 +136,7 @@ def test_graphs_that_cannot_be_had_are_named(
 
 def test_the_lanes_may_run_ahead_on_a_thread_each(tmp_path: Path, problems: Path) -> None:
     chains = []
-    for i, flags in enumerate(([], ["--overlap", "--lane-threads", "each"])):
+    for i, flags in enumerate((["--lane-threads", "one"], ["--overlap", "--lane-threads", "each"])):
         assert cli.main(run_words(problems, tmp_path / f"{i}", "--strategy", "draft", *flags)) == 0
         chains.append(sorted(_untimed((tmp_path / f"{i}" / "chains.jsonl").read_text())))
     assert chains[0] == chains[1]
@@ -273,7 +273,7 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["row_invariance"]["holds"] is True
     assert "reference" in found["ops"]["score_tokens"]["available"]
     assert found["models"] == {"tiny-draft": True, "tiny-target": True}
-    assert found["ops"]["rms_norm"]["obstacles"]["native-bf16"]["cuda"] == "CPU only"
+    assert found["ops"]["rms_norm"]["obstacles"]["native"]["cuda"] == "CPU only"
     assert "apache-tvm-ffi" in found["packages"]
     assert ("a CUDA device" in found["csrc_cuda"]) != torch.cuda.is_available()
     packing = found["packed_weights"]["obstacle"]
@@ -285,7 +285,7 @@ def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
     from atts_engine.cli.doctor import kernel_table
 
-    facts = {"chosen": {"cpu": "native-bf16"}, "obstacles": {"reference": {}, "native-bf16": {"cuda": "CPU only"}}}
+    facts = {"chosen": {"cpu": "native"}, "obstacles": {"reference": {}, "native": {"cuda": "CPU only"}}}
     assert kernel_table({"rope": facts}, "cpu").rows == (("rope", "can run", "runs"),)
     elsewhere = kernel_table({"rope": facts}, "cuda")
     assert elsewhere.rows == (("rope", "no GPU", "CPU only"),) and "no cuda device" in str(elsewhere.note)
@@ -293,7 +293,7 @@ def test_the_doctor_tells_what_runs_and_why_others_do_not() -> None:
 
 def test_an_implementation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], problems: Path) -> None:
     line = fails(capsys, ["calibrate", *PAIR, "--problems", str(problems), "--ops", "cutlass", "--out", "x.npz"])
-    assert "ops must be one of reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'" in line
+    assert "ops must be one of reference, triton, native, flashinfer, cuda, not 'cutlass'" in line
 
 
 def watched(view_of: type[PlainView] | type[LiveView], stream: io.StringIO) -> str:

@@ -243,3 +243,47 @@ def test_a_fault_fails_the_lane_and_leaves_no_page_taken(monkeypatch: pytest.Mon
         assert engine.stats()["draft"]["used_pages"] == 0
 
     with_engine(work)
+
+
+def test_a_listener_that_raises_costs_nobody_an_answer() -> None:
+    """It is called among the answers that a lane hands over in one piece; those behind it are for others."""
+    heard: list[int] = []
+    told: list[BaseException] = []
+
+    def listener(decision: Any) -> None:
+        heard.append(decision.decision_seq)
+        raise RuntimeError("a bug of the caller's")
+
+    async def work(engine: AsyncEngine) -> list[Any]:
+        found = problems(2)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+        runs = []
+        for angry in (False, True):
+            if angry:
+                engine.add_decision_listener(listener)
+            async with asyncio.timeout(60):
+                solved = (engine.solve(p, PARAMS, calibrator=frozen_calibrator()) for p in found)
+                runs.append([[content(c) for c in s.chains] for s in await asyncio.gather(*solved)])
+        return runs
+
+    quiet, loud = with_engine(work)
+    assert loud == quiet
+    assert len(told) == len(heard) > 0 and {str(error) for error in told} == {"a bug of the caller's"}
+
+
+def test_a_call_that_raises_drops_no_other() -> None:
+    async def main() -> tuple[list[int], list[str]]:
+        loop = asyncio.get_running_loop()
+        told: list[str] = []
+        loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+        mailbox, taken = Mailbox(loop), list[int]()
+        for call in (lambda: taken.append(0), lambda: 1 // 0, lambda: taken.append(2), lambda: taken.append(1 // 0)):
+            mailbox.post(call)
+        await asyncio.sleep(0)
+        mailbox.post(lambda: taken.append(4))
+        await asyncio.sleep(0)
+        return taken, told
+
+    taken, told = asyncio.run(main())
+    assert taken == [0, 2, 4] and len(told) == 2 and "zero" in told[0]

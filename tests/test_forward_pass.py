@@ -15,7 +15,7 @@ from atts_engine.models import Decoder, ForwardBatch
 from atts_engine.models.config import ModelConfig
 from atts_engine.models.decoder import DecoderWeights, LayerWeights
 from atts_engine.ops import native
-from tests.abi import STATUS, params
+from tests.abi import DTYPES, STATUS, params
 
 needs_library = pytest.mark.skipif(
     native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
@@ -44,11 +44,19 @@ BATCHES = {
 """(rows, tokens in the cache afterwards) of each sequence."""
 
 
-def random_decoder(c: ModelConfig) -> Decoder:
+dtypes = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """As integers: what holds NaN is compared too."""
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def random_decoder(c: ModelConfig, dtype: torch.dtype = BF16) -> Decoder:
     g = torch.Generator().manual_seed(c.num_heads)
 
     def random(*shape: int, about: float = 0.0) -> torch.Tensor:
-        return (about + torch.randn(shape, generator=g) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.3)).to(BF16)
+        return (about + torch.randn(shape, generator=g) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.3)).to(dtype)
 
     qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     layers = tuple(
@@ -70,13 +78,15 @@ def random_decoder(c: ModelConfig) -> Decoder:
     return Decoder(c, DecoderWeights(embed, layers, random(c.hidden_size, about=1.0), head))
 
 
-def random_batch(c: ModelConfig, counts: list[int], lengths: list[int]) -> tuple[ForwardBatch, torch.Tensor]:
+def random_batch(
+    c: ModelConfig, counts: list[int], lengths: list[int], dtype: torch.dtype = BF16
+) -> tuple[ForwardBatch, torch.Tensor]:
     """A batch and a cache of random keys and values; pages in random order, and NaN in those that no sequence has."""
     g = torch.Generator().manual_seed(sum(lengths))
     needed = [-(-length // PAGE) for length in lengths]
     pages = sum(needed) + 2
     order = torch.randperm(pages, generator=g).int()
-    kv = torch.randn(c.num_layers, 2, pages, PAGE, c.num_kv_heads, c.head_dim, generator=g).to(BF16)
+    kv = torch.randn(c.num_layers, 2, pages, PAGE, c.num_kv_heads, c.head_dim, generator=g).to(dtype)
     kv[:, :, order[-2:].long()] = float("nan")
     table = torch.nn.utils.rnn.pad_sequence(order[: sum(needed)].split(needed), batch_first=True)
     batch = ForwardBatch(
@@ -110,34 +120,37 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_hidden_states_and_cache_are_those_of_the_ops(config: str, threads: int, calls: list[int]) -> None:
-    decoder = random_decoder(CONFIGS[config])
+@dtypes
+def test_hidden_states_and_cache_are_those_of_the_ops(
+    dtype: torch.dtype, config: str, threads: int, calls: list[int]
+) -> None:
+    decoder = random_decoder(CONFIGS[config], dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for counts, lengths in BATCHES.values():  # one decoder: what a pass leaves behind must not reach the next
-            batch, kv = random_batch(decoder.config, counts, lengths)
+            batch, kv = random_batch(decoder.config, counts, lengths, dtype)
             other = kv.clone()
             found, expected = decoder.forward(batch, kv), one_by_one(decoder, batch, other)
             assert expected.float().std() > 0.1
             assert torch.equal(found, expected)
-            assert torch.equal(kv.view(torch.int16), other.view(torch.int16))
+            assert torch.equal(bits(kv), bits(other))
     finally:
         torch.set_num_threads(before)
     assert calls == [sum(counts) for counts, _ in BATCHES.values()]
 
 
 @needs_library
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_a_batch_without_rows_and_arrays_with_strides() -> None:
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(LLAMA, [0, 0], [3, 5])
     before = kv.clone()
     assert decoder.forward(batch, kv).shape == (0, LLAMA.hidden_size)
-    assert torch.equal(kv.view(torch.int16), before.view(torch.int16))
+    assert torch.equal(bits(kv), bits(before))
     batch, kv = random_batch(LLAMA, *BATCHES["mixed"])
     wide = replace(
         batch,
@@ -151,7 +164,7 @@ def test_a_batch_without_rows_and_arrays_with_strides() -> None:
 def test_it_stands_aside_for_what_was_asked_for(calls: list[int]) -> None:
     batch, kv = random_batch(LLAMA, *BATCHES["mixed"])
     odd = replace(LLAMA, head_dim=24)
-    with ops.use("native-bf16"):
+    with ops.use("native"):
         random_decoder(LLAMA).forward(batch, kv)
         assert calls == [len(batch.ids)]
         one_by_one(random_decoder(LLAMA), batch, kv)
@@ -165,7 +178,7 @@ def test_it_stands_aside_for_what_was_asked_for(calls: list[int]) -> None:
 def test_products_that_are_left_to_torch_leave_the_rest_to_the_ops(
     calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "products_are_torchs", lambda: True)
+    monkeypatch.setattr(native, "products_are_torchs", lambda dtype: True)
     with ops.use(None):  # forgets what was decided before
         random_decoder(LLAMA).forward(*random_batch(LLAMA, *BATCHES["decode"]))
     ops.use(None)
@@ -194,19 +207,19 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_written(what: s
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(LLAMA, *BATCHES["mixed"])
     before = kv.clone()
-    with ops.use("native-bf16"), pytest.raises(InputError, match=f"decoder: .*{words}"):
+    with ops.use("native"), pytest.raises(InputError, match=f"decoder: .*{words}"):
         decoder.forward(spoil(batch), kv)
-    assert torch.equal(kv.view(torch.int16), before.view(torch.int16))
+    assert torch.equal(bits(kv), bits(before))
 
 
 @needs_library
 def test_caches_and_weights_of_another_model_are_refused() -> None:
     decoder = random_decoder(LLAMA)
     batch, kv = random_batch(replace(LLAMA, num_kv_heads=3), *BATCHES["decode"])
-    with ops.use("native-bf16"), pytest.raises(InputError, match="kv does not fit"):
+    with ops.use("native"), pytest.raises(InputError, match="kv does not fit"):
         decoder.forward(batch, kv)
     batch, kv = random_batch(LLAMA, *BATCHES["decode"])
-    with ops.use("native-bf16"), pytest.raises(InputError, match="kv must be contiguous"):
+    with ops.use("native"), pytest.raises(InputError, match="kv must be contiguous"):
         decoder.forward(batch, kv.mT.contiguous().mT)
     w = decoder.weights
     short = replace(w, layers=(replace(w.layers[0], down=w.layers[0].down[:, 1:]), *w.layers[1:]))
@@ -229,7 +242,7 @@ def c_call(**changed: object) -> str:
     assert whole is not None
     sizes = {name: getattr(whole._params, name) for name in (
         "layer", "embed", "norm", "cosine", "sine", "layers", "vocab", "hidden", "inner", "heads", "kv_heads",
-        "head_dim", "max_positions", "eps", "scale",
+        "head_dim", "max_positions", "eps", "scale", "dtype",
     )}  # fmt: skip
     rows = len(batch.ids)
     out, room = torch.empty(rows, LLAMA.hidden_size, dtype=BF16), torch.empty(1 << 16, dtype=torch.int64)
@@ -264,6 +277,7 @@ def test_codes_of_the_c_function() -> None:
         assert (field, c_call(**{field: None})) == (field, "ERROR_NULL_POINTER")
     assert c_call(workspace_bytes=100) == "ERROR_WORKSPACE"
     assert c_call(kv=65) == c_call(ids=68) == c_call(workspace=72) == "ERROR_ALIGNMENT"
+    assert c_call(dtype=0) == c_call(dtype=DTYPES[torch.float16]) == "ERROR_DTYPE"
     assert c_call(vocab=2) == c_call(max_positions=3) == "ERROR_KEY"
     assert c_call(pages=1) == c_call(batch=5) == "ERROR_BATCH"
     optional = ("q_norm", "k_norm", "qkv_bias")
@@ -276,18 +290,20 @@ def test_codes_of_the_c_function() -> None:
 
 
 @needs_library
-def test_the_workspace_that_is_asked_for_is_enough_and_no_more_than_needed() -> None:
+@dtypes
+def test_the_workspace_that_is_asked_for_is_enough_and_no_more_than_needed(dtype: torch.dtype) -> None:
     library = native.library()
     assert library is not None
     needed = ctypes.c_uint64()
     sizes = {
         "rows": 300, "batch": 4, "table_width": 30, "pages": 90, "page": 4, "layers": 3, "vocab": 61, "hidden": 48,
         "inner": 72, "heads": 6, "kv_heads": 2, "head_dim": 16, "max_positions": 128, "threads": 1,
+        "dtype": DTYPES[dtype],
     }  # fmt: skip
     asked = as_params(sizes)
     assert library.atts_decoder_cpu_workspace(ctypes.byref(asked), ctypes.byref(needed)) == STATUS["OK"]
     # x and what is added to it, q, k and v, q again, a slot; each array rounded up to 16 bytes.
-    exact = 300 * (2 * (2 * 48 + 160 + 96) + 8)
+    exact = 300 * (dtype.itemsize * (2 * 48 + 160 + 96) + 8)
     assert exact <= needed.value < exact + 5 * 16
     assert library.atts_decoder_cpu_workspace(ctypes.byref(asked), None) == STATUS["ERROR_NULL_POINTER"]
     asked.struct_size -= 8

@@ -163,7 +163,7 @@ def test_warm_up_steps_touch_the_first_slot_of_the_padding_page_alone_and_leave_
         assert logits is not None and scores is not None
         # Whatever a request may ask to be told of its samples is computed too.
         sampled, told = runner._sample(arrays, logits)
-        assert [len(each) for each in (sampled, *told)] == [rows] * 3
+        assert [len(each) for each in (sampled, *told)] == [rows] * 5
         assert logits.shape == (rows, model.config.vocab_size) and scores.shape == (rows,)
         assert torch.isfinite(logits).all() and torch.isfinite(scores).all()
         assert runner.kv[:, :, 0, 0].any() and torch.isfinite(runner.kv).all()

@@ -148,14 +148,14 @@ def test_built_in_pair(name: str) -> None:
     encode, prompt = model.tokenizer.encode, model.tokenizer.chat_prompt
     problems = [problem.problem for problem in registers.heldout(30, seed=0)]
     texts = [prompt([{"role": "user", "content": p}]) + encode(registers.solution(p)) for p in problems]
-    expected = torch.cat(reference_logits(oracle, texts))
+    expected, truth = (torch.cat(reference_logits(model, texts)) for model in (oracle, exact))
     following = torch.tensor([token for text in texts for token in (*text[1:], 0)])[:, None]
     for chunks in (None, random.Random(9)):
         ours = torch.cat(paged_logits(model.decoder, texts, chunks=chunks))
-        error = (ours - expected).abs()
-        # A few logits in a hundred thousand lie where fp32 itself, transformers' too, is 1e-4 away from fp64.
-        assert float((error > TOLERANCE).double().mean()) < 2e-5 and float(error.max()) < 2 * TOLERANCE
-        assert float(error.square().mean().sqrt()) < TOLERANCE / 10
+        # A few logits in ten thousand lie where fp32 itself, transformers' too, is 1e-4 away from fp64 and more.
+        error, usual = (ours - truth).abs(), (expected - truth).abs()
+        assert float(error.max()) < max(TOLERANCE, 1.3 * float(usual.max()))
+        assert float(error.square().mean().sqrt()) < 1.3 * float(usual.square().mean().sqrt()) < TOLERANCE / 10
         ours, theirs = (rows.log_softmax(-1).gather(1, following) for rows in (ours, expected))
         assert float((ours - theirs).abs().max()) < TOLERANCE
 

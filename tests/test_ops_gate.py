@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atts_engine import ops
@@ -52,8 +53,19 @@ SCORES = st.sampled_from([0.0, 0.5, 1.0, 1.5, math.nan, math.inf, -math.inf, -1.
 ROW = st.tuples(SCORES, st.integers(0, 2), st.integers(1, ONE), st.integers(1, ONE), st.booleans())
 
 
-@settings(max_examples=60)
+@pytest.fixture(params=["reference", "native"])
+def impl(request: pytest.FixtureRequest) -> Iterator[None]:
+    lacking = ops.obstacle("gate", request.param, "cpu")
+    if lacking is not None:
+        pytest.skip(lacking.sentence)
+    with ops.use(request.param):
+        yield
+
+
+# One implementation for all examples of a test is what is wanted.
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 5), st.lists(st.lists(ROW, max_size=9), max_size=5))
+@pytest.mark.usefixtures("impl")
 def test_against_the_oracle(capacity: int, batches: list[list[tuple[float, int, int, int, bool]]]) -> None:
     oracle = Oracle(3, capacity)
     ring, size, head = torch.zeros(3, capacity), torch.zeros(3).long(), torch.zeros(3).long()

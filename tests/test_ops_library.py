@@ -136,8 +136,8 @@ def test_ops_chain_in_one_compiled_graph(dtype: torch.dtype) -> None:
 
 
 def test_an_implementation_that_cannot_be_had_is_an_error() -> None:
-    assert ops.chosen("gate", "cpu") == "reference"
-    with pytest.raises(InputError, match="reference, triton, native-bf16, flashinfer, cuda, not 'cutlass'"):
+    assert ops.chosen("kv_slots", "cpu") == "reference"
+    with pytest.raises(InputError, match="reference, triton, native, flashinfer, cuda, not 'cutlass'"):
         ops.use("cutlass")
     with pytest.raises(InputError, match="no op is named"):
         ops.chosen("softmax", "cpu")
@@ -151,17 +151,18 @@ def test_what_was_decided_is_forgotten_when_another_is_forced() -> None:
     before = ops.chosen("rms_norm", x.device)
     with ops.use("reference"):
         assert ops.chosen("rms_norm", x.device) == ops.chosen("rms_norm", "cpu") == "reference"
-        assert not runs_native("rms_norm", x)
+        assert not runs_native("rms_norm", x.device, x.dtype)
     assert ops.chosen("rms_norm", x.device) == before
-    assert runs_native("rms_norm", x) == (before == "native-bf16")
-    assert not runs_native("rms_norm", x.float())
+    assert runs_native("rms_norm", x.device, torch.bfloat16) == (before == "native")
+    assert runs_native("rms_norm", x.device, torch.float32) == (before == "native")
+    assert not runs_native("rms_norm", x.device, torch.float16)
 
 
 @pytest.mark.skipif(native.library() is None, reason="csrc/ was not built at installation")
 def test_a_forced_kernel_is_not_replaced_where_it_cannot_run() -> None:
-    with ops.use("native-bf16"), pytest.raises(InputError, match="rms_norm: native kernels run on the CPU, not on cud"):
+    with ops.use("native"), pytest.raises(InputError, match="rms_norm: native kernels run on the CPU, not on cud"):
         ops.chosen("rms_norm", "cuda")
-    assert ops.obstacle("rms_norm", "native-bf16", "cuda").short == "CPU only"
+    assert ops.obstacle("rms_norm", "native", "cuda").short == "CPU only"
 
 
 def test_why_an_implementation_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,7 @@ def test_why_an_implementation_does_not_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert ops.obstacle("linear", "triton", "cpu").short == "no kernel"
     assert "linear has no triton kernel" in ops.obstacle("linear", "triton", "cpu").sentence
     monkeypatch.setattr(native, "library", lambda: None)
-    assert ops.obstacle("linear", "native-bf16", "cpu").short == "not built"
+    assert ops.obstacle("linear", "native", "cpu").short == "not built"
     monkeypatch.setattr("atts_engine.ops.dispatch._triton_devices", frozenset)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""Attention, row ops, scores and sampling of csrc/ in bfloat16 on the CPU, against float64 or the reference."""
+"""Attention, row ops, scores and sampling of csrc/ on the CPU, against float64 or the reference."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ pytestmark = [
     pytest.mark.skipif(
         native.library() is None, reason="csrc/ was not built at installation: CMake and a C++ compiler are needed"
     ),
-    pytest.mark.usefixtures("native_bf16"),
+    pytest.mark.usefixtures("native_ops"),
 ]
-BF16 = torch.bfloat16
-HALF_ULP = 2.0**-8
-"""What one rounding to bfloat16 may move a value by, relative to it."""
+Dtype = torch.dtype
+HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
+"""What one rounding to bfloat16 may move a value by, relative to it; for fp32 what a few operations may."""
 
 
-def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+@pytest.fixture(params=native.DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> Dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+def random(dtype: Dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(BF16)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
 # Attention ----------------------------------------------------------------------------------------------------------
@@ -37,22 +42,22 @@ LAYOUTS = [(3, 3, 64, 16), (1, 2, 16, 4), (7, 2, 128, 8), (4, 1, 48, 3)]
 """(query heads of a KV head, KV heads, head size, page)"""
 
 
-def batch_of(layout: tuple[int, int, int, int], counts: list[int], lengths: list[int]) -> Batch:
+def batch_of(dtype: Dtype, layout: tuple[int, int, int, int], counts: list[int], lengths: list[int]) -> Batch:
     """Pages that no sequence owns, and slots past a sequence's end, hold NaN."""
     group, kv_heads, dim, page = layout
     needed = [-(-n // page) for n in lengths]
     pages = sum(needed) + 3
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(pages)).tolist()
-    kv = torch.full((2, pages, page, kv_heads, dim), float("nan"), dtype=BF16)
+    kv = torch.full((2, pages, page, kv_heads, dim), float("nan"), dtype=dtype)
     table = torch.zeros(len(counts), max(needed) + 1, dtype=torch.int32)
     for b, (n, length) in enumerate(zip(needed, lengths, strict=True)):
         own = [order.pop() for _ in range(n)]
         table[b, :n] = torch.tensor(own, dtype=torch.int32)
-        values = random(2, n * page, kv_heads, dim + b)[..., :dim].clone()
+        values = random(dtype, 2, n * page, kv_heads, dim + b)[..., :dim].clone()
         values[:, length:] = float("nan")
         kv[:, own] = values.view(2, n, page, kv_heads, dim)
     cu_q = torch.tensor([0, *counts]).cumsum(0).int()
-    q = random(sum(counts), group * kv_heads, dim)
+    q = random(dtype, sum(counts), group * kv_heads, dim)
     return q, kv, table, cu_q, torch.tensor(lengths, dtype=torch.int32)
 
 
@@ -76,18 +81,20 @@ def attention_oracle(batch: Batch, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_equals_float64(layout: tuple[int, int, int, int]) -> None:
-    batch = batch_of(layout, counts=[1, 5, 3, 1, 37, 2], lengths=[1, 5, 40, 77, 50, 19])
+def test_attention_equals_float64(dtype: Dtype, layout: tuple[int, int, int, int]) -> None:
+    batch = batch_of(dtype, layout, counts=[1, 5, 3, 1, 37, 2], lengths=[1, 5, 40, 77, 50, 19])
     scale = layout[2] ** -0.5
     found = ops.paged_attention(*batch, scale).double()
     oracle = attention_oracle(batch, scale)
-    # fp32 inside: what it loses is far below one rounding of a mean of values of at most 5.
-    assert bool(((found - oracle).abs() <= oracle.abs() * HALF_ULP + 2e-5).all())
+    # fp32 inside: what it loses is far below one rounding to bfloat16 of a mean of values of at most 5.
+    assert bool(((found - oracle).abs() <= oracle.abs() * HALF_ULP[dtype] + 2e-5).all())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(layout: tuple[int, int, int, int]) -> None:
-    q, kv, table, cu_q, kv_len = batch = batch_of(layout, counts=[23, 1, 6], lengths=[61, 30, 6])
+def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(
+    dtype: Dtype, layout: tuple[int, int, int, int]
+) -> None:
+    q, kv, table, cu_q, kv_len = batch = batch_of(dtype, layout, counts=[23, 1, 6], lengths=[61, 30, 6])
     whole = ops.paged_attention(*batch, 0.2)
     for b in range(3):
         first, last, length = int(cu_q[b]), int(cu_q[b + 1]), int(kv_len[b])
@@ -100,17 +107,17 @@ def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(layout: t
                 assert torch.equal(alone, whole[at:end])
 
 
-def test_attention_refuses_what_is_not_a_batch() -> None:
-    q, kv, table, cu_q, kv_len = batch_of(LAYOUTS[0], counts=[2, 1], lengths=[5, 30])
+def test_attention_refuses_what_is_not_a_batch(dtype: Dtype) -> None:
+    q, kv, table, cu_q, kv_len = batch_of(dtype, LAYOUTS[0], counts=[2, 1], lengths=[5, 30])
     wrong_page = table.clone()
     wrong_page[1, 1] = kv.shape[1]
-    for changed in (
-        (q, kv, table, cu_q + 1, kv_len),
-        (q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)),
-        (q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)),
-        (q, kv, wrong_page, cu_q, kv_len),
+    for changed, words in (
+        ((q, kv, table, cu_q + 1, kv_len), "cu_q ends at 4 for 3 rows"),
+        ((q, kv, table, cu_q, torch.tensor([1, 30], dtype=torch.int32)), "more query rows than tokens"),
+        ((q, kv, table, cu_q, torch.tensor([5, 3000], dtype=torch.int32)), "longer than its row of the block table"),
+        ((q, kv, wrong_page, cu_q, kv_len), r"block_table\[1, 1\] is \d+, which is outside the pool"),
     ):
-        with pytest.raises(InputError, match="do not describe one batch"):
+        with pytest.raises(InputError, match=words):
             ops.paged_attention(*changed, 0.2)
     with pytest.raises(InputError, match="int32"):
         ops.paged_attention(q, kv, table.long(), cu_q, kv_len, 0.2)
@@ -123,19 +130,23 @@ def test_attention_refuses_what_is_not_a_batch() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 33, 200])
 @pytest.mark.parametrize("width", [8, 61, 576])
-def test_rms_norm(rows: int, width: int) -> None:
-    x, weight = random(rows, width + 8)[:, :width], random(width)
+def test_rms_norm(dtype: Dtype, rows: int, width: int) -> None:
+    x, weight = random(dtype, rows, width + 8)[:, :width], random(dtype, width)
     found = ops.rms_norm(x, weight, 1e-5)
     wide = x.double()
     normed = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt()
     oracle = normed * weight.double()
-    assert bool(((found.double() - oracle).abs() <= oracle.abs() * 2.1 * HALF_ULP).all())
+    assert bool(((found.double() - oracle).abs() <= oracle.abs() * 2.1 * HALF_ULP[dtype]).all())
 
 
 @pytest.mark.parametrize("rows", [0, 1, 33, 200])
 @pytest.mark.parametrize("width", [8, 61, 576])
-def test_add_rms_norm_is_a_sum_and_its_norm(rows: int, width: int) -> None:
-    x, delta, weight = random(rows, width + 8)[:, :width], random(rows, width, scale=3), random(width)
+def test_add_rms_norm_is_a_sum_and_its_norm(dtype: Dtype, rows: int, width: int) -> None:
+    x, delta, weight = (
+        random(dtype, rows, width + 8)[:, :width],
+        random(dtype, rows, width, scale=3),
+        random(dtype, width),
+    )
     total, normed = ops.add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
@@ -143,15 +154,15 @@ def test_add_rms_norm_is_a_sum_and_its_norm(rows: int, width: int) -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 33])
 @pytest.mark.parametrize("width", [8, 61, 1536])
-def test_silu_mul_of_halves(rows: int, width: int) -> None:
-    gate, up = random(rows, 2 * width, scale=8).chunk(2, dim=-1)
+def test_silu_mul_of_halves(dtype: Dtype, rows: int, width: int) -> None:
+    gate, up = random(dtype, rows, 2 * width, scale=8).chunk(2, dim=-1)
     found = ops.silu_mul(gate, up)
     oracle = gate.double() * torch.sigmoid(gate.double()) * up.double()
-    assert bool(((found.double() - oracle).abs() <= oracle.abs() * 1.01 * HALF_ULP + 1e-35).all())
+    assert bool(((found.double() - oracle).abs() <= oracle.abs() * 1.01 * HALF_ULP[dtype] + 1e-35).all())
 
 
-def test_silu_mul_far_out() -> None:
-    gate = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, float("nan"), float("inf")]]).to(BF16)
+def test_silu_mul_far_out(dtype: Dtype) -> None:
+    gate = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, float("nan"), float("inf")]]).to(dtype)
     found = ops.silu_mul(gate, torch.ones_like(gate))
     assert found[0, :2].abs().max() < 1e-30
     assert found[0, 2:5].tolist() == gate[0, 2:5].tolist()
@@ -159,20 +170,20 @@ def test_silu_mul_far_out() -> None:
 
 
 @pytest.mark.parametrize("dim", [16, 30, 64])
-def test_rope_of_a_part_of_the_heads(dim: int) -> None:
-    x = random(17, 9, dim)[:, 2:7]
+def test_rope_of_a_part_of_the_heads(dtype: Dtype, dim: int) -> None:
+    x = random(dtype, 17, 9, dim)[:, 2:7]
     cos, sin = torch.rand(17, dim // 2), torch.rand(17, dim // 2)
     found = ops.rope(x, cos, sin)
     low, high = x.double().chunk(2, -1)
     c, s = cos.double()[:, None], sin.double()[:, None]
     oracle = torch.cat((low * c - high * s, high * c + low * s), -1)
-    assert bool(((found.double() - oracle).abs() <= oracle.abs() * HALF_ULP + 1e-6).all())
+    assert bool(((found.double() - oracle).abs() <= oracle.abs() * HALF_ULP[dtype] + 1e-6).all())
 
 
-def test_kv_append_writes_its_slots_and_nothing_else() -> None:
-    heads = random(5, 7, 16)
+def test_kv_append_writes_its_slots_and_nothing_else(dtype: Dtype) -> None:
+    heads = random(dtype, 5, 7, 16)
     k, v = heads[:, 3:5], heads[:, 5:]
-    cache = random(2, 4, 3, 2, 16)
+    cache = random(dtype, 2, 4, 3, 2, 16)
     expected = cache.clone()
     slots = torch.tensor([11, 0, 7, 3, 4])
     expected.view(2, 12, 2, 16)[0, slots] = k
@@ -188,8 +199,8 @@ def test_kv_append_writes_its_slots_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("vocab", [5, 512, 1301])
-def test_score_tokens_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> None:
-    hidden, weight = random(70, 64), random(vocab, 64, scale=0.5)
+def test_score_tokens_equals_float64_and_a_row_keeps_its_bits(dtype: Dtype, vocab: int) -> None:
+    hidden, weight = random(dtype, 70, 64), random(dtype, vocab, 64, scale=0.5)
     ids = torch.randint(0, vocab, (70,), generator=torch.Generator().manual_seed(1))
     found = ops.score_tokens(hidden, weight, ids)
     oracle = torch.log_softmax(hidden.double() @ weight.double().T, 1).gather(1, ids[:, None])[:, 0]
@@ -201,16 +212,16 @@ def test_score_tokens_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> Non
         ops.score_tokens(hidden, weight, ids + vocab)
 
 
-def test_score_tokens_of_rows_that_are_not_finite() -> None:
-    hidden, weight = random(4, 64), random(700, 64)
+def test_score_tokens_of_rows_that_are_not_finite(dtype: Dtype) -> None:
+    hidden, weight = random(dtype, 4, 64), random(dtype, 700, 64)
     hidden[1, 3], hidden[2, 5] = float("nan"), float("inf")
     found = ops.score_tokens(hidden, weight, torch.zeros(4, dtype=torch.int64))
     assert found.isnan().tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 512, 1301])
-def test_score_logits_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> None:
-    logits = random(9, vocab + 3, scale=4.0)[:, :vocab]
+def test_score_logits_equals_float64_and_a_row_keeps_its_bits(dtype: Dtype, vocab: int) -> None:
+    logits = random(dtype, 9, vocab + 3, scale=4.0)[:, :vocab]
     ids = torch.randint(0, vocab, (9,), generator=torch.Generator().manual_seed(2))
     found = ops.score_logits(logits, ids)
     oracle = torch.log_softmax(logits.double(), 1).gather(1, ids[:, None])[:, 0]
@@ -222,8 +233,8 @@ def test_score_logits_equals_float64_and_a_row_keeps_its_bits(vocab: int) -> Non
         ops.score_logits(logits, ids + vocab)
 
 
-def test_score_logits_of_values_that_are_not_finite() -> None:
-    logits = random(5, 1100)
+def test_score_logits_of_values_that_are_not_finite(dtype: Dtype) -> None:
+    logits = random(dtype, 5, 1100)
     logits[1, 600], logits[2, :512], logits[3], logits[4, 3] = float("nan"), -float("inf"), -float("inf"), float("inf")
     found = ops.score_logits(logits, torch.full((5,), 700))
     assert found.isnan().tolist() == [False, True, False, True, True]
@@ -249,9 +260,9 @@ def sampling_rows(rows: int, seed: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("vocab", [1, 3, 1000, 49152])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
-def test_sample_draws_what_the_reference_draws(vocab: int, spread: float) -> None:
+def test_sample_draws_what_the_reference_draws(dtype: Dtype, vocab: int, spread: float) -> None:
     rows = 64 if vocab > 1000 else 256
-    logits = random(rows, vocab, scale=spread)
+    logits = random(dtype, rows, vocab, scale=spread)
     parameters = sampling_rows(rows, vocab)
     found = ops.sample(logits, *parameters)
     with ops.use("reference"):
@@ -263,35 +274,35 @@ def test_sample_draws_what_the_reference_draws(vocab: int, spread: float) -> Non
         assert abs(float(value[found[row]] - value[reference[row]])) < 1e-5 * max(1.0, float(value.abs().max()))
 
 
-def test_sample_of_rows_that_cannot_be_drawn_from() -> None:
-    logits = random(5, 40)
+def test_sample_of_rows_that_cannot_be_drawn_from(dtype: Dtype) -> None:
+    logits = random(dtype, 5, 40)
     logits[0, 3], logits[1, 4], logits[3] = float("nan"), float("inf"), float("-inf")
     logits[4, 7:] = float("-inf")
     found = ops.sample(logits, *(t[1:6] for t in sampling_rows(6, 3)))
     assert found[[0, 1, 3]].tolist() == [-1, -1, -1] and int(found[2]) >= 0 and 0 <= int(found[4]) < 7
 
 
-def test_sample_at_extreme_temperatures() -> None:
+def test_sample_at_extreme_temperatures(dtype: Dtype) -> None:
     nan = torch.tensor([float("nan")])
     parameters = [t[:1] for t in sampling_rows(6, 4)]
     for sign, least in ((1.0, 1), (-1.0, 0)):
-        logits = sign * torch.tensor([[1.0, 3.0, 2.0, sign * float("-inf")]], dtype=BF16)
+        logits = sign * torch.tensor([[1.0, 3.0, 2.0, sign * float("-inf")]], dtype=dtype)
         for temperature in (1e-30, 1e-45):
             assert ops.sample(logits, torch.tensor([temperature]), *parameters[1:]).tolist() == [least]
         assert 0 <= int(ops.sample(logits, 1 / torch.zeros(1), *parameters[1:])) < 3
         assert ops.sample(logits, nan, *parameters[1:]).tolist() == [-1]
 
 
-def test_sample_of_strided_rows() -> None:
-    logits, parameters = random(12, 300), sampling_rows(6, 4)
+def test_sample_of_strided_rows(dtype: Dtype) -> None:
+    logits, parameters = random(dtype, 12, 300), sampling_rows(6, 4)
     assert torch.equal(ops.sample(logits[::2], *parameters), ops.sample(logits[::2].contiguous(), *parameters))
 
 
 # The pool of threads ------------------------------------------------------------------------------------------------
 
 
-def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
-    x, weight = random(9, 64), random(513, 64)
+def test_callers_in_several_threads_do_not_disturb_each_other(dtype: Dtype) -> None:
+    x, weight = random(dtype, 9, 64), random(dtype, 513, 64)
     expected = ops.linear(x, weight)
     wrong: list[int] = []
 
@@ -310,8 +321,8 @@ def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_works_alone() -> None:
-    x, weight = random(9, 64), random(513, 64)
+def test_a_forked_child_works_alone(dtype: Dtype) -> None:
+    x, weight = random(dtype, 9, 64), random(dtype, 513, 64)
     expected = ops.linear(x, weight)  # the pool's threads exist now, and the child has none of them
     child = os.fork()
     if child == 0:

@@ -88,11 +88,10 @@ def give(core: LaneCore, seq: int, order: Order, heard: list[Any]) -> None:
 
 
 def run(core: LaneCore, *, wait: bool = True) -> None:
-    idle = 0
-    while idle < 2:  # a late step is not ready when it is asked for the first time
-        idle = 0 if core.step(lambda request, result: None, wait=wait) else idle + 1
+    # A late step is not ready when it is asked for the first time.
+    while core.step(lambda request, result: None, wait=wait) or core.in_flight:
         check_pages(core)
-    assert not core.in_flight
+    check_pages(core)
 
 
 def check_pages(core: LaneCore) -> None:

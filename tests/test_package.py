@@ -155,7 +155,7 @@ def test_decode_in_the_readme_comes_from_its_file() -> None:
     from bench import readme
 
     text = (ROOT / "README.md").read_text()
-    assert readme.decode_updated(text, json.loads(readme.DECODE.read_text())) == text, "run python -m bench.readme"
+    assert readme.decode_updated(text, readme.decode_records()) == text, "run python -m bench.readme"
 
 
 def test_commands_in_the_docs_exist() -> None:

@@ -83,7 +83,7 @@ def test_every_value_comes_back() -> None:
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_products_have_the_bits_of_those_of_the_plain_weight(isa: str) -> None:
     try:
         native.use_isa(isa)
@@ -107,7 +107,7 @@ def test_products_have_the_bits_of_those_of_the_plain_weight(isa: str) -> None:
         native.use_isa(None)
 
 
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_decoder_has_the_bits_of_one_with_plain_weights(batch: str) -> None:
     plain = random_decoder(FITTING)
@@ -138,7 +138,7 @@ def test_packed_weights_run_where_csrc_does_not() -> None:
         assert torch.equal(decoder.logits(hidden), plain.logits(hidden))
 
 
-@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.usefixtures("native_ops")
 def test_matrices_that_do_not_fit_stay_as_they_are() -> None:
     assert ops.pack_weight(torch.zeros(31, 64, dtype=BF16)) is None
     assert ops.pack_weight(torch.zeros(32, 72, dtype=BF16)) is None
@@ -155,7 +155,7 @@ def test_what_is_refused() -> None:
     packed = packed_of(torch.zeros(64, 64, dtype=BF16))
     with pytest.raises(InputError, match="packed weights"):
         ops.unpack_weight(replace(packed, rows=32, columns=128))
-    with ops.use("native-bf16"), pytest.raises(InputError, match="packed weights"):
+    with ops.use("native"), pytest.raises(InputError, match="packed weights"):
         ops.linear(torch.zeros(1, 64, dtype=BF16), replace(packed, rows=32))
     with pytest.raises(InputError, match=r"weight does not fit: it must be \[any, 32\] .* not \[64, 64\]"):
         ops.linear(torch.zeros(1, 32, dtype=BF16), packed)

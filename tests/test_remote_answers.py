@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from atts_engine.backends.remote import client, patience
 from atts_engine.backends.remote.connect import connect
@@ -16,7 +22,7 @@ from atts_engine.backends.remote.stats import RemoteStats
 from atts_engine.errors import ChainError, InputError, LaneError
 from atts_engine.models import resolve
 from tests.fake_vllm import FakeVllm, Fault, serving
-from tests.remote_cases import GREEDY, MODEL, PROMPT, asked, greedy, span, tokens_of, until
+from tests.remote_cases import GREEDY, MODEL, PROMPT, STEP, asked, greedy, logprobs_of, span, tokens_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +63,105 @@ def test_a_server_that_breaks_off_before_a_token_each_time_is_away() -> None:
         assert tokens_of(await span(lane, await lane.open(PROMPT), 4, GREEDY)) == greedy(PROMPT, 4)
 
     asked(body, patience_s=0.3)
+
+
+def test_a_request_that_is_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server lives, and answers others."""
+    monkeypatch.setattr(client, "LOST", 3)
+    monkeypatch.setattr(client, "LOST_S", 0.0)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        seq, other = await lane.open(PROMPT), await lane.open(PROMPT)
+        for lost, resumed in ((0, 0), (3, 1)):
+            fake.heard.clear()
+            fake.faults.append(Fault(lost=lost))
+            asking = asyncio.create_task(span(lane, seq, 8, GREEDY))
+            await until(lambda: len(fake.heard) == 1)
+            assert tokens_of(await span(lane, other, 8, GREEDY)) == greedy(PROMPT, 8)
+            assert tokens_of(await asking) == greedy(PROMPT, 8)
+            assert fake.heard[-1][1]["prompt"] == PROMPT + greedy(PROMPT, 8)[:lost]
+            assert lane.stats()["resumed_spans"] == resumed
+            for one in (seq, other):
+                await lane.truncate(one, len(PROMPT))
+        for lost in (0, 1):
+            fake.faults.append(Fault(lost=lost))
+            await lane.append(seq, STEP, score=True)
+            scored = (await lane.verdict(seq, None)).logprobs
+            assert scored == pytest.approx(logprobs_of(PROMPT + STEP * (lost + 1), seq.length - len(STEP)), abs=1e-5)
+        stats = lane.stats()
+        assert (stats["lost_requests"], stats["retries"], stats["failures"]) == (4, 4, 0)
+        # Each was ended before it was made again.
+        await until(lambda: fake.aborted == 4)
+        # What is silent for shorter than that, however often, is slow.
+        fake.pace = 0.12
+        assert tokens_of(await span(lane, other, 6, GREEDY)) == greedy(PROMPT, 6)
+        assert lane.stats()["lost_requests"] == 4
+
+    asked(body, patience_s=0.2)
+
+
+def test_a_server_that_loses_every_request_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LOST", 3)
+    monkeypatch.setattr(client, "LOST_S", 0.0)
+
+    async def body(lane: RemoteLane, fake: FakeVllm) -> None:
+        fake.hang = True
+        with pytest.raises(LaneError, match=r"no word of a request for 0.3 seconds, while /health answers.*--patience"):
+            await span(lane, await lane.open(PROMPT), 4, GREEDY)
+        assert lane.stats()["lost_requests"] == 2
+
+    asked(body, patience_s=0.1)
+
+
+@given(st.lists(st.binary(max_size=6)), st.booleans())
+def test_lines_are_what_is_between_line_ends_however_they_arrive(blocks: list[bytes], ends: bool) -> None:
+    blocks = [block.replace(b"\x00", b"\n") for block in blocks if block] + [b"\n"] * ends
+
+    async def run() -> list[bytes]:
+        http = client.Client("box", "http://box", None, max_requests=1, silence_s=60.0, stats=RemoteStats())
+        coming = iter(blocks)
+
+        async def readany() -> bytes:
+            return next(coming, b"")
+
+        answer: Any = SimpleNamespace(content=SimpleNamespace(readany=readany))
+        found = [line async for line in http._lines(answer)]
+        await http.close()
+        return found
+
+    assert asyncio.run(run()) == b"".join(blocks).split(b"\n")[:-1]
+
+
+def test_a_long_answer_is_parsed_where_it_gives_way_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another thread, and by Python calls: the parser by itself holds the interpreter's lock from end to end."""
+    rows = [{str(i): {"logprob": -i / 7, "rank": 1, "decoded_token": "a"}} for i in range(1000)]
+    text = json.dumps(rows).encode()
+    parsed, threads, calls = client._parsed_aside, list[threading.Thread](), 0
+
+    def watched(text: bytes) -> Any:
+        def count(frame: Any, event: str, arg: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        threads.append(threading.current_thread())
+        sys.setprofile(count)
+        try:
+            return parsed(text)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(client, "_parsed_aside", watched)
+    monkeypatch.setattr(client, "ASIDE", len(text))
+
+    async def run() -> None:
+        http = client.Client("box", "http://box", None, max_requests=1, silence_s=60.0, stats=RemoteStats())
+        assert await http._json(text) == rows
+        assert calls >= len(rows) and threads[0] is not threading.current_thread()
+        with pytest.raises(LaneError, match="the answer is no JSON"):
+            await http._json(text[:-1] + b"!")
+        await http.close()
+
+    asyncio.run(run())
 
 
 def test_an_adapter_beside_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from atts_engine.backends.remote import patience
 from atts_engine.backends.remote.address import Address, is_address
 from atts_engine.backends.remote.connect import connect
 from atts_engine.backends.remote.lane import RemoteLane
-from atts_engine.errors import ChainError, ContextFull, InputError, LaneError
+from atts_engine.errors import ChainError, ContextFull, InputError, LaneError, Refused
 from atts_engine.models import resolve
+from atts_engine.runtime.likeliest import top_logprobs
 from tests import fake_sglang
 from tests.fake_vllm import BLOCK, FakeVllm, Fault, serving
 from tests.remote_cases import (
@@ -194,13 +195,24 @@ def test_chunks_ends_and_what_the_server_is_asked() -> None:
         assert told == pytest.approx(logprobs_of(PROMPT + plain[:20], len(PROMPT)), abs=1e-5)
         sure = [value for chunk in chunks for value in chunk.confidences]
         assert sure == pytest.approx(ops.token_confidence(rows, 2).tolist(), abs=1e-5)
+        listed = replace(WARM, confidence=1, alternatives=3, ignore_eos=True)
+        chunks = await span(lane, await lane.open(PROMPT), 20, listed)
+        # At this temperature the drawn token is often none of the three, and stands in the server's map beside them.
+        ids, values = top_logprobs(fake.rows(PROMPT + tokens_of(chunks))[len(PROMPT) - 1 : -1], 3)
+        others = [entry for chunk in chunks for entry in chunk.alternatives]
+        assert [[token for token, _ in entry] for entry in others] == ids.tolist()
+        assert [value for entry in others for _, value in entry] == pytest.approx(values.flatten().tolist(), abs=1e-5)
+        assert any(token not in row for token, row in zip(tokens_of(chunks), ids.tolist(), strict=True))
+        sure = [value for chunk in chunks for value in chunk.confidences]
+        assert sure == pytest.approx((-values[:, 0]).tolist(), abs=1e-5)
         stopped = await span(lane, await lane.open(PROMPT), 40, replace(GREEDY, stop=(text,)))
         end = next(n for n in range(1, 41) if text in MODEL.tokenizer.decode(plain[:n]))
         assert tokens_of(stopped) == plain[:end] and stopped[-1].finish == "stop"
         by_id = await span(lane, await lane.open(PROMPT), 40, replace(GREEDY, stop_token_ids=(plain[4],)))
         assert tokens_of(by_id) == plain[: plain.index(plain[4]) + 1] and by_id[-1].finish == "stop"
-        with pytest.raises(ChainError, match="greater than max allowed: 20"):
-            await span(lane, await lane.open(PROMPT), 4, replace(GREEDY, confidence=30))
+        for name in ("confidence", "alternatives"):
+            with pytest.raises(Refused, match="greater than max allowed: 20"):
+                await span(lane, await lane.open(PROMPT), 4, replace(GREEDY, **{name: 30}))
         _, asked_for = fake.heard[0]
         # What a request leaves out is as the model's generation_config.json has it, so nothing is left out.
         assert asked_for["top_k"] == 0 and asked_for["min_p"] == 0.0 and asked_for["repetition_penalty"] == 1.0
@@ -355,7 +367,7 @@ def test_a_silent_server_is_asked_whether_it_lives() -> None:
 
 def test_a_server_that_comes_back() -> None:
     async def run() -> None:
-        fake = FakeVllm(MODEL, pace=0.005)
+        fake = FakeVllm(MODEL, pace=0.02)
         async with serving(fake) as place:
             lane = await connect(f"vllm://{place}/tiny", lane="draft", tokenizer="tiny-target", patience_s=30)
             seqs = [await lane.open(PROMPT) for _ in range(12)]

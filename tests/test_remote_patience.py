@@ -141,8 +141,11 @@ def test_all_who_wait_are_told_at_once_when_patience_ends() -> None:
                 ended.append(clock.now)
 
         errors = await clock.run(*(chain() for _ in range(30)))
-        assert {type(error) for error in errors} == {LaneError}
-        assert {str(e) for e in errors} == {"vllm://box/m has not answered for 20 seconds (last: connection refused)"}
+        assert {type(error) for error in errors} == {Unreachable}
+        said = (
+            "vllm://box/m has not answered for 20 seconds (last: connection refused); see that it runs, and ask again"
+        )
+        assert {str(e) for e in errors} == {said} and {e.retry_after for e in errors} == {LONGEST_PAUSE_S}
         assert ended == [20.0] * 30 and patience.stats.failures == 30
         # Whoever comes later tries once, and is told at once.
         asked = len(server.asked)

@@ -21,8 +21,10 @@ from atts_engine.backends.remote.lane import RemoteLane
 from atts_engine.backends.remote.server import Written
 from atts_engine.backends.remote.sglang import STREAM_INTERVAL, SGLangServer
 from atts_engine.backends.remote.stats import RemoteStats
-from atts_engine.errors import ChainError, LaneError, Unreachable
+from atts_engine.errors import ChainError, InputError, LaneError, Refused, Unreachable
 from atts_engine.models import load_model
+from atts_engine.pipeline import complete
+from atts_engine.runtime.likeliest import top_logprobs
 from atts_engine.runtime.records import SamplingParams
 from tests.fake_sglang import Abort, FakeSGLang, Local, serving
 
@@ -71,6 +73,7 @@ def whole(pieces: Sequence[Written]) -> Written:
         last.finish,
         tuple(value for piece in pieces for value in piece.logprobs),
         tuple(value for piece in pieces for value in piece.confidences),
+        tuple(others for piece in pieces for others in piece.alternatives),
         first.prompt_tokens,
         first.cached_tokens,
     )
@@ -226,6 +229,18 @@ def test_logprobs_and_confidences_are_the_models_own_or_none(incremental: bool) 
         logits = LOCAL.rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
         assert said.logprobs == ()
         assert said.confidences == pytest.approx(ops.token_confidence(logits, 5).tolist(), abs=1e-4)
+        listed = replace(sure, confidence=2, alternatives=3)
+        if not fake.original:
+            with pytest.raises(Refused, match="own alternatives"):
+                await written(server, PROMPT, 30, replace(WARM, alternatives=3))
+        said = whole(await written(server, PROMPT, 30, listed))
+        logits = LOCAL.rows(PROMPT + list(said.tokens))[len(PROMPT) - 1 : -1]
+        assert said.confidences == pytest.approx(ops.token_confidence(logits, 2).tolist(), abs=1e-4)
+        ids, values = top_logprobs(logits, 3)
+        assert [[token for token, _ in others] for others in said.alternatives] == ids.tolist()
+        assert [value for others in said.alternatives for _, value in others] == pytest.approx(
+            values.flatten().tolist(), abs=1e-4
+        )
 
     asked(run, incremental=incremental, original=False)
     asked(run, incremental=incremental, original=True)
@@ -302,7 +317,7 @@ GONE = Abort("Aborted", None)
 FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a full queue": ({"fail": FULL}, Unreachable, "queue is full"),
     "ended from outside": ({"fail": GONE}, Unreachable, "Aborted"),
-    "a request that cannot be": ({"fail": Abort("no such adapter")}, ChainError, "no such adapter"),
+    "a request that cannot be": ({"fail": Abort("no such adapter")}, Refused, "no such adapter"),
     "NaN": ({"broken": with_meta(finish_reason=NAN)}, ChainError, "NaN"),
     "no meta_info": ({"broken": lambda answer: {}}, LaneError, "meta_info"),
     "a prompt that was cut": ({"broken": with_meta(prompt_tokens=7)}, ChainError, "allow-auto-truncate"),
@@ -434,5 +449,12 @@ def test_a_lane_on_a_server() -> None:
         fake = FakeSGLang(LOCAL)
         async with serving(fake) as url:
             await check_lane(url, lambda: fake.computed)
+            # A client that asked for them would be told of none: it is refused, and told what to do.
+            lane = await connect(f"sglang{url.removeprefix('http')}/tiny", lane="target", tokenizer="tiny-target")
+            wants = replace(WARM, logprobs=True)
+            with pytest.raises(InputError, match="log-probabilities cannot be had at temperature 0.8"):
+                await anext(complete(lane, MODEL.tokenizer, PROMPT, [wants], 9))
+            assert len((await anext(complete(lane, MODEL.tokenizer, PROMPT, [GREEDY], 9))).tokens)
+            await lane.aclose()
 
     asyncio.run(run())

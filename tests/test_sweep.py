@@ -104,9 +104,9 @@ def test_figures_and_laws(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        *("eval", "--task", "registers", "--steps", "2", "--problems-count", "2", "--threads", "1", "--out"),
-        *(str(tmp_path / "s"), "--sweep-chains", "1,2", "--sweep-turns", "1,2", "--draft-tokens", "8"),
-        *("--target-tokens", "8", "--json", str(tmp_path / "figures.json")),
+        *("eval", "--task", "registers", "--steps", "4", "--problems-count", "8", "--threads", "1", "--out"),
+        *(str(tmp_path / "s"), "--sweep-chains", "1,2", "--sweep-turns", "1,2", "--draft-tokens", "24"),
+        *("--target-tokens", "24", "--json", str(tmp_path / "figures.json")),
     ]
     assert atts(words) == 0
     said = capsys.readouterr().out

@@ -177,7 +177,7 @@ def _tell(found: dict[str, Any], out: TextIO, plain: bool) -> None:
         ("python", f"{found['python']} ({found['system']})"),
         ("torch", f"{found['torch']}, {found['threads']} threads"),
         *found["devices"].items(),
-        ("csrc, bfloat16", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
+        ("csrc, CPU", found["csrc_isa"] or "not built: it needs CMake and a C++ compiler at installation"),
         ("packed weights", "in bfloat16 on the CPU" if packing is None else f"none: {packing}"),
         ("csrc, CUDA", "built" if not found["csrc_cuda"] else f"lacks {'; '.join(found['csrc_cuda'])}"),
         ("nvcc", found["nvcc"] or "not found (needed only to compile CUDA sources)"),

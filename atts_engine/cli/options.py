@@ -53,7 +53,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         metavar="S",
-        help="seconds without any answer after which a server is given up (default: 60)",
+        help="seconds without any answer after which a server is given up; ten times as long without a byte of one "
+        "request, ten minutes at the least, and that is asked again (default: 60)",
     )
     group.add_argument(
         "--server-requests",
@@ -109,8 +110,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lane-threads",
         choices=("one", "each"),
-        default="one",
-        help="one scheduler thread for both lanes, or each lane its own (default: %(default)s)",
+        help="one scheduler thread for both lanes, or each lane its own (default: each on a CPU of several cores)",
     )
     group.add_argument("--profile", action="store_true", help="NVTX ranges on the time line of a GPU")
     group.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import logging
 import signal
@@ -174,6 +175,10 @@ async def _serve(
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
+                # What is there now stays: looking through all of it for garbage would hold every request up, for a
+                # tenth of a second at a time.
+                gc.collect()
+                gc.freeze()
                 _announce(listener, settings)
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import threading
@@ -47,24 +48,29 @@ def number(answer: str) -> Fraction | None:
     return None
 
 
-def answers_equal(gold: str, answer: str) -> bool:
-    """Whether `answer` is the gold answer: the same normalised text, or the same exact number, or else what
-    math-verify says.
-
-    math-verify belongs to the extra `eval`; without it (see `has_math_verify`) the first two rules decide.
-    Two integers that differ are never equal; other numbers are left to math-verify, which rounds to 6 digits,
-    so that accuracies compare with those published elsewhere. Its time limit works by signals, which only the
-    main thread receives; in another thread it runs without one.
-    """
+def plainly_equal(gold: str, answer: str) -> bool | None:
+    """Whether the two are the same normalised text or the same exact number; two integers that differ are not. None
+    where only mathematics could tell."""
     if normalise(gold) == normalise(answer):
         return True
     left, right = number(gold), number(answer)
-    if left is not None and right is not None:
-        if left == right:
-            return True
-        if left.denominator == right.denominator == 1:
-            return False
-    return has_math_verify() and math_verify_equal(gold, answer)
+    if left is None or right is None:
+        return None
+    if left == right:
+        return True
+    return False if left.denominator == right.denominator == 1 else None
+
+
+def answers_equal(gold: str, answer: str) -> bool:
+    """Whether `answer` is the gold answer: `plainly_equal`, or else what math-verify says.
+
+    math-verify belongs to the extra `eval`; without it (see `has_math_verify`) what is left open is not equal.
+    Numbers that differ and are no integers are left to math-verify, which rounds to 6 digits, so that accuracies
+    compare with those published elsewhere. Its time limit works by signals, which only the main thread receives; in
+    another thread it runs without one.
+    """
+    plainly = plainly_equal(gold, answer)
+    return plainly if plainly is not None else has_math_verify() and math_verify_equal(gold, answer)
 
 
 def is_graded(problem_id: str, gold: str | None) -> bool:
@@ -120,6 +126,9 @@ class GradedTask(PlainTask):
     """Answers are one where a `Grader` says so; steps cannot be checked."""
 
     def __init__(self) -> None:
+        # Half a second of imports, now and not between two steps of a run.
+        if has_math_verify():
+            importlib.import_module("math_verify")
         self._grader = Grader()
 
     def equal(self, gold: str, answer: str) -> bool:

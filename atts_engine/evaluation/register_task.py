@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from atts_engine.evaluation.grading import GradedTask
+from atts_engine.evaluation.grading import plainly_equal
 from atts_engine.evaluation.registers import operations, written_steps
 from atts_engine.pipeline.answers import last_boxed
 from atts_engine.pipeline.records import Problem
+from atts_engine.pipeline.task import PlainTask
 
 
-class RegisterTask(GradedTask):
-    """Answers as a `Grader` compares them; steps are checked one by one. `InputError` for a problem of another task."""
+class RegisterTask(PlainTask):
+    """Answers are integers, and one where they are `plainly_equal`; steps are checked one by one. `InputError` for a
+    problem of another task."""
+
+    def equal(self, gold: str, answer: str) -> bool:
+        return plainly_equal(gold, answer) is True
 
     def reward(self, problem: Problem, before: str, span: str) -> float:
         """The share of what the span states that is right: its steps, those that it only goes on with too, and the box

@@ -14,6 +14,7 @@ COUNTED = (
     "failures",
     "breaker_opened",
     "resumed_spans",
+    "lost_requests",
     "sent_tokens",
     "told_tokens",
     "cached_tokens",

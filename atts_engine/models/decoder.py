@@ -89,7 +89,7 @@ class Decoder:
         self.cos, self.sin = rope_table(config, self.device)
         self._scratch = ops.Scratch()
         self._whole: ops.ForwardPass | None = None
-        if self.dtype is torch.bfloat16 and self.device.type == "cpu":
+        if self.device.type == "cpu" and ops.ForwardPass.serves(self.dtype):
             self._whole = ops.ForwardPass(
                 weights.embed,
                 [{field.name: getattr(layer, field.name) for field in fields(layer)} for layer in weights.layers],
@@ -118,7 +118,7 @@ class Decoder:
         """Hidden states [N, H] after the final norm; writes the batch's keys and values into kv.
 
         kv: [L, 2, P, page, Hkv, D] in the decoder's dtype. Rows of one sequence may come in any number of
-        calls, in order. On the CPU in bfloat16 it is one call (`ops.ForwardPass`), with the bits of the ops below.
+        calls, in order. On the CPU it is one call (`ops.ForwardPass`), with the bits of the ops below.
         """
         if self._whole is not None and self._whole.runs(kv):
             return self._whole(batch.ids, batch.positions, batch.block_table, batch.cu_q, batch.kv_len, kv)
@@ -138,7 +138,7 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] in the decoder's dtype, of hidden[N, H]."""
         packed = self.weights.lm_head_packed
-        if packed is not None and ops.runs_native("linear", hidden):
+        if packed is not None and ops.runs_native("linear", hidden.device, hidden.dtype):
             return ops.linear(hidden, packed)
         return ops.linear(hidden, self.weights.lm_head)
 

@@ -117,8 +117,12 @@ def paged_attention(
     impl = chosen("paged_attention", q.device)
     if impl == TRITON:
         return _triton(q, kv_layer, block_table, cu_q, kv_len, scale, window)
-    if not window and runs_native("paged_attention", q) and native.serves_attention(q, kv_layer):
-        return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
+    if not window and runs_native("paged_attention", q.device, q.dtype) and native.serves_attention(q, kv_layer):
+        try:
+            return native.paged_attention(q, kv_layer, block_table, cu_q, kv_len, scale)
+        except InputError:
+            _plan(q, kv_layer, block_table, cu_q, kv_len, window)  # has better words for most of what can be wrong
+            raise
     scratch = Scratch() if scratch is None else scratch
     if impl == FLASHINFER:
         return scratch.flashinfer(q.device)(q, kv_layer, block_table, cu_q, kv_len, scale, window)

@@ -50,14 +50,14 @@ def unpack_weight(weight: Weight) -> Tensor:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x[N, K] @ weight[M, K].T + bias[M] -> [N, M], in the dtype of x.
 
-    bfloat16 on a CPU without AMX runs in csrc/ where that was built: 16-bit weights, fp32 sums. A packed weight gives
+    On a CPU fp32, and bfloat16 without AMX, run in csrc/ where that was built, with fp32 sums. A packed weight gives
     the bits of the plain one; outside csrc/ it is unpacked anew for each call.
 
     Raises InputError where the inner sizes or the dtypes differ.
     """
     checks.linear(x, weight, bias)
     rows = x.shape[0]
-    if runs_native("linear", x):
+    if runs_native("linear", x.device, x.dtype):
         return native.linear(x, weight, bias)
     weight = unpack_weight(weight)
     if x.is_cuda or rows % ROW_MULTIPLE == 0:
@@ -80,7 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return atts_triton.rms_norm(x, weight, eps)
     if x.dim() == 3:
         return rms_norm(x.reshape(-1, x.shape[2]), weight, eps).view(x.shape)
-    if runs_native("rms_norm", x):
+    if runs_native("rms_norm", x.device, x.dtype):
         return native.rms_norm(x, weight, eps)
     wide = x.float()
     scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True).add_(eps))
@@ -95,7 +95,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
         import atts_triton
 
         return atts_triton.add_rms_norm(x, delta, weight, eps)
-    if runs_native("add_rms_norm", x):
+    if runs_native("add_rms_norm", x.device, x.dtype):
         return native.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)
@@ -114,7 +114,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         import atts_triton
 
         return atts_triton.silu_mul(gate, up)
-    if runs_native("silu_mul", gate):
+    if runs_native("silu_mul", gate.device, gate.dtype):
         return native.silu_mul(gate, up)
     wide = gate.float()
     return (wide / torch.neg(wide).exp_().add_(1.0)).mul_(up).to(gate.dtype)
@@ -132,7 +132,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         import atts_triton
 
         return atts_triton.rope(x, cos, sin)
-    if runs_native("rope", x):
+    if runs_native("rope", x.device, x.dtype):
         return native.rope(x, cos, sin)
     low, high = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -16,8 +16,8 @@ from atts_engine.ops import checks, cuda, flash, native
 
 REFERENCE = "reference"
 TRITON = "triton"
-NATIVE = "native-bf16"
-"""csrc/ on the CPU, for tensors of bfloat16; others run the reference."""
+NATIVE = "native"
+"""csrc/ on the CPU, for tensors of `native.DTYPES`; others run the reference."""
 FLASHINFER = "flashinfer"
 """The ops of `flash.OPS` on a CUDA device, never chosen by itself."""
 CUDA = "cuda"
@@ -70,6 +70,7 @@ TRITON_OPS = frozenset(
 NATIVE_OPS = frozenset(
     {
         "add_rms_norm",
+        "gate",
         "kv_append",
         "linear",
         "paged_attention",
@@ -79,6 +80,7 @@ NATIVE_OPS = frozenset(
         "score_logits",
         "score_tokens",
         "silu_mul",
+        "span_mean",
     }
 )
 CUDA_OPS = frozenset(
@@ -213,8 +215,8 @@ def chosen(op: str, device: torch.device | str) -> str:
     """The implementation of op that runs for tensors on device, one of `IMPLEMENTATIONS`.
 
     An op without a kernel of the forced implementation is left to the device's own choice; one that has a kernel which
-    cannot run on that device raises InputError instead of falling back. "native-bf16" is chosen by itself on a CPU,
-    for products unless torch's own are faster there (AMX).
+    cannot run on that device raises InputError instead of falling back. "native" is chosen by itself on a CPU;
+    `runs_native` says which tensors it takes.
     """
     decided = _Selection.decided
     found = decided.get((op, device))
@@ -238,13 +240,15 @@ def _decide(op: str, device: torch.device | str) -> str:
             raise InputError(f"{op}: the tuning table asks for {preferred}: {lacking.sentence}")
         return preferred
     impl = _DEFAULTS.get(kind, REFERENCE)
-    slower = impl == NATIVE and op in _PRODUCTS and native.products_are_torchs()
-    return impl if obstacle(op, impl, device) is None and not slower else REFERENCE
+    return impl if obstacle(op, impl, device) is None else REFERENCE
 
 
-def runs_native(op: str, x: torch.Tensor) -> bool:
-    """Whether op on x is the native kernel's: bfloat16, and the kernel is chosen."""
-    return x.dtype is torch.bfloat16 and chosen(op, x.device) == NATIVE
+def runs_native(op: str, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether op on tensors of dtype on device is the native kernel's: it is chosen, and has one for the dtype.
+    Products are left to torch, unless they are asked for, where torch's own are faster (`products_are_torchs`)."""
+    if dtype not in native.DTYPES or chosen(op, device) != NATIVE:
+        return False
+    return op not in _PRODUCTS or _Selection.forced == NATIVE or not native.products_are_torchs(dtype)
 
 
 def packing_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -256,8 +260,11 @@ def packing_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | No
     best, isa = native.ISAS[0], native.isa()
     if isa != best:
         return f"csrc/ runs {isa} kernels here, and they are for {best}" if isa else "csrc/ was not built"
+    if runs_native("linear", device, dtype):
+        return None
     found = chosen("linear", device)
-    return None if found == NATIVE else f"linear runs {found} here, and only {NATIVE} reads them"
+    found = "torch's own products" if found == NATIVE else found
+    return f"linear runs {found} here, and only {NATIVE} reads them"
 
 
 def capturable(op: str, device: torch.device | str) -> bool:

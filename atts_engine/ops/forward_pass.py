@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atts_engine.ops import checks, native
-from atts_engine.ops.dispatch import NATIVE, chosen
+from atts_engine.ops.dispatch import runs_native
 from atts_engine.ops.packed import PackedWeight, Weight
 
 _OPS = ("add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "rope", "silu_mul")
@@ -17,12 +17,12 @@ _OPS = ("add_rms_norm", "kv_append", "linear", "paged_attention", "rms_norm", "r
 
 
 class ForwardPass:
-    """Token ids to hidden states behind the last norm, for bfloat16 on the CPU.
+    """Token ids to hidden states behind the last norm, on the CPU, in the dtype of embed (`serves`).
 
     embed: [V, H]; norm: [H]; cos, sin: fp32 [positions, D/2], D a multiple of 16. layers: the weights of each block,
     named and shaped as `atts_decoder_layer` in csrc/include/atts/atts.h has them; qkv_bias, q_norm and k_norm may be
-    None; qkv, out, gate_up and down may be packed, each for itself. All are held and must not move. For one caller at
-    a time: what it works in is kept from call to call.
+    None; in bfloat16 qkv, out, gate_up and down may be packed, each for itself. All are held and must not move. For
+    one caller at a time: what it works in is kept from call to call.
 
     Raises InputError where shapes, dtypes or devices do not fit.
     """
@@ -50,8 +50,9 @@ class ForwardPass:
             "down": (hidden, inner),
         }  # fmt: skip
         held: list[Tensor] = []
+        own = embed.dtype
 
-        def address(name: str, x: Weight | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+        def address(name: str, x: Weight | None, shape: tuple[int, ...], dtype: torch.dtype = own) -> int:
             if x is None:
                 return 0
             checks.tensor("decoder", name, x, shape, (dtype,), embed)
@@ -84,19 +85,25 @@ class ForwardPass:
             max_positions=positions,
             eps=eps,
             scale=dim**-0.5,
+            dtype=native.DTYPES[own],
         )
+        self._dtype = own
         self._held = held
         self._pool = (len(blocks), 2, -1, -1, kv_heads, dim)
         self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    @staticmethod
+    def serves(dtype: torch.dtype) -> bool:
+        return dtype in native.DTYPES
 
     def runs(self, kv: Tensor) -> bool:
         """Whether the call can be made now: csrc/ is what runs each of its ops, and nobody has asked, by
         `ops.checked()`, to see their inputs."""
         return (
-            kv.dtype is torch.bfloat16
+            kv.dtype is self._dtype
             and self._params.head_dim % 16 == 0
             and not checks.in_force()
-            and all(chosen(op, kv.device) == NATIVE for op in _OPS)
+            and all(runs_native(op, kv.device, kv.dtype) for op in _OPS)
         )
 
     def __call__(
@@ -117,7 +124,7 @@ class ForwardPass:
             ("block_table", block_table, (batch, -1), torch.int32),
             ("cu_q", cu_q, (batch + 1,), torch.int32),
             ("kv_len", kv_len, (-1,), torch.int32),
-            ("kv", kv, self._pool, torch.bfloat16),
+            ("kv", kv, self._pool, self._dtype),
         ):
             checks.tensor("decoder", name, x, shape, (dtype,), kv)
         checks.dense("decoder", "kv", kv)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from atts_engine.errors import InputError
-from atts_engine.ops import checks, cuda
+from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.checks import LEVEL_ONE
-from atts_engine.ops.dispatch import CUDA, TRITON, chosen
+from atts_engine.ops.dispatch import CUDA, NATIVE, TRITON, chosen
 
 MAX_CAPACITY = 1 << 28
 """Calibration scores per key. Keeps u * (1 + ties) and level * (n + 1) below 2^62, so that int64 decides exactly."""
@@ -66,6 +66,8 @@ def gate(
         return GateResult(*atts_triton.gate(score, key, ring, size, head, level, u, insert))
     if impl == CUDA:
         return GateResult(*cuda.gate(score, key, ring, size, head, level, u, insert))
+    if impl == NATIVE:
+        return GateResult(*native.gate(score, key, ring, size, head, level, u, insert))
     return _reference(score, key, ring, size, head, level, u, insert)
 
 

@@ -1,6 +1,6 @@
 """The C library of csrc/ on the CPU, through ctypes: no header of torch is in it, so one build serves every torch.
 
-Each function below is the bfloat16 form of the op of its name; the op has checked the shapes. A row's bits depend on
+Each function below is the op of its name for tensors of DTYPES; the op has checked the shapes. A row's bits depend on
 itself alone.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from atts_engine.errors import InputError
 from atts_engine.ops.packed import PackedWeight, Weight
 
-ABI = (0, 4)
+ABI = (0, 5)
 """Major and minor version of the header that the structs below follow."""
 
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
@@ -41,10 +41,30 @@ _PackWeight = _params(
 )  # fmt: skip
 _UnpackWeight = _params("unpack_weight", packed=_P, weight=_P, out_features=_N, in_features=_N, threads=_T)
 _Linear = _params(
-    "linear", x=_P, weight=_P, packed=_P, bias=_P, out=_P, rows=_N, in_features=_N, out_features=_N, threads=_T
+    "linear",
+    x=_P,
+    weight=_P,
+    packed=_P,
+    bias=_P,
+    out=_P,
+    rows=_N,
+    in_features=_N,
+    out_features=_N,
+    dtype=_T,
+    threads=_T,
 )
 _ScoreTokens = _params(
-    "score_tokens", hidden=_P, weight=_P, packed=_P, ids=_P, logprob=_P, rows=_N, width=_N, vocab=_N, threads=_T
+    "score_tokens",
+    hidden=_P,
+    weight=_P,
+    packed=_P,
+    ids=_P,
+    logprob=_P,
+    rows=_N,
+    width=_N,
+    vocab=_N,
+    dtype=_T,
+    threads=_T,
 )
 _ScoreLogits = _params(
     "score_logits",
@@ -54,13 +74,54 @@ _ScoreLogits = _params(
 _Attention = _params(
     "attention",
     q=_P, kv=_P, block_table=_P, cu_q=_P, kv_len=_P, out=_P,
-    rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F, threads=_T,
+    rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, heads=_N, kv_heads=_N, head_dim=_N, scale=_F,
+    dtype=_T, threads=_T,
+)  # fmt: skip
+_SpanMean = _params("span_mean", logprob=_P, cu_seqlens=_P, score=_P, sum=_P, error=_P, tokens=_N, batch=_N)
+_Gate = _params(
+    "gate",
+    score=_P, key=_P, level=_P, u=_P, insert=_P, ring=_P, size=_P, head=_P, greater=_P, ties=_P, n=_P, takeover=_P,
+    p=_P, workspace=_P, error=_P, workspace_bytes=ctypes.c_uint64, batch=_N, keys=_N, capacity=_N,
 )  # fmt: skip
 _RmsNorm = _params(
-    "rms_norm", x=_P, delta=_P, weight=_P, sum=_P, out=_P, rows=_N, width=_N, x_stride=_N, eps=_F, threads=_T
+    "rms_norm",
+    x=_P,
+    delta=_P,
+    weight=_P,
+    sum=_P,
+    out=_P,
+    rows=_N,
+    width=_N,
+    x_stride=_N,
+    eps=_F,
+    dtype=_T,
+    threads=_T,
 )
-_SiluMul = _params("silu_mul", gate=_P, up=_P, out=_P, rows=_N, width=_N, gate_stride=_N, up_stride=_N, threads=_T)
-_Rope = _params("rope", x=_P, cosine=_P, sine=_P, out=_P, rows=_N, heads=_N, head_dim=_N, row_stride=_N, threads=_T)
+_SiluMul = _params(
+    "silu_mul",
+    gate=_P,
+    up=_P,
+    out=_P,
+    rows=_N,
+    width=_N,
+    gate_stride=_N,
+    up_stride=_N,
+    dtype=_T,
+    threads=_T,
+)
+_Rope = _params(
+    "rope",
+    x=_P,
+    cosine=_P,
+    sine=_P,
+    out=_P,
+    rows=_N,
+    heads=_N,
+    head_dim=_N,
+    row_stride=_N,
+    dtype=_T,
+    threads=_T,
+)
 _KvAppend = _params(
     "kv_append",
     k=_P, v=_P, kv=_P, q=_P, q_out=_P, cosine=_P, sine=_P, slots=_P, block_table=_P, cu_q=_P, kv_len=_P, error=_P,
@@ -71,14 +132,14 @@ _KvAppend = _params(
 _Sample = _params(
     "sample",
     logits=_P, temperature=_P, top_k=_P, top_p=_P, min_p=_P, seed=_P, position=_P, ids=_P,
-    rows=_N, vocab=_N, logits_stride=_N, threads=_T,
+    rows=_N, vocab=_N, logits_stride=_N, dtype=_T, threads=_T,
 )  # fmt: skip
 DecoderParams = _params(
     "decoder",
     layer=_P, embed=_P, norm=_P, cosine=_P, sine=_P, ids=_P, positions=_P, block_table=_P, cu_q=_P, kv_len=_P, kv=_P,
     out=_P, workspace=_P, workspace_bytes=ctypes.c_uint64,
     rows=_N, batch=_N, table_width=_N, pages=_N, page=_N, layers=_N, vocab=_N, hidden=_N, inner=_N, heads=_N,
-    kv_heads=_N, head_dim=_N, max_positions=_N, eps=_F, scale=_F, threads=_T,
+    kv_heads=_N, head_dim=_N, max_positions=_N, eps=_F, scale=_F, dtype=_T, threads=_T,
 )  # fmt: skip
 
 
@@ -94,11 +155,11 @@ class DecoderLayer(ctypes.Structure):
     )  # fmt: skip
 
 
-_BFLOAT16 = 3
-"""ATTS_BFLOAT16."""
+DTYPES = {torch.float32: 1, torch.bfloat16: 3}
+"""Of the host's ops, with their atts_dtype."""
 _ALL = (
     _PackWeight, _UnpackWeight, _Linear, _ScoreTokens, _ScoreLogits, _Attention, _RmsNorm, _SiluMul, _Rope, _KvAppend,
-    _Sample, DecoderParams,
+    _Sample, _SpanMean, _Gate, DecoderParams,
 )  # fmt: skip
 
 
@@ -143,12 +204,16 @@ def use_isa(name: str | None) -> None:
     loaded = library()
     if loaded is None or loaded.atts_use_cpu_isa(None if name is None else name.encode()):
         raise InputError(f"the kernels of csrc/ for {name} cannot run here: it is one of {', '.join(ISAS)}")
+    products_are_torchs.cache_clear()
 
 
 @cache
-def products_are_torchs() -> bool:
-    """Whether torch's own bfloat16 products are the faster ones: the CPU multiplies bfloat16 by an instruction that
-    csrc/ does not use (AMX), or that the compiler of csrc/ did not know (AVX512-BF16)."""
+def products_are_torchs(dtype: torch.dtype) -> bool:
+    """Whether torch's own products are the faster ones. In fp32: csrc/ has no kernels for what the processor has. In
+    bfloat16: the CPU multiplies it by an instruction that csrc/ does not use (AMX), or that the compiler of csrc/ did
+    not know (AVX512-BF16)."""
+    if dtype is torch.float32:
+        return isa() == "plain"
     if torch.cpu._is_amx_tile_supported():
         return True
     return bool(torch.cpu._is_avx512_bf16_supported()) and isa() != "avx512bf16"
@@ -239,6 +304,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         x.shape[0],
         x.shape[1],
         weight.shape[0],
+        DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -259,6 +325,7 @@ def score_tokens(hidden: Tensor, weight: Weight, ids: Tensor) -> Tensor:
         rows=rows,
         width=width,
         vocab=weight.shape[0],
+        dtype=DTYPES[hidden.dtype],
         threads=torch.get_num_threads(),
     )
     return out
@@ -276,15 +343,50 @@ def score_logits(logits: Tensor, ids: Tensor) -> Tensor:
         rows=rows,
         vocab=vocab,
         logits_stride=logits.stride(0),
-        dtype=_BFLOAT16,
+        dtype=DTYPES[logits.dtype],
         threads=torch.get_num_threads(),
     )
     return out
 
 
+def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    logprob, cu_seqlens = logprob.contiguous(), cu_seqlens.long().contiguous()
+    batch = cu_seqlens.shape[0] - 1
+    score = logprob.new_empty(batch)
+    total = logprob.new_empty(batch, dtype=torch.float64)
+    _call(
+        _SpanMean,
+        logprob=logprob.data_ptr(),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        score=score.data_ptr(),
+        sum=total.data_ptr(),
+        tokens=logprob.shape[0],
+        batch=batch,
+    )
+    return score, total
+
+
+def gate(
+    score: Tensor, key: Tensor, ring: Tensor, size: Tensor, head: Tensor, level: Tensor, u: Tensor, insert: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    score, key, level, u, insert = (x.contiguous() for x in (score, key, level, u, insert))
+    greater, ties, n = (torch.empty_like(key) for _ in range(3))
+    takeover = torch.empty_like(insert)
+    p = torch.empty_like(score, dtype=torch.float64)
+    inputs = (score, key, level, u, insert, ring, size, head, greater, ties, n, takeover, p)
+    _call(
+        _Gate,
+        *(x.data_ptr() for x in inputs),
+        batch=score.shape[0],
+        keys=ring.shape[0],
+        capacity=ring.shape[1],
+    )
+    return greater, ties, n, takeover, p
+
+
 def serves_attention(q: Tensor, kv_layer: Tensor) -> bool:
-    """Whether head sizes, dtypes and layout are those of the native kernel."""
-    return q.dtype == kv_layer.dtype == torch.bfloat16 and q.shape[2] % 16 == 0 and kv_layer.is_contiguous()
+    """Whether head size, dtypes and layout are those of the native kernel."""
+    return q.dtype is kv_layer.dtype and q.shape[2] % 16 == 0 and kv_layer.is_contiguous()
 
 
 def paged_attention(
@@ -303,7 +405,7 @@ def paged_attention(
     _, pages, page, kv_heads, _ = kv_layer.shape
     pointers = (t.data_ptr() for t in (q, kv_layer, block_table, cu_q, kv_len, out))
     sizes = (rows, batch, block_table.shape[1], pages, page, heads, kv_heads, dim)
-    _call(_Attention, *pointers, *sizes, scale, torch.get_num_threads())
+    _call(_Attention, *pointers, *sizes, scale, DTYPES[q.dtype], torch.get_num_threads())
     return out
 
 
@@ -322,6 +424,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width,
         x.stride(0),
         eps,
+        DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -331,7 +434,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     x, delta, weight = _side_by_side(x), delta.contiguous(), weight.contiguous()
     total, out = torch.empty_like(delta), torch.empty_like(delta)
     pointers = (t.data_ptr() for t in (x, delta, weight, total, out))
-    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, torch.get_num_threads())
+    _call(_RmsNorm, *pointers, x.shape[0], x.shape[1], x.stride(0), eps, DTYPES[x.dtype], torch.get_num_threads())
     return total, out
 
 
@@ -339,7 +442,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = _side_by_side(gate), _side_by_side(up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (gate, up, out))
-    _call(_SiluMul, *pointers, *gate.shape, gate.stride(0), up.stride(0), torch.get_num_threads())
+    strides = (gate.stride(0), up.stride(0))
+    _call(_SiluMul, *pointers, *gate.shape, *strides, DTYPES[gate.dtype], torch.get_num_threads())
     return out
 
 
@@ -347,7 +451,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _side_by_side(x), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     pointers = (t.data_ptr() for t in (x, cos, sin, out))
-    _call(_Rope, *pointers, *x.shape, x.stride(0), torch.get_num_threads())
+    _call(_Rope, *pointers, *x.shape, x.stride(0), DTYPES[x.dtype], torch.get_num_threads())
     return out
 
 
@@ -367,7 +471,7 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
         v_stride=v.stride(0),
         v_head_stride=v.shape[2],
         slot_count=kv_layer.shape[1] * kv_layer.shape[2],
-        dtype=_BFLOAT16,
+        dtype=DTYPES[kv_layer.dtype],
     )
 
 
@@ -389,5 +493,5 @@ def sample(
     ]
     out = logits.new_empty(rows, dtype=torch.int64)
     pointers = (t.data_ptr() for t in (logits, *parameters, out))
-    _call(_Sample, *pointers, rows, vocab, logits.stride(0), torch.get_num_threads())
+    _call(_Sample, *pointers, rows, vocab, logits.stride(0), DTYPES[logits.dtype], torch.get_num_threads())
     return out

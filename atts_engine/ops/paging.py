@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atts_engine.errors import InputError
 from atts_engine.ops import checks, cuda, flash, native
 from atts_engine.ops.dense import rope
 from atts_engine.ops.dispatch import CUDA, FLASHINFER, TRITON, chosen, runs_native
@@ -52,8 +53,12 @@ def kv_append(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
         return flash.kv_append(k, v, kv_layer, slots)
     if impl == CUDA:
         return cuda.kv_append(k, v, kv_layer, slots)
-    if runs_native("kv_append", kv_layer) and k.dtype is kv_layer.dtype:
-        return native.kv_append(k, v, kv_layer, slots)
+    if runs_native("kv_append", kv_layer.device, kv_layer.dtype) and k.dtype is kv_layer.dtype:
+        try:
+            return native.kv_append(k, v, kv_layer, slots)
+        except InputError:
+            checks.within("kv_append", "slots", slots, 0, kv_layer.shape[1] * kv_layer.shape[2], "the cache")
+            raise
     rows = kv_layer.view(2, -1, *kv_layer.shape[3:])
     if checks.values_read(slots):
         checks.within("kv_append", "slots", slots, 0, rows.shape[1], "the cache")
@@ -157,7 +162,7 @@ def kv_swap(kv: Tensor, host: Tensor, pages: Tensor, slots: Tensor, to_host: boo
         return cuda.kv_swap(kv, host, pages, slots, to_host)
     order = slots.argsort()
     for part in order.split(max(1, _STAGED_BYTES * host.shape[0] // max(1, host.nbytes))):
-        index, runs = pages[part.to(pages.device)], _runs(slots[part].tolist())
+        index, runs = pages[part.to(pages.device, non_blocking=True)], _runs(slots[part].tolist())
         if to_host:
             staged = kv_gather(kv, index)
             for at, slot, n in runs:

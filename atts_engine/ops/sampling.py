@@ -42,7 +42,7 @@ def sample(
         import atts_triton
 
         return atts_triton.sample(logits, temperature, top_k, top_p, min_p, seed, position)
-    if runs_native("sample", logits):
+    if runs_native("sample", logits.device, logits.dtype):
         return native.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     logits = logits.float()
     step = max(1, _CHUNK // vocab)

@@ -11,7 +11,7 @@ from torch import Tensor
 from atts_engine.errors import InputError
 from atts_engine.ops import checks, cuda, native
 from atts_engine.ops.dense import pad_rows
-from atts_engine.ops.dispatch import CUDA, TRITON, chosen, runs_native
+from atts_engine.ops.dispatch import CUDA, NATIVE, TRITON, chosen, runs_native
 
 _TILE_ELEMENTS = 1 << 22
 _ROW_CHUNK = 512
@@ -52,7 +52,7 @@ def score_tokens(hidden: Tensor, weight: Tensor, ids: Tensor, softcap: float = 0
         import atts_triton
 
         return atts_triton.score_tokens(hidden, weight, ids, softcap)
-    if not softcap and runs_native("score_tokens", hidden) and weight.dtype == hidden.dtype:
+    if not softcap and runs_native("score_tokens", hidden.device, hidden.dtype) and weight.dtype == hidden.dtype:
         return native.score_tokens(hidden, weight, ids)
     parts = [
         _score_rows(hidden[at : at + _ROW_CHUNK], weight, ids[at : at + _ROW_CHUNK], softcap)
@@ -99,7 +99,7 @@ def score_logits(logits: Tensor, ids: Tensor, softcap: float = 0.0) -> Tensor:
         return atts_triton.score_logits(logits if logits.stride(1) == 1 else logits.contiguous(), ids, softcap)
     if impl == CUDA:
         return cuda.score_logits(logits, ids, softcap)
-    if not softcap and runs_native("score_logits", logits):
+    if not softcap and runs_native("score_logits", logits.device, logits.dtype):
         return native.score_logits(logits, ids)
     wide = logits.float()
     if softcap:
@@ -147,6 +147,8 @@ def span_mean(logprob: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         return atts_triton.span_mean(logprob, cu_seqlens)
     if impl == CUDA:
         return cuda.span_mean(logprob, cu_seqlens)
+    if impl == NATIVE:
+        return native.span_mean(logprob, cu_seqlens)
     if not checks.values_read(logprob):  # it is read all the same
         checks.span_bounds("span_mean", cu_seqlens, logprob.shape[0])
     bounds = cu_seqlens.tolist()

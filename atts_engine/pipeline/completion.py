@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from atts_engine.backends import Lane, Seq
+from atts_engine.errors import InputError
 from atts_engine.pipeline.strategies.work import forked
 from atts_engine.pipeline.translation import Codec
-from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.records import Alternatives, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,9 @@ class CompletionEvent:
     """New tokens of sample `index`.
 
     text: what later tokens cannot change and what cannot be the beginning of a stop string, which is no part of the
-    text. logprobs: nats, one for each token where the sampling asked for them. finish, on a sample's last event only:
-    "stop" (end of text, stop id or stop string), "length" or "deadline"; stop: the stop string that was met.
+    text. logprobs, alternatives: one for each token where the sampling asked for them (`TokenChunk`). finish, on a
+    sample's last event only: "stop" (end of text, stop id or stop string), "length" or "deadline"; stop: the stop
+    string that was met.
     """
 
     index: int
@@ -28,6 +30,7 @@ class CompletionEvent:
     logprobs: tuple[float, ...] = ()
     finish: str | None = None
     stop: str | None = None
+    alternatives: tuple[Alternatives, ...] = ()
 
 
 class StopText:
@@ -95,7 +98,14 @@ async def complete(
                 finish = "stop" if said.met is not None else chunk.finish
                 if finish is not None:
                     text += said.end()
-                events.put_nowait(CompletionEvent(index, text, chunk.tokens, chunk.logprobs, finish, said.met))
+                if len(chunk.logprobs) < sampling.logprobs * len(chunk.tokens):
+                    raise InputError(
+                        f"log-probabilities cannot be had at temperature {sampling.temperature:g}: the model's server "
+                        "tells those of the tempered distribution (docs/remote-sglang.md); leave them out, or sample "
+                        "at 0 or 1"
+                    )
+                told = chunk.logprobs, finish, said.met, chunk.alternatives
+                events.put_nowait(CompletionEvent(index, text, chunk.tokens, *told))
                 if finish is not None:
                     return
 

@@ -52,7 +52,7 @@ class StepArrays:
     future_rows, future_from [F]: rows whose token the host does not know, and where the step before has sampled it; ids
     is 0 there. score_rows, score_ids [T]: rows that predict a scored token, and that token. sample_rows [S]: rows that
     give a token. asked [A]: which of those S tell its log-probability. judged: for each k that is asked for, ascending,
-    which of those S tell the confidence of their k likeliest tokens.
+    which of those S tell the confidence of their k likeliest tokens. listed: likewise, which tell those tokens.
     """
 
     ids: Ints
@@ -68,6 +68,7 @@ class StepArrays:
     asked: Ints
     sampling: SamplingRows
     judged: tuple[tuple[int, Ints], ...] = ()
+    listed: tuple[tuple[int, Ints], ...] = ()
 
     @property
     def decodes_only(self) -> bool:
@@ -122,13 +123,14 @@ def arrays_of(step: Step, sampled_before: Mapping[int, int]) -> StepArrays:
         sample_rows=_ints(sample_rows),
         asked=_ints([i for i, p in enumerate(params) if p.logprobs]),
         sampling=SamplingRows.of(params, sample_positions),
-        judged=_judged([p.confidence for p in params]),
+        judged=_by_k([p.confidence for p in params]),
+        listed=_by_k([p.alternatives for p in params]),
     )
 
 
-def _judged(confidences: list[int]) -> tuple[tuple[int, Ints], ...]:
-    wanted = sorted(set(confidences) - {0})
-    return tuple((k, _ints([i for i, asked in enumerate(confidences) if asked == k])) for k in wanted)
+def _by_k(asked: list[int]) -> tuple[tuple[int, Ints], ...]:
+    """asked: of each row, 0 for nothing."""
+    return tuple((k, _ints([i for i, own in enumerate(asked) if own == k])) for k in sorted(set(asked) - {0}))
 
 
 def _ints(values: list[int]) -> Ints:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from atts_engine.runtime.commands import Decode, Propose
-from atts_engine.runtime.records import Proposal, TokenChunk
+from atts_engine.runtime.records import Alternatives, Proposal, TokenChunk
 
 
 class Decodes(Protocol):
@@ -33,7 +33,8 @@ class DecodeState:
     buffer: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
-    """Both of the tokens in `buffer`, where they are asked for."""
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """All three of the tokens in `buffer`, where they are asked for."""
     recent: list[int] = field(default_factory=list)
     """The last tokens of the span, as far back as a stop string can reach."""
 
@@ -42,7 +43,13 @@ class DecodeState:
         return isinstance(self.command, Propose)
 
     def take(
-        self, token: int, logprob: float | None, confidence: float | None, eos: frozenset[int], tokenizer: Decodes
+        self,
+        token: int,
+        logprob: float | None,
+        confidence: float | None,
+        alternatives: Alternatives | None,
+        eos: frozenset[int],
+        tokenizer: Decodes,
     ) -> str | None:
         """The span's next token. Returns how the span ends with it; None: it does not."""
         self.produced += 1
@@ -51,6 +58,8 @@ class DecodeState:
             self.logprobs.append(logprob)
         if confidence is not None:
             self.confidences.append(confidence)
+        if alternatives is not None:
+            self.alternatives.append(alternatives)
         sampling = self.command.sampling
         ends = token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)
         if ends or (sampling.stop and self._hit_stop_string(token, tokenizer)):
@@ -59,10 +68,10 @@ class DecodeState:
 
     def hand_over(self, finish: str | None = None, wait_s: float | None = None) -> TokenChunk:
         """The tokens since the last chunk."""
-        chunk = TokenChunk(tuple(self.buffer), finish, tuple(self.logprobs), wait_s, tuple(self.confidences))
-        self.buffer.clear()
-        self.logprobs.clear()
-        self.confidences.clear()
+        told = tuple(self.logprobs), wait_s, tuple(self.confidences), tuple(self.alternatives)
+        chunk = TokenChunk(tuple(self.buffer), finish, *told)
+        for held in (self.buffer, self.logprobs, self.confidences, self.alternatives):
+            held.clear()
         return chunk
 
     def outcome(self, finish: str | None, wait_s: float) -> Proposal:

@@ -41,7 +41,12 @@ class Mailbox:
             calls, self._calls = self._calls, deque()
             self._scheduled = False
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception as error:
+                # As of a callback of the loop's own: it is told, and those behind it are for others.
+                told = {"message": "what a lane handed over could not be taken", "exception": error}
+                self._loop.call_exception_handler(told)
 
 
 class EngineLoop:

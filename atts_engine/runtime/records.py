@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from atts_engine.errors import InputError
 
+Alternatives = tuple[tuple[int, float], ...]
+"""The likeliest tokens of one place, the likeliest first, each with its log-probability."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -18,6 +21,7 @@ class SamplingParams:
     logprobs: also hand over each token's log-probability under the model itself (`TokenChunk.logprobs`).
     confidence: also hand over how sure the model itself was at each token, by its k likeliest tokens
     (`TokenChunk.confidences`); 0: off.
+    alternatives: also hand over the k likeliest tokens of each place (`TokenChunk.alternatives`); 0: off.
     """
 
     temperature: float = 0.8
@@ -30,6 +34,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     confidence: int = 0
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
@@ -44,6 +49,8 @@ class SamplingParams:
             raise InputError("a stop string must not be empty")
         if self.confidence < 0:
             raise InputError(f"confidence must be 0 (off) or more, not {self.confidence}")
+        if self.alternatives < 0:
+            raise InputError(f"alternatives must be 0 (off) or more, not {self.alternatives}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +58,24 @@ class TokenChunk:
     """Consecutive new tokens of one span. `finish` is set on the last chunk only: "stop" (EOS, stop id or stop
     string), "length" (max_tokens reached). logprobs: nats, float32, one for each token where `SamplingParams.logprobs`
     asked for them, else none; under the model's own distribution: temperature 1, nothing filtered away. confidences:
-    likewise, where `SamplingParams.confidence` asked for them (`ops.token_confidence`). wait_s: on the last chunk,
-    seconds since the decode was asked for in which the sequence was in no running step; None where the lane does not
-    tell."""
+    likewise, where `SamplingParams.confidence` asked for them (`ops.token_confidence`). alternatives: likewise, where
+    `SamplingParams.alternatives` asked for them, of each place as many as that, or all that have a probability above 0
+    (`likeliest.top_logprobs`). wait_s: on the last chunk, seconds since the decode was asked for in which the sequence
+    was in no running step; None where the lane does not tell."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
     logprobs: tuple[float, ...] = ()
     wait_s: float | None = field(default=None, compare=False)
     confidences: tuple[float, ...] = ()
+    alternatives: tuple[Alternatives, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """What became of proposed tokens. tokens: the first `accepted` of them, which are those that the lane drew itself,
     then the lane's own next token, unless the last of these ended the span. finish, logprobs, wait_s: as in
-    `TokenChunk`; finish is None where the span may go on."""
+    `TokenChunk`; finish is None where the span may go on. Confidences and alternatives are not told of proposals."""
 
     tokens: tuple[int, ...]
     accepted: int

@@ -21,7 +21,8 @@ from atts_engine.errors import InputError
 from atts_engine.models import Decoder, ForwardBatch
 from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, draws_of
 from atts_engine.runtime.graphs import MAX_GRAPH_BATCH, Capture, CudaCapture, DecodeGraphs
-from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.likeliest import alternatives, top_logprobs
+from atts_engine.runtime.records import Alternatives, SamplingParams
 from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, take_rows, to_device
 
@@ -34,12 +35,13 @@ GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm"
 
 
 class Draw(NamedTuple):
-    """A token id, -1 where the logits held NaN, with its log-probability (temperature 1, no filters, float32) and the
-    confidence at its place where the decode asks for them."""
+    """A token id, -1 where the logits held NaN, with its log-probability (temperature 1, no filters, float32), and the
+    confidence and the likeliest tokens at its place, where the decode asks for them."""
 
     token: int
     logprob: float | None
     confidence: float | None
+    alternatives: Alternatives | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,9 @@ class Pending:
     drawn: HostCopy | None = None
     asked: tuple[int, ...] = ()
     judged: tuple[int, ...] = ()
-    """Rows that tell a log-probability, and those that tell a confidence; `drawn` holds what they tell behind the
-    tokens."""
+    listed: tuple[tuple[int, ...], ...] = ()
+    """Rows that tell a log-probability, a confidence, and their likeliest tokens, these for each number of them;
+    `drawn` holds what they tell behind the tokens."""
 
     def ready(self) -> bool:
         """Whether `collect` would not wait."""
@@ -80,7 +83,12 @@ class Pending:
         tokens, *told = (values.tolist() for values in self.drawn.wait())
         logprobs = dict(zip(self.asked, told.pop(0), strict=True)) if self.asked else {}
         confidences = dict(zip(self.judged, told.pop(0), strict=True)) if self.judged else {}
-        draws = [Draw(token, logprobs.get(i), confidences.get(i)) for i, token in enumerate(tokens)]
+        likeliest = {
+            row: alternatives(ids, values)
+            for rows in self.listed
+            for row, ids, values in zip(rows, told.pop(0), told.pop(0), strict=True)
+        }
+        draws = [Draw(token, logprobs.get(i), confidences.get(i), likeliest.get(i)) for i, token in enumerate(tokens)]
         return StepOutput(scores, draws)
 
 
@@ -157,8 +165,10 @@ class Runner:
             if logits is None:
                 return Pending(step, scores=arrived)
             sampled, told = self._sample(arrays, logits)
-            asked, judged = arrays.asked.tolist(), [row for _, rows in arrays.judged for row in rows.tolist()]
-            return Pending(step, sampled, rows, arrived, HostCopy([sampled, *told]), tuple(asked), tuple(judged))
+            judged = tuple(row for _, rows in arrays.judged for row in rows.tolist())
+            listed = tuple(tuple(rows.tolist()) for _, rows in arrays.listed)
+            drawn = HostCopy([sampled, *told])
+            return Pending(step, sampled, rows, arrived, drawn, tuple(arrays.asked.tolist()), judged, listed)
 
     @torch.inference_mode()
     def move(self, step: Step) -> None:
@@ -240,10 +250,12 @@ class Runner:
         return logits, scores
 
     def _sample(self, arrays: StepArrays, logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Ids int64 [S]; log-probabilities float32 [A] and confidences float32, each where some are asked for."""
-        judged = [rows for _, rows in arrays.judged]
-        asked, *others = to_device([arrays.asked, *judged, *arrays.sampling.arrays], self.device)
-        rows, parameters = others[: len(judged)], others[len(judged) :]
+        """Ids int64 [S]; log-probabilities float32 [A], confidences float32, and for each number of likeliest tokens
+        their ids int64 and log-probabilities float32, [rows, number]; each where some are asked for."""
+        some = [rows for _, rows in (*arrays.judged, *arrays.listed)]
+        asked, *others = to_device([arrays.asked, *some, *arrays.sampling.arrays], self.device)
+        rows, parameters = others[: len(some)], others[len(some) :]
+        judged, listed = rows[: len(arrays.judged)], rows[len(arrays.judged) :]
         sampled = ops.sample(logits, *parameters)
         told = []
         if len(asked):
@@ -251,9 +263,13 @@ class Runner:
             ids = sampled.clamp(min=0)
             every = len(asked) == len(sampled)
             told.append(ops.score_logits(logits, ids) if every else ops.score_logits(logits[asked], ids[asked]))
-        if rows:
-            confidences = [ops.token_confidence(logits[at], k) for (k, _), at in zip(arrays.judged, rows, strict=True)]
+        if judged:
+            confidences = [
+                ops.token_confidence(logits[at], k) for (k, _), at in zip(arrays.judged, judged, strict=True)
+            ]
             told.append(torch.cat(confidences))
+        for (k, _), at in zip(arrays.listed, listed, strict=True):
+            told.extend(top_logprobs(logits[at], k))
         return sampled, told
 
 
@@ -333,6 +349,7 @@ def _idle_arrays(rows: int, sequences: int, pages: int) -> StepArrays:
         asked=np.arange(len(some)),
         sampling=SamplingRows.of([SamplingParams()] * len(some), [1] * len(some)),
         judged=((1, np.arange(len(some))),),
+        listed=((1, np.arange(len(some))),),
     )
 
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from atts_engine.serve.errors import ApiError, bad_request, overloaded
 
 LANES = ("draft", "target")
+_MENDS = {
+    "chains": "ask for fewer (n, spans, or chains of atts)",
+    "tokens": "prompts are counted too: ask for fewer (max_tokens, n, spans, or chains of atts), or shorten the prompt",
+}
 MAX_RETRY_S = 60
 FIRST_GUESS = 1024
 MEMORY = 0.05
@@ -94,8 +98,8 @@ class Admission:
             for unit in ("chains", "tokens"):
                 if getattr(wanted, unit) > getattr(self._max[lane], unit):
                     raise bad_request(
-                        f"the request asks for {getattr(wanted, unit)} {unit}, prompts included, and the {lane} lane "
-                        f"allows {getattr(self._max[lane], unit)} at any time"
+                        f"the request asks for {getattr(wanted, unit)} {unit}, and the {lane} lane allows "
+                        f"{getattr(self._max[lane], unit)} at any time; {_MENDS[unit]}"
                     )
         if self.draining:
             raise overloaded("the server is going down and takes no new requests", "draining", MAX_RETRY_S)

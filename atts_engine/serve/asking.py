@@ -50,20 +50,26 @@ def plain_ask(
     operation: str,
     prompts: Sequence[Sequence[int]],
     limit: int | None,
-    logprobs: bool,
+    logprobs: int | None,
 ) -> Ask:
-    """The target alone. prompts: token ids; limit: tokens of a choice at most, None: as many as there is room for."""
+    """The target alone. prompts: token ids; limit: tokens of a choice at most, None: as many as there is room for;
+    logprobs: likeliest tokens to tell beside each one's log-probability, None: tell neither."""
     choices = body.n or 1
     if choices * len(prompts) > service.settings.max_choices:
         raise bad_request(
-            f"{choices * len(prompts)} choices are more than the {service.settings.max_choices} that are allowed", "n"
+            f"{choices * len(prompts)} choices are more than the {service.settings.max_choices} that are allowed; ask "
+            "for fewer (n), or for fewer prompts at a time",
+            "n",
         )
+    vocab = service.engine.target_model.vocab_size
+    if (bad := next((i for i in body.stop_token_ids or () if i >= vocab), None)) is not None:
+        raise bad_request(f"token id {bad} is outside the vocabulary of {vocab}", "stop_token_ids")
     seed = service.seed(body.seed)
     made = [
         PlainPrompt(
             tuple(ids),
             tuple(_sampling(body, seed, i * choices + j, logprobs) for j in range(choices)),
-            _room(service, "target", len(ids), limit),
+            _room(service, body, "target", len(ids), limit),
             i * choices,
         )
         for i, ids in enumerate(prompts)
@@ -107,25 +113,26 @@ def atts_ask(
     operation: str,
     prompts: Prompts,
     limit: int | None,
-    logprobs: bool,
+    logprobs: int | None,
 ) -> Ask:
     """Chains by both models. limit: tokens that a chain may write, which bounds its turns."""
     plain_only = {
         "n": body.n not in (None, 1),
-        "logprobs": logprobs,
+        "logprobs": logprobs is not None,
         "stop": bool(body.stops),
         "stop_token_ids": bool(body.stop_token_ids),
         "ignore_eos": bool(body.ignore_eos),
     }
     for name, asked in plain_only.items():
         if asked:
-            raise bad_request(f"{name} belongs to plain requests, not to one with atts", name)
+            mend = "; atts.verdicts tells the score of each span" if name == "logprobs" else ""
+            raise bad_request(f"{name} belongs to plain requests, not to one with atts{mend}", name)
     params = _atts_params(service, body, options, limit)
     service.check_calibration(params)
     guess = service.admission.chains if limit is None else None
     demand = {}
     for lane, ids in zip(LANES, prompts, strict=True):
-        written = min(params.token_limit, _room(service, lane, len(ids), None))
+        written = min(params.token_limit, _room(service, body, lane, len(ids), None))
         demand[lane] = Demand(params.chains, len(ids) + params.chains * _reserved(guess, written))
 
     def source(account: Account) -> AsyncGenerator[Delta, None]:
@@ -158,7 +165,7 @@ def atts_ask(
     )
 
 
-def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> SamplingParams:
+def _sampling(body: Sampling, seed: int, choice: int, logprobs: int | None) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(0, body.top_k or 0),
@@ -168,19 +175,27 @@ def _sampling(body: Sampling, seed: int, choice: int, logprobs: bool) -> Samplin
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
+        logprobs=logprobs is not None,
+        alternatives=logprobs or 0,
     )
 
 
-def _room(service: Service, lane: str, prompt_tokens: int, limit: int | None) -> int:
+def _room(service: Service, body: Sampling, lane: str, prompt_tokens: int, limit: int | None) -> int:
     """Tokens that the lane may write behind a prompt: `limit`, or all that there is room for."""
     context = service.engine.lane_context_tokens[lane]
     room = context - prompt_tokens
-    if room < 1 or (limit is not None and limit > room):
-        wanted = "" if limit is None else f", {limit} more were asked for"
+    if room < 1:
         raise bad_request(
-            f"the prompt has {prompt_tokens} tokens{wanted}, and the {lane} has room for {context} in all",
-            "max_tokens" if room >= 1 else "prompt",
+            f"the prompt has {prompt_tokens} tokens, and the {lane} has room for {context} with what is to be written: "
+            "shorten the prompt",
+            body.prompt_name,
+            TOO_LONG,
+        )
+    if limit is not None and limit > room:
+        raise bad_request(
+            f"the prompt has {prompt_tokens} tokens, {limit} more were asked for, and the {lane} has room for "
+            f"{context} in all: ask for {room} or fewer, or shorten the prompt",
+            body.limit_name,
             TOO_LONG,
         )
     return room if limit is None else limit
@@ -205,7 +220,7 @@ def _atts_params(service: Service, body: Sampling, options: AttsOptions, limit: 
         raise bad_request(
             f"{limit} tokens are fewer than one turn may have (draft_tokens + target_tokens = {turn}); ask for shorter "
             "spans or more tokens",
-            "max_tokens",
+            body.limit_name,
         )
     return replace(params, turns=min(params.turns, limit // turn))
 

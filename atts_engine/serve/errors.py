@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from atts_engine.conformal import CalibrationError
-from atts_engine.errors import ChainError, InputError, LaneError, QueueFull
+from atts_engine.errors import ChainError, InputError, LaneError, QueueFull, Refused, Unreachable
+from atts_engine.serve.invalid import explain
 from atts_engine.serve.replies import ErrorBody, ErrorReply
 
 log = logging.getLogger("atts.serve")
@@ -25,7 +26,7 @@ CLIENT_CLOSED = 499
 
 
 class ApiError(Exception):
-    """An answer that is an error. retry_after_s: sent as Retry-After."""
+    """An answer that is an error. retry_after_s: sent as Retry-After; allow: as Allow."""
 
     def __init__(
         self,
@@ -36,16 +37,22 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.body = ErrorBody(message=message, type=kind, param=param, code=code)
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        told = {
+            "retry-after": None if self.retry_after_s is None else str(self.retry_after_s),
+            "allow": self.allow,
+            "www-authenticate": "Bearer" if self.status == 401 else None,
+        }
+        return {name: value for name, value in told.items() if value is not None}
 
     def json_bytes(self) -> bytes:
         # In ASCII: a message may quote what no UTF-8 can hold.
@@ -72,10 +79,13 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case InputError() | CalibrationError():
+        case InputError() | CalibrationError() | Refused():
             return bad_request(str(error))
         case QueueFull():
             return overloaded(str(error), "overloaded", 1)
+        case Unreachable():
+            log.warning("%s", error)
+            return overloaded(str(error), "server_unreachable", max(1, math.ceil(error.retry_after or 1)))
         case LaneError():
             log.error("a lane has failed", exc_info=error)
             return ApiError(
@@ -86,30 +96,12 @@ def as_api_error(error: Exception) -> ApiError:
         case ClientGone():
             return ApiError(CLIENT_CLOSED, "the client has closed the connection", code="client_closed")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail), code=_code(error.status_code))
+            code = "request_too_large" if error.status_code == 413 else None
+            return ApiError(error.status_code, str(error.detail), code=code)
         case RequestValidationError():
-            return _invalid(error.errors())
+            return bad_request(*explain(error.errors()))
     log.error("unexpected error", exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", kind="server_error", code="internal")
-
-
-def _code(status: int) -> str | None:
-    return {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(status)
-
-
-def _invalid(errors: Any) -> ApiError:
-    # Where a value may be of several kinds each says what it misses; the one that got furthest was meant.
-    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
-    # Less the names of those kinds.
-    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier())
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        message = f"the body is no JSON: {first['ctx']['error']}"
-    elif first["type"] == "extra_forbidden":
-        message = "this field is not known here"
-    elif first["type"] == "none_required" or first.get("ctx", {}).get("max_length") == 0:
-        message = "this server cannot do that; leave the field out"
-    return bad_request(f"{where}: {message}" if where else message, where or None)
 
 
 def install(app: FastAPI) -> None:
@@ -124,8 +116,22 @@ def install(app: FastAPI) -> None:
             return bad_request(f"send the body under content-type: application/json, not {kind!r}").reply()
         return await answer(request, error)
 
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        """Starlette's own, which names nothing."""
+        path = request.url.path
+        if error.status_code == 404:
+            # A base URL with too little or too much of /v1 is what happens most.
+            meant = {f"/v1{path}", path.removeprefix("/v1")} & app.openapi()["paths"].keys()
+            hint = f"is {meant.pop()} meant?" if meant else "/openapi.json tells what there is"
+            return ApiError(404, f"nothing is at {path}; {hint}", code="not_found").reply()
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            message = f"{request.method} is not for {path}; use {allowed}"
+            return ApiError(405, message, code="method_not_allowed", allow=allowed).reply()
+        return await answer(request, error)
+
     for kind in (ApiError, InputError, CalibrationError, QueueFull, LaneError, ChainError, ClientGone):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(HTTPException, answer)
+    app.add_exception_handler(HTTPException, no_route)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, answer)

@@ -21,7 +21,7 @@ from atts_engine.pipeline import (
     TokensEvent,
     VerdictEvent,
 )
-from atts_engine.runtime import SamplingParams
+from atts_engine.runtime import Alternatives, SamplingParams
 from atts_engine.serve.replies import AttsChunk, ChainSummary, Piece, Verdict, Vote
 
 LEAD = 0
@@ -33,13 +33,15 @@ LEVEL_ONE = float(1 << 32)
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What choice `index` gains. finish: OpenAI's finish_reason, on its last delta only; stop_reason: what ended it in
-    the engine's own words. n_tokens: that the text is made of; tokens: their ids where they are known."""
+    the engine's own words. n_tokens: that the text is made of; tokens: their ids where they are known; logprobs,
+    alternatives: of each, where they were asked for (`TokenChunk`)."""
 
     index: int
     text: str
     n_tokens: int = 0
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    alternatives: tuple[Alternatives, ...] = ()
     finish: str | None = None
     stop_reason: str | None = None
     atts: AttsChunk | None = None
@@ -107,6 +109,7 @@ async def plain_deltas(
                     len(event.tokens),
                     event.tokens,
                     event.logprobs,
+                    event.alternatives,
                     "length" if event.finish == "deadline" else event.finish,
                     event.stop if event.finish != "deadline" else "deadline",
                 )

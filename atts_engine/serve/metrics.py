@@ -163,6 +163,7 @@ SERVER_COUNTERS = {
     "requests": "Requests to the server of a lane",
     "retries": "Of them, repeated after a failure",
     "breaker_opened": "Times that the server was found to be away",
+    "lost_requests": "Requests of which no byte came for ten minutes or more, although the server lives",
     "sent_tokens": "Prompt tokens sent",
     "cached_tokens": "Of them, those that the server said it had",
     "score_sent_tokens": "Prompt tokens sent to have tokens behind them scored",

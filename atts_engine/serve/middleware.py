@@ -23,7 +23,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
         self._limit = limit
-        self._message = f"the body is larger than {limit} bytes"
+        self._message = f"the body is larger than the {limit} bytes that are taken; shorten it"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
+from atts_engine.runtime import Alternatives
 from atts_engine.serve.generation import Counts, Delta
 from atts_engine.serve.replies import (
     AttsChunk,
@@ -23,6 +24,7 @@ from atts_engine.serve.replies import (
     CompletionTokensDetails,
     Reply,
     TokenLogprob,
+    TopLogprob,
     Usage,
     Vote,
 )
@@ -43,6 +45,7 @@ class Whole:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
     finish: str = "stop"
     stop_reason: str | None = None
 
@@ -50,6 +53,7 @@ class Whole:
         self.text += delta.text
         self.tokens.extend(delta.tokens)
         self.logprobs.extend(delta.logprobs)
+        self.alternatives.extend(delta.alternatives)
         if delta.finish is not None:
             self.finish, self.stop_reason = delta.finish, delta.stop_reason
 
@@ -104,7 +108,7 @@ class ChatRenderer:
                 role="assistant" if first else None,
                 content=delta.text if delta.text or first else None,
             ),
-            logprobs=self._told(delta.tokens, delta.logprobs),
+            logprobs=self._told(delta),
             finish_reason=delta.finish,
             stop_reason=delta.stop_reason,
         )
@@ -118,7 +122,7 @@ class ChatRenderer:
             ChatChoice(
                 index=c.index,
                 message=ChatMessage(role="assistant", content=c.text),
-                logprobs=self._told(c.tokens, c.logprobs),
+                logprobs=self._told(c),
                 finish_reason=c.finish,
                 stop_reason=c.stop_reason,
             )
@@ -147,20 +151,24 @@ class ChatRenderer:
             atts=atts,
         )
 
-    def _told(self, tokens: Sequence[int], logprobs: Sequence[float]) -> ChatLogprobs | None:
+    def _told(self, said: Delta | Whole) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
         content = []
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            data = self._token_bytes(token)
-            content.append(TokenLogprob(token=as_text(data), logprob=logprob, bytes=list(data), top_logprobs=[]))
+        for token, logprob, others in _places(said):
+            top = [TopLogprob(**self._entry(*other)) for other in others]
+            content.append(TokenLogprob(**self._entry(token, logprob), top_logprobs=top))
         return ChatLogprobs(content=content)
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._token_bytes(token)
+        return {"token": as_text(data), "logprob": logprob, "bytes": list(data)}
 
 
 class CompletionRenderer:
-    """As `ChatRenderer`, for text."""
+    """As `ChatRenderer`, for text. logprobs: likeliest tokens that are told beside each; None: nothing is."""
 
-    def __init__(self, heading: Heading, logprobs: bool, token_bytes: TokenBytes) -> None:
+    def __init__(self, heading: Heading, logprobs: int | None, token_bytes: TokenBytes) -> None:
         self._heading = heading
         self._logprobs = logprobs
         self._token_bytes = token_bytes
@@ -170,7 +178,7 @@ class CompletionRenderer:
         choice = CompletionChoice(
             index=delta.index,
             text=delta.text,
-            logprobs=self._told(delta.index, delta.tokens, delta.logprobs),
+            logprobs=self._told(delta),
             finish_reason=delta.finish,
             stop_reason=delta.stop_reason,
         )
@@ -184,7 +192,7 @@ class CompletionRenderer:
             CompletionChoice(
                 index=c.index,
                 text=c.text,
-                logprobs=self._told(c.index, c.tokens, c.logprobs),
+                logprobs=self._told(c),
                 finish_reason=c.finish,
                 stop_reason=c.stop_reason,
             )
@@ -206,15 +214,30 @@ class CompletionRenderer:
             atts=atts,
         )
 
-    def _told(self, index: int, tokens: Sequence[int], logprobs: Sequence[float]) -> CompletionLogprobs | None:
-        if not self._logprobs:
+    def _told(self, said: Delta | Whole) -> CompletionLogprobs | None:
+        if self._logprobs is None:
             return None
-        texts = [as_text(self._token_bytes(token)) for token in tokens]
-        ends = list(accumulate((len(text) for text in texts), initial=self._lengths.get(index, 0)))
-        self._lengths[index] = ends[-1]
+        texts = [self._text(token) for token in said.tokens]
+        ends = list(accumulate((len(text) for text in texts), initial=self._lengths.get(said.index, 0)))
+        self._lengths[said.index] = ends[-1]
         return CompletionLogprobs(
             tokens=texts,
-            token_logprobs=list(logprobs),
-            top_logprobs=[None] * len(texts),
+            token_logprobs=list(said.logprobs),
+            top_logprobs=[self._by_text(*place) for place in _places(said)] if self._logprobs else None,
             text_offset=ends[:-1],
         )
+
+    def _by_text(self, token: int, logprob: float, others: Alternatives) -> dict[str, float]:
+        """The token itself comes first: where several have one text, it is told, or else the likeliest of them."""
+        told: dict[str, float] = {}
+        for one, value in ((token, logprob), *others):
+            told.setdefault(self._text(one), value)
+        return told
+
+    def _text(self, token: int) -> str:
+        return as_text(self._token_bytes(token))
+
+
+def _places(said: Delta | Whole) -> Iterator[tuple[int, float, Alternatives]]:
+    """Token, log-probability and likeliest tokens, none where these were not asked for."""
+    return zip(said.tokens, said.logprobs, said.alternatives or [()] * len(said.tokens), strict=True)

@@ -97,11 +97,14 @@ class AttsChunk(Reply):
     vote: Vote | None = left_out()
 
 
-class TokenLogprob(Reply):
+class TopLogprob(Reply):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[TokenLogprob] = []
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Reply):
@@ -157,9 +160,12 @@ class ChatChunk(Reply):
 
 
 class CompletionLogprobs(Reply):
+    """top_logprobs: at each place, text and log-probability of the token itself and of the likeliest ones; null where
+    none of these were asked for."""
+
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[None]
+    top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
 

@@ -8,9 +8,11 @@ and not used.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from atts_engine.pipeline import VOTES
 from atts_engine.pipeline.params import POLICIES
@@ -20,6 +22,25 @@ MAX_TEXT = 1 << 22
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 
+CANNOT = "this server cannot do that; leave the field out"
+TEXT_ALONE = "text is all that is read here, no images, sound or files; leave the part out"
+
+
+def _or(message: str) -> WrapValidator:
+    """Whatever is wrong with a value, say this."""
+
+    def validated(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise PydanticCustomError("unsupported", message) from error
+
+    return WrapValidator(validated)
+
+
+T = TypeVar("T")
+Neutral = Annotated[T | None, _or(CANNOT)]
+"""Taken at the value that changes nothing."""
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -60,7 +81,10 @@ class TextFormat(Strict):
 
 
 class Sampling(Strict):
-    """What chat and text completions have in common."""
+    """What chat and text completions have in common. prompt_name, limit_name: the fields that say what is gone on from,
+    and for how long."""
+
+    prompt_name: ClassVar[str] = "prompt"
 
     model: str | None = Field(None, max_length=1024)
     atts: AttsOptions | None = None
@@ -82,24 +106,24 @@ class Sampling(Strict):
     timeout_s: TimeoutS = None
 
     # At the value that changes nothing.
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    repetition_penalty: One | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    min_tokens: int | None = Field(None, ge=0, le=0)
-    length_penalty: One | None = None
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
-    return_token_ids: Literal[False] | None = None
-    return_tokens_as_token_ids: Literal[False] | None = None
-    bad_words: Nothing | None = None
+    presence_penalty: Neutral[Zero] = None
+    frequency_penalty: Neutral[Zero] = None
+    repetition_penalty: Neutral[One] = None
+    logit_bias: Neutral[Annotated[dict[str, float], Field(max_length=0)]] = None
+    min_tokens: Neutral[Annotated[int, Field(ge=0, le=0)]] = None
+    length_penalty: Neutral[One] = None
+    skip_special_tokens: Neutral[Literal[True]] = None
+    spaces_between_special_tokens: Neutral[Literal[True]] = None
+    include_stop_str_in_output: Neutral[Literal[False]] = None
+    use_beam_search: Neutral[Literal[False]] = None
+    return_token_ids: Neutral[Literal[False]] = None
+    return_tokens_as_token_ids: Neutral[Literal[False]] = None
+    bad_words: Neutral[Nothing] = None
     allowed_token_ids: None = None
     truncate_prompt_tokens: None = None
     prompt_logprobs: None = None
     structured_outputs: None = None
-    echo: Literal[False] | None = None
+    echo: Neutral[Literal[False]] = None
 
     # Without an effect on the answer.
     user: Text | None = None
@@ -113,6 +137,10 @@ class Sampling(Strict):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def limit_name(self) -> str:
+        return "max_tokens"
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -122,7 +150,7 @@ class Sampling(Strict):
 
 
 class TextPart(Strict):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], _or(TEXT_ALONE)]
     text: Text
 
 
@@ -169,7 +197,7 @@ class Message(Strict):
         if (self.tool_call_id is None) == (self.role == "tool"):
             raise ValueError("tool_call_id belongs to messages of role tool, and each of them needs one")
         if not self.content and self.content != "" and self.role != "assistant":
-            raise ValueError("content may be left out by the assistant alone")
+            raise ValueError("content is missing: the assistant's alone may be left out")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -190,26 +218,28 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 class ChatRequest(Sampling):
     """`/v1/chat/completions`"""
 
+    prompt_name: ClassVar[str] = "messages"
+
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=0, description="alternatives are not told")
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
-    function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
-    add_special_tokens: Literal[False] | None = None
-    documents: Nothing | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens told at each place")
+    tools: Neutral[Nothing] = None
+    tool_choice: Neutral[Literal["none", "auto"]] = None
+    functions: Neutral[Nothing] = None
+    function_call: Neutral[Literal["none", "auto"]] = None
+    response_format: Neutral[TextFormat] = None
+    add_generation_prompt: Neutral[Literal[True]] = None
+    continue_final_message: Neutral[Literal[False]] = None
+    add_special_tokens: Neutral[Literal[False]] = None
+    documents: Neutral[Nothing] = None
     chat_template: None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    chat_template_kwargs: Neutral[Annotated[dict[str, Any], Field(max_length=0)]] = None
     thinking_token_budget: None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Neutral[list[Literal["text"]]] = None
     audio: None = None
     web_search_options: None = None
-    store: Literal[False] | None = None
+    store: Neutral[Literal[False]] = None
 
     # Hints, and what has no effect on the answer.
     parallel_tool_calls: bool | None = None
@@ -224,6 +254,15 @@ class ChatRequest(Sampling):
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def limit_name(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
+    def alternatives(self) -> int | None:
+        """Likeliest tokens told beside each log-probability; None where none is told."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(Sampling):
     """`/v1/completions`"""
@@ -234,9 +273,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    logprobs: int | None = Field(None, ge=0, le=1, description="0 or 1: of each token that was sampled")
+    logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens told beside each that was sampled")
     best_of: int | None = Field(None, ge=1, le=4096, description="as `n`")
-    suffix: Literal[""] | None = None
+    suffix: Neutral[Literal[""]] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -265,7 +304,7 @@ class TokenizeRequest(Strict):
     prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="accepted and not used: nothing is added around a text")
-    add_generation_prompt: Literal[True] | None = None
+    add_generation_prompt: Neutral[Literal[True]] = None
     return_token_strs: bool | None = None
 
 
@@ -274,3 +313,7 @@ class DetokenizeRequest(Strict):
 
     model: str | None = Field(None, max_length=1024)
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+
+
+FIELDS = frozenset(name for model in (AttsOptions, ChatRequest, CompletionRequest) for name in model.model_fields)
+"""What a field that is not known may have been meant for."""

@@ -229,4 +229,7 @@ class Service:
         try:
             return await self.engine.check(lane)
         except LaneError as error:
+            if not isinstance(self._lanes.get(lane), LaneError):
+                # Once: /health is asked for all the time.
+                log.warning("health: %s", error)
             return error

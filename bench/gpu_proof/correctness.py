@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atts_engine import ops
+from atts_engine.ops import native
 from bench.gpu_proof import oracle_models
 from bench.gpu_proof.context import Context, Found, Line, OutOfTime, one_line
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
@@ -87,8 +88,8 @@ def _cells(ctx: Context) -> Iterable[tuple[Case, str]]:
 
 
 def _dtypes(impl: str, device: torch.device) -> tuple[torch.dtype, ...]:
-    if impl == "native-bf16":  # for others it runs the reference
-        return (torch.bfloat16,)
+    if impl == "native":  # for others it runs the reference
+        return tuple(native.DTYPES)
     if device.type == "cpu" and impl == "triton":  # its interpreter multiplies bfloat16 wrongly
         return torch.float16, torch.float32
     if impl == "flashinfer":

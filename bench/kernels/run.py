@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atts_engine import ops
+from atts_engine.ops import native
 from bench.kernels.cases import Case
 from bench.kernels.devices import Facts, Runner, bytes_allocated, input_sets, one_line, race
 from bench.kernels.peers import PEERS, why_absent
@@ -17,11 +18,11 @@ from bench.kernels.table import Row, limit
 
 
 def implementations(case: Case, device: torch.device) -> list[str]:
-    """Ours that differ on this case: native-bf16 is another one for tensors of bfloat16 only, and Triton on a CPU is
-    its interpreter, whose time means nothing."""
+    """Ours that differ on this case: native has no kernels of its own for some dtypes, and Triton on a CPU is its
+    interpreter, whose time means nothing."""
     left_out = {"triton"} if device.type == "cpu" else set()
-    if case.dtype != torch.bfloat16:
-        left_out.add("native-bf16")
+    if case.dtype not in native.DTYPES:
+        left_out.add("native")
     able = (impl for impl in ops.IMPLEMENTATIONS if ops.obstacle(case.op, impl, device) is None)
     return [impl for impl in able if impl not in left_out]
 

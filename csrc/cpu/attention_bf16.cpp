@@ -14,9 +14,9 @@ namespace ATTS_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 64;      // keys whose scores are held at once
+constexpr int64_t kChunk = 64;        // keys whose scores are held at once
 constexpr int64_t kBlockWords = 128;  // of a key: heads of up to 256 elements are transposed in one piece
-constexpr int64_t kMixRows = 4;     // 4 x 4 sums and four values' sixteen elements each
+constexpr int64_t kMixRows = 4;       // 4 x 4 sums and four values' sixteen elements each
 
 // Pointers to the keys first .. first + n - 1 of one head.
 void find_keys(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t n, const uint16_t** key) {
@@ -24,7 +24,7 @@ void find_keys(const atts_attention_params& p, int64_t b, int64_t h, int64_t fir
   const int32_t* page = p.block_table + b * p.table_width + first / p.page;
   int64_t offset = first % p.page;
   for (int64_t i = 0; i < n; ++i) {
-    key[i] = p.kv + (*page * p.page + offset) * slot + h * p.head_dim;
+    key[i] = static_cast<const uint16_t*>(p.kv) + (*page * p.page + offset) * slot + h * p.head_dim;
     if (++offset == p.page) offset = 0, ++page;
   }
 }
@@ -124,8 +124,7 @@ template <int R>
 void mix(const float* weights, const uint16_t* const* value, int64_t first, int64_t last, int64_t dim,
          const float* factor, float* sums) {
   int64_t at = 0;
-  for (; at + 4 * kLanes <= dim; at += 4 * kLanes)
-    mix_part<R, 4>(weights, value, first, last, at, dim, factor, sums);
+  for (; at + 4 * kLanes <= dim; at += 4 * kLanes) mix_part<R, 4>(weights, value, first, last, at, dim, factor, sums);
   for (; at < dim; at += kLanes) mix_part<R, 1>(weights, value, first, last, at, dim, factor, sums);
 }
 
@@ -134,11 +133,13 @@ constexpr Mix kMix[kMixRows] = {mix<1>, mix<2>, mix<3>, mix<4>};
 
 }  // namespace
 
-int64_t attention_scratch(const atts_attention_params& p, int64_t) {
+int64_t attention_scratch_bf16(const atts_attention_params& p, int64_t) {
   return kAttentionRows * (p.heads / p.kv_heads) * (p.head_dim / 2 + p.head_dim + kChunk + 3);
 }
 
-void attend(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch) {
+namespace {
+
+void attend_head(const atts_attention_params& p, int64_t b, int64_t h, int64_t first, int64_t last, float* scratch) {
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim, words = dim / 2, items = (last - first) * group;
   const int64_t begin = p.cu_q[b] + first;
   const int64_t before = p.kv_len[b] - (p.cu_q[b + 1] - begin);  // keys ahead of the first row's own
@@ -151,7 +152,8 @@ void attend(const atts_attention_params& p, int64_t b, int64_t h, int64_t first,
   float* norm = peak + items;
   float* factor = norm + items;
   for (int64_t row = 0; row < last - first; ++row)
-    std::memcpy(q + row * group * words, p.q + ((begin + row) * p.heads + h * group) * dim,
+    std::memcpy(q + row * group * words,
+                static_cast<const uint16_t*>(p.q) + ((begin + row) * p.heads + h * group) * dim,
                 static_cast<size_t>(group * dim) * sizeof(uint16_t));
   std::fill(sums, scores, 0.0f);
   std::fill(peak, norm, -__builtin_inff());
@@ -181,9 +183,16 @@ void attend(const atts_attention_params& p, int64_t b, int64_t h, int64_t first,
     }
   }
   for (int64_t item = 0; item < items; ++item) {
-    uint16_t* out = p.out + ((begin + item / group) * p.heads + h * group + item % group) * dim;
+    uint16_t* out = static_cast<uint16_t*>(p.out) + ((begin + item / group) * p.heads + h * group + item % group) * dim;
     for (int64_t at = 0; at < dim; at += 8) store(out + at, to_bf16(load<F8>(sums + item * dim + at) / norm[item]));
   }
+}
+
+}  // namespace
+
+void attend_bf16(const atts_attention_params& p, int64_t b, int64_t h_first, int64_t h_last, int64_t first,
+                 int64_t last, float* scratch) {
+  for (int64_t h = h_first; h < h_last; ++h) attend_head(p, b, h, first, last, scratch);
 }
 
 }  // namespace ATTS_ISA

@@ -87,7 +87,7 @@ void dot_columns(const uint32_t* x, int64_t rows, const uint16_t* weight, int64_
 
 }  // namespace
 
-void dot(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
+void dot_bf16(const float* x, int64_t rows, const uint16_t* weight, int64_t columns, int64_t n, float* out,
          int64_t out_stride) {
   const auto* words = reinterpret_cast<const uint32_t*>(x);
   const int64_t most = (rows <= kFewRows ? 1 : 2) * kLanes;

@@ -40,7 +40,8 @@ inline bool packs(int64_t out_features, int64_t in_features) {
 // Of an array that is not NULL and aligned.
 inline bool is_packed(const void* packed, int64_t out_features, int64_t in_features) {
   const auto* matrix = static_cast<const PackedMatrix*>(packed);
-  return packs(out_features, in_features) && matrix->magic == kPackedMagic && matrix->out_features == out_features && matrix->in_features == in_features;
+  return packs(out_features, in_features) && matrix->magic == kPackedMagic && matrix->out_features == out_features &&
+         matrix->in_features == in_features;
 }
 
 // Rows first .. first + 31 of the matrix, first a multiple of 32, as they were: out[32, in_features].

@@ -1,95 +1,108 @@
-// What is done row by row between and behind dense layers: one pass each, fp32 inside.
+// Ops that take a row at a time: fp32 inside, an element's type outside.
 #include "cpu/kernels.h"
 #include "cpu/table.h"
 #include "cpu/vector.h"
 
 namespace atts {
 namespace ATTS_ISA {
+namespace {
 
+template <class T>
 void rms_norm(const atts_rms_norm_params& p, int64_t first, int64_t last) {
   const int64_t whole = p.width / 8 * 8;
+  const T* weight = static_cast<const T*>(p.weight);
   for (int64_t row = first; row < last; ++row) {
-    const uint16_t* x = p.x + row * p.x_stride;
-    uint16_t* out = p.out + row * p.width;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    T* out = static_cast<T*>(p.out) + row * p.width;
     if (p.delta != nullptr) {
-      const uint16_t* delta = p.delta + row * p.width;
-      uint16_t* sum = p.sum + row * p.width;
-      for (int64_t i = 0; i < whole; i += 8)
-        store(sum + i, to_bf16(from_bf16(load<H8>(x + i)) + from_bf16(load<H8>(delta + i))));
-      for (int64_t i = whole; i < p.width; ++i) sum[i] = to_bf16(from_bf16(x[i]) + from_bf16(delta[i]));
+      const T* delta = static_cast<const T*>(p.delta) + row * p.width;
+      T* sum = static_cast<T*>(p.sum) + row * p.width;
+      for (int64_t i = 0; i < whole; i += 8) store8(sum + i, load8(x + i) + load8(delta + i));
+      for (int64_t i = whole; i < p.width; ++i) store1(sum + i, load1(x + i) + load1(delta + i));
       x = sum;
     }
     F8 squares = all(0.0f);
     for (int64_t i = 0; i < whole; i += 8) {
-      const F8 v = from_bf16(load<H8>(x + i));
+      const F8 v = load8(x + i);
       squares = fma(v, v, squares);
     }
     float total = sum_lanes(squares);
-    for (int64_t i = whole; i < p.width; ++i) total += from_bf16(x[i]) * from_bf16(x[i]);
+    for (int64_t i = whole; i < p.width; ++i) total += load1(x + i) * load1(x + i);
     const float scale = 1.0f / __builtin_sqrtf(total / static_cast<float>(p.width) + p.eps);
     // Rounded before the weight and after it, as the models were trained.
-    for (int64_t i = 0; i < whole; i += 8) {
-      const F8 normed = from_bf16(to_bf16(from_bf16(load<H8>(x + i)) * scale));
-      store(out + i, to_bf16(normed * from_bf16(load<H8>(p.weight + i))));
-    }
+    for (int64_t i = 0; i < whole; i += 8) store8(out + i, rounded<T>(load8(x + i) * scale) * load8(weight + i));
     for (int64_t i = whole; i < p.width; ++i)
-      out[i] = to_bf16(from_bf16(to_bf16(from_bf16(x[i]) * scale)) * from_bf16(p.weight[i]));
+      store1(out + i, rounded<T>(all(load1(x + i) * scale))[0] * load1(weight + i));
   }
 }
 
+template <class T>
 void silu_mul(const atts_silu_mul_params& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
-    const uint16_t* gate = p.gate + row * p.gate_stride;
-    const uint16_t* up = p.up + row * p.up_stride;
-    uint16_t* out = p.out + row * p.width;
+    const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride;
+    const T* up = static_cast<const T*>(p.up) + row * p.up_stride;
+    T* out = static_cast<T*>(p.out) + row * p.width;
     int64_t i = 0;
     for (; i + 8 <= p.width; i += 8) {
-      const F8 g = from_bf16(load<H8>(gate + i));
-      store(out + i, to_bf16(g / (exp8(-g) + 1.0f) * from_bf16(load<H8>(up + i))));
+      const F8 g = load8(gate + i);
+      store8(out + i, g / (exp8(-g) + 1.0f) * load8(up + i));
     }
     for (; i < p.width; ++i) {
-      const F8 g = all(from_bf16(gate[i]));
-      out[i] = to_bf16((g / (exp8(-g) + 1.0f) * from_bf16(up[i]))[0]);
+      const F8 g = all(load1(gate + i));
+      store1(out + i, (g / (exp8(-g) + 1.0f) * load1(up + i))[0]);
     }
   }
 }
 
+template <class T>
 void rope(const atts_rope_params& p, int64_t first, int64_t last) {
   const int64_t half = p.head_dim / 2, whole = half / 8 * 8;
   for (int64_t row = first; row < last; ++row) {
     const float* cosine = p.cosine + row * half;
     const float* sine = p.sine + row * half;
     for (int64_t head = 0; head < p.heads; ++head) {
-      const uint16_t* low = p.x + row * p.row_stride + head * p.head_dim;
-      const uint16_t* high = low + half;
-      uint16_t* out = p.out + (row * p.heads + head) * p.head_dim;
+      const T* low = static_cast<const T*>(p.x) + row * p.row_stride + head * p.head_dim;
+      const T* high = low + half;
+      T* out = static_cast<T*>(p.out) + (row * p.heads + head) * p.head_dim;
       for (int64_t i = 0; i < whole; i += 8) {
-        const F8 a = from_bf16(load<H8>(low + i)), b = from_bf16(load<H8>(high + i));
+        const F8 a = load8(low + i), b = load8(high + i);
         const F8 c = load<F8>(cosine + i), s = load<F8>(sine + i);
-        store(out + i, to_bf16(a * c - b * s));
-        store(out + half + i, to_bf16(b * c + a * s));
+        store8(out + i, a * c - b * s);
+        store8(out + half + i, b * c + a * s);
       }
       for (int64_t i = whole; i < half; ++i) {
-        const float a = from_bf16(low[i]), b = from_bf16(high[i]);
-        out[i] = to_bf16(a * cosine[i] - b * sine[i]);
-        out[half + i] = to_bf16(b * cosine[i] + a * sine[i]);
+        const float a = load1(low + i), b = load1(high + i);
+        store1(out + i, a * cosine[i] - b * sine[i]);
+        store1(out + half + i, b * cosine[i] + a * sine[i]);
       }
     }
   }
 }
 
-void narrow(const float* sum, const uint16_t* bias, int64_t n, uint16_t* out) {
+template <class T>
+void narrow(const float* sum, const T* bias, int64_t n, T* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const F8 value = load<F8>(sum + i);
-    store(out + i, to_bf16(bias == nullptr ? value : value + from_bf16(load<H8>(bias + i))));
+    store8(out + i, bias == nullptr ? value : value + load8(bias + i));
   }
-  for (; i < n; ++i) out[i] = to_bf16(bias == nullptr ? sum[i] : sum[i] + from_bf16(bias[i]));
+  for (; i < n; ++i) store1(out + i, bias == nullptr ? sum[i] : sum[i] + load1(bias + i));
 }
+
+}  // namespace
+
+#define ATTS_DEFINE_ROWS(name, T)                                                                                      \
+  void rms_norm_##name(const atts_rms_norm_params& p, int64_t first, int64_t last) { rms_norm<T>(p, first, last); }    \
+  void silu_mul_##name(const atts_silu_mul_params& p, int64_t first, int64_t last) { silu_mul<T>(p, first, last); }    \
+  void rope_##name(const atts_rope_params& p, int64_t first, int64_t last) { rope<T>(p, first, last); }                \
+  void narrow_##name(const float* sum, const T* bias, int64_t n, T* out) { narrow<T>(sum, bias, n, out); }
+
+ATTS_DEFINE_ROWS(bf16, uint16_t)
+ATTS_DEFINE_ROWS(fp32, float)
 
 void widen(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) store(out + i, from_bf16(load<H8>(x + i)));
+  for (; i + 8 <= n; i += 8) store(out + i, load8(x + i));
   for (; i < n; ++i) out[i] = from_bf16(x[i]);
 }
 

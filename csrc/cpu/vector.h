@@ -79,6 +79,25 @@ ATTS_INLINE H8 to_bf16(F8 value) {
   return __builtin_convertvector((rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan), H8);
 }
 
+// Eight elements, or one, as fp32 and back.
+ATTS_INLINE F8 load8(const uint16_t* from) { return from_bf16(load<H8>(from)); }
+ATTS_INLINE F8 load8(const float* from) { return load<F8>(from); }
+ATTS_INLINE void store8(uint16_t* to, F8 value) { store(to, to_bf16(value)); }
+ATTS_INLINE void store8(float* to, F8 value) { store(to, value); }
+ATTS_INLINE float load1(const uint16_t* from) { return from_bf16(*from); }
+ATTS_INLINE float load1(const float* from) { return *from; }
+ATTS_INLINE void store1(uint16_t* to, float value) { *to = to_bf16(value); }
+ATTS_INLINE void store1(float* to, float value) { *to = value; }
+
+// A value as an element holds it.
+template <class T>
+ATTS_INLINE F8 rounded(F8 value) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return value;
+  else
+    return from_bf16(to_bf16(value));
+}
+
 // exp within 2 ulp on [-87.3, 88], 0 below, held at exp(88) above; NaN stays NaN. Range reduction by ln 2 in two parts
 // (Cody and Waite), the series to its seventh term.
 ATTS_INLINE F8 exp8(F8 x) {

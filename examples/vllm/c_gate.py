@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 LEVEL_ONE = 1 << 32
-ABI = (0, 4)  # major and minor: before 1.0 a minor version may change the structs
+ABI = (0, 5)  # major and minor: before 1.0 a minor version may change the structs
 
 
 def _struct(name: str, arrays: str, counts: str) -> type[ctypes.Structure]:

@@ -117,9 +117,8 @@ def test_graphs_change_no_token(model: Model, overlap: bool) -> None:
 
 def test_a_captured_graph_reads_its_buffers_anew_each_time() -> None:
     """The machinery of graphs on a decoder that any machine can capture."""
-    generator = torch.Generator(CUDA).manual_seed(0)
-    embed = torch.randn(80, 32, device=CUDA, generator=generator)
-    head = torch.randn(80, 32, device=CUDA, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    embed, head = torch.randn(2, 80, 32, generator=generator).to(CUDA)
 
     def decode(batch: ForwardBatch) -> torch.Tensor:
         mixed = embed[batch.ids] + batch.positions[:, None] * batch.kv_len[:, None]

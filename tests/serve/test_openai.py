@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,6 +11,8 @@ import openai
 import pytest
 
 from atts_engine.runtime import SamplingParams
+from tests.fake_vllm import FakeVllm
+from tests.remote_cases import MODEL as LOCAL
 from tests.serve.running import MODEL, QUESTION, Running, until
 
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -131,6 +134,55 @@ def test_completions_take_texts_tokens_and_lists_of_them(server: Running, client
     )
 
 
+def likeliest(prompt: Sequence[int], tokens: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
+    """Of each place the k likeliest tokens, by the model's logits."""
+    rows = FakeVllm(LOCAL).rows([*prompt, *tokens])[len(prompt) - 1 : -1]
+    top = rows.double().log_softmax(1).topk(k, dim=1)
+    return [list(zip(*place, strict=True)) for place in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def test_the_likeliest_tokens_of_a_chat(server: Running, client: Any) -> None:
+    tokenizer = server.engine.target_model.tokenizer
+    prompt = server.engine.prompts(MESSAGES).target
+    asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "logprobs": True, "seed": 4, "max_tokens": 20}
+    for temperature, k in ((0.0, 1), (5.0, 20)):
+        asked |= {"temperature": temperature, "top_logprobs": k}
+        told = client.chat.completions.create(**asked).choices[0].logprobs.content
+        streamed = [c.choices[0].logprobs.content for c in client.chat.completions.create(**asked, stream=True)]
+        assert [entry for piece in streamed for entry in piece] == told
+        spelling = {tokenizer.bytes_of(i): i for i in range(48)}
+        tokens = [spelling[bytes(entry.bytes)] for entry in told]
+        for entry, wanted in zip(told, likeliest(prompt, tokens, k), strict=True):
+            others = entry.top_logprobs
+            assert all(other.token == bytes(other.bytes).decode() for other in others)
+            assert [other.logprob for other in others] == pytest.approx([value for _, value in wanted], abs=1e-4)
+            # Of two that are as likely either may come first.
+            assert {bytes(other.bytes) for other in others} == {tokenizer.bytes_of(token) for token, _ in wanted}
+            own = [other.logprob for other in others if other.token == entry.token]
+            assert own == [pytest.approx(entry.logprob, rel=1e-6)] or (temperature and not own)
+            assert temperature or own == [entry.logprob]
+
+
+def test_the_likeliest_tokens_of_a_text(server: Running, client: Any) -> None:
+    tokenizer = server.engine.target_model.tokenizer
+    asked: dict[str, Any] = {"model": MODEL, "prompt": QUESTION, "temperature": 5.0, "seed": 1, "max_tokens": 20}
+    reply = client.completions.create(**asked, logprobs=5).choices[0]
+    told = reply.logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, logprobs=5, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for chunk in chunks for value in getattr(chunk, name)] == getattr(told, name)
+    prompt, tokens = tokenizer.encode(QUESTION), [t for text in told.tokens for t in tokenizer.encode(text)]
+    for place, wanted in enumerate(likeliest(prompt, tokens, 5)):
+        own, others = told.tokens[place], dict(told.top_logprobs[place])
+        # The token itself is told among them, or as one more.
+        assert others[own] == pytest.approx(told.token_logprobs[place], rel=1e-6) and len(others) in (5, 6)
+        expected = {tokenizer.bytes_of(token).decode(): value for token, value in wanted}
+        assert others == pytest.approx({own: told.token_logprobs[place]} | expected, abs=1e-4)
+    assert any(len(place) == 6 for place in told.top_logprobs)
+    none = client.completions.create(**asked, logprobs=0).choices[0].logprobs
+    assert (none.token_logprobs, none.top_logprobs) == (told.token_logprobs, None)
+
+
 def test_models(client: Any) -> None:
     (card,) = client.models.list().data
     assert (card.id, card.max_model_len, card.draft) == (MODEL, 512, "tiny-draft")
@@ -143,7 +195,7 @@ def test_errors_are_the_clients_own_kinds(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'x'") as missing:
         client.chat.completions.create(model="x", messages=MESSAGES)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="less than or equal to 0") as bad:
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty: this server cannot") as bad:
         client.chat.completions.create(model=MODEL, messages=MESSAGES, frequency_penalty=1.0)
     assert (bad.value.type, bad.value.param) == ("invalid_request_error", "frequency_penalty")
     with pytest.raises(openai.BadRequestError, match="no token for 'é'"):

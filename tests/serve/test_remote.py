@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import httpx
+import openai
 import pytest
 
+from tests import fake_vllm
 from tests.fake_vllm import FakeVllm
 from tests.remote_cases import MODEL as LOCAL
 from tests.remote_site import site
@@ -24,7 +27,7 @@ def greedy(tokens: list[int], n: int) -> str:
     return LOCAL.tokenizer.decode(found[len(tokens) :])
 
 
-def test_a_target_on_a_server() -> None:
+def test_a_target_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with site("tiny-target") as target:
         config = replace(CONFIG, target=target.address, patience_s=0.3)
         with serving(config=config, model=MODEL) as running, httpx.Client(base_url=running.url, timeout=60) as http:
@@ -32,6 +35,15 @@ def test_a_target_on_a_server() -> None:
             reply = http.post("/v1/completions", json=PLAIN)
             assert reply.status_code == 200, reply.text
             assert reply.json()["choices"][0]["text"] == greedy(ENCODE(QUESTION), 12)
+            listed = http.post("/v1/completions", json=PLAIN | {"logprobs": 3}).json()["choices"][0]["logprobs"]
+            for place, own in zip(listed["top_logprobs"], listed["token_logprobs"], strict=True):
+                assert len(place) == 3 and max(place.values()) == own
+            with monkeypatch.context() as patch:
+                # --max-logprobs 2, which a server tells of nowhere else.
+                patch.setattr(fake_vllm, "MAX_LOGPROBS", 2)
+                refused = http.post("/v1/completions", json=PLAIN | {"logprobs": 3})
+                assert refused.status_code == 400
+                assert "logprobs of 3, which is greater than max allowed: 2" in refused.json()["error"]["message"]
             chat = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "atts": {"turns": 2}}
             found = http.post("/v1/chat/completions", json=chat)
             assert found.status_code == 200, found.text
@@ -52,9 +64,29 @@ def test_a_target_on_a_server() -> None:
 
             target.kill()
             running.service._checked_at = -1e9
-            assert http.get("/health").status_code == 503
-            gone = http.post("/v1/completions", json=PLAIN)
-            assert (gone.status_code, gone.json()["error"]["code"]) == (500, "lane_failed")
+            health = http.get("/health")
+            assert health.status_code == 503
+            assert health.json()["lanes"]["target"]["error"] == "its server does not answer; the log has the details"
+            asked_for = (
+                ("/v1/completions", PLAIN),
+                ("/v1/completions", PLAIN | {"n": 3, "stream": True}),
+                ("/v1/chat/completions", chat),
+                ("/v1/score", span | {"spans": span["spans"] * 3}),
+            )
+            for path, body in asked_for:
+                gone = http.post(path, json=body)
+                error = gone.json()["error"]
+                assert (gone.status_code, error["type"], error["code"]) == (503, "server_error", "server_unreachable")
+                assert int(gone.headers["retry-after"]) >= 1
+                assert target.address in error["message"] and "see that it runs" in error["message"]
+            # Its draft, which is here, has written by then.
+            *_, event, done = http.post("/v1/chat/completions", json=chat | {"stream": True}).text.strip().split("\n\n")
+            assert json.loads(event.removeprefix("data: "))["error"]["code"] == "server_unreachable"
+            assert done == "data: [DONE]"
+            with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+                with pytest.raises(openai.InternalServerError, match="has not answered") as caught:
+                    client.completions.create(**PLAIN)
+                assert caught.value.status_code == 503
             target.start()
             running.service._checked_at = -1e9
             assert http.get("/health").status_code == 200

@@ -37,18 +37,23 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], str | None]] = [
     ("/v1/chat/completions", CHAT, {"messages": []}, "messages"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "system", "content": "a"}]}, "messages"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
-    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": "é"}]}, None),
-    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": "a" * 600}]}, "prompt"),
+    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": "é"}]}, "messages"),
+    ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": "a" * 600}]}, "messages"),
+    ("/v1/chat/completions", CHAT, {"max_completion_tokens": 512}, "max_completion_tokens"),
+    ("/v1/chat/completions", CHAT, {"stop_token_ids": [48]}, "stop_token_ids"),
     ("/v1/chat/completions", CHAT, {"top_logprobs": 5}, "top_logprobs"),
+    ("/v1/chat/completions", CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ("/v1/chat/completions", CHAT, {"top_logprobs": 5, "logprobs": True, "atts": {}}, "logprobs"),
+    ("/v1/completions", TEXT, {"logprobs": 6}, "logprobs"),
     ("/v1/chat/completions", CHAT, {"tools": [{"type": "function"}]}, "tools"),
     ("/v1/chat/completions", CHAT, {"tool_choice": "required"}, "tool_choice"),
     ("/v1/chat/completions", CHAT, {"audio": {"voice": "alloy"}}, "audio"),
     ("/v1/chat/completions", CHAT, {"store": True}, "store"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0"),
-    ("/v1/chat/completions", CHAT, {"messages": [*CHAT["messages"], TOOL_CALL, TOOL]}, None),
+    ("/v1/chat/completions", CHAT, {"messages": [*CHAT["messages"], TOOL_CALL, TOOL]}, "messages"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "tool", "content": "3"}]}, "messages.0"),
     ("/v1/chat/completions", CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
-    ("/v1/chat/completions", CHAT, {"response_format": {"type": "json_object"}}, "response_format.type"),
+    ("/v1/chat/completions", CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     ("/v1/chat/completions", CHAT, {"no_such_field": 1}, "no_such_field"),
     ("/v1/completions", TEXT, {"prompt": ""}, "prompt"),
     ("/v1/completions", TEXT, {"prompt": [48]}, "prompt"),
@@ -79,6 +84,65 @@ def test_bad_values_are_refused_by_name(
     if named is not None:
         assert error["param"] == named
     assert server.engine.stats()["target"]["computed_tokens"] == before
+
+
+CANNOT = "this server cannot do that; leave the field out"
+SAID: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"stop": 5}, "stop: must be a text or a list, not 5"),
+    ("/v1/chat/completions", {"stop": ["a", 5]}, "stop.1: must be a text, not 5"),
+    ("/v1/chat/completions", {"stop": [""]}, "stop.0: must not be empty"),
+    ("/v1/chat/completions", {"stop": ["a"] * 17}, "stop: must have 16 entries or fewer, not 17"),
+    ("/v1/chat/completions", {"n": 0}, "n: must be 1 or more, not 0"),
+    ("/v1/chat/completions", {"n": "2"}, 'n: must be an integer, not "2"'),
+    ("/v1/chat/completions", {"seed": 1.5}, "seed: must be an integer, not 1.5"),
+    ("/v1/chat/completions", {"seed": 2**63}, f"seed: must be less than {2**63}, not {2**63}"),
+    ("/v1/chat/completions", {"temperature": 101}, "temperature: must be 100 or less, not 101"),
+    ("/v1/chat/completions", {"stream": "yes"}, 'stream: must be true or false, not "yes"'),
+    ("/v1/chat/completions", {"atts": True}, "atts: must be an object, not true"),
+    ("/v1/chat/completions", {"maxtokens": 4}, "maxtokens: this field is not known here; is max_tokens meant?"),
+    ("/v1/chat/completions", {"xyz": 4}, "xyz: this field is not known here; leave it out"),
+    ("/v1/chat/completions", {"frequency_penalty": 0.5}, f"frequency_penalty: {CANNOT}"),
+    ("/v1/chat/completions", {"tools": [{"type": "function"}]}, f"tools: {CANNOT}"),
+    ("/v1/chat/completions", {"tool_choice": {"type": "function"}}, f"tool_choice: {CANNOT}"),
+    ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}, f"response_format: {CANNOT}"),
+    ("/v1/chat/completions", {"modalities": ["text", "audio"]}, f"modalities: {CANNOT}"),
+    ("/v1/chat/completions", {"audio": {"voice": "alloy"}}, f"audio: {CANNOT}"),
+    ("/v1/chat/completions", {"top_logprobs": 3}, "top_logprobs are told beside logprobs: set logprobs to true"),
+    ("/v1/chat/completions", {"messages": "hello"}, 'messages: must be a list, not "hello"'),
+    ("/v1/chat/completions", {"messages": ["hello"]}, 'messages.0: must be an object, not "hello"'),
+    ("/v1/chat/completions", {"messages": [{"content": "a"}]}, "messages.0.role: is missing"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, "no images, sound or files"),
+    ("/v1/chat/completions", {"max_tokens": 510}, "ask for 488 or fewer, or shorten the prompt"),
+    ("/v1/completions", {"prompt": 5}, "prompt: must be a text or a list, not 5"),
+    ("/v1/completions", {"prompt": [1] * 600}, "the prompt has 600 tokens, and the target has room for 512"),
+    ("/v1/completions", {"echo": True}, f"echo: {CANNOT}"),
+    ("/v1/completions", {"model": "gpt-4o"}, f"no model 'gpt-4o' here; there is '{MODEL}'"),
+]
+
+
+def test_a_refusal_says_what_is_wrong_and_what_would_not_be(http: httpx.Client) -> None:
+    for path, change, said in SAID:
+        good = CHAT if "chat" in path else TEXT
+        assert said in http.post(path, json=good | change).json()["error"]["message"], change
+    headers = {"content-type": "application/json"}
+    for body, said in (
+        (b"", "the body is empty: send a JSON object"),
+        (b"[]", "the body must be a JSON object"),
+        (b'{"model": "x"', "the body is no JSON: Expecting ',' delimiter at character 13"),
+    ):
+        error = http.post("/v1/completions", content=body, headers=headers).json()["error"]
+        assert (error["message"], error["param"]) == (said, None)
+    for path, said in (
+        ("/chat/completions", "is /v1/chat/completions meant?"),
+        ("/v1/v1/completions", "is /v1/completions meant?"),
+        ("/v1/embeddings", "/openapi.json tells what there is"),
+    ):
+        missing = http.post(path, json=CHAT)
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+        assert said in missing.json()["error"]["message"]
+    wrong = http.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "GET is not for /v1/completions; use POST"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -11,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atts_engine.backends.remote.stats import RemoteStats
-from atts_engine.errors import ChainError, InputError, LaneError, Unreachable
+from atts_engine.errors import InputError, LaneError, Refused, Unreachable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -21,10 +22,17 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 IDLE_S = 4.0
 """A connection that idles longer is not used again: uvicorn closes it after 5 seconds."""
+LOST, LOST_S = 10, 600.0
+"""Times `silence_s`, and seconds at the least, without a byte after which a request is lost, whatever /health says. No
+less, for a busy server is silent too: a score says nothing before it is done, and behind 256 others of 8,000 tokens
+each, at 20,000 tokens a second, it waits for 100 seconds; one that is asked again queues up anew."""
 END_S = 1.0
 """That the end of an answer may come behind its "[DONE]"."""
 HEALTH_S = 25.0
 """SGLang's /health runs a request, and a busy server takes up to 20 seconds."""
+ASIDE = 1 << 20
+"""Bytes of JSON from which on it is parsed on another thread: about two of the intervals at which threads take turns
+(5 ms). A shorter stall is not made shorter by a thread."""
 AGAIN = frozenset({408, 425, 429})
 """Statuses, beside all from 500 on, of a server that may answer the same request later."""
 LONGEST = 300
@@ -33,7 +41,8 @@ LONGEST = 300
 
 class Client:
     """server: its name in messages; key: sent as a bearer token. max_requests: open at a time; others wait. silence_s:
-    a request that hears nothing for so long asks /health whether it may go on waiting: a long queue is no fault."""
+    a request that hears nothing for so long asks /health whether it may go on waiting, until it is lost (`LOST`): a
+    long queue is no fault."""
 
     def __init__(
         self, server: str, base_url: str, key: str | None, *, max_requests: int, silence_s: float, stats: RemoteStats
@@ -47,6 +56,7 @@ class Client:
         self.server = server
         self._base_url = base_url
         self._silence_s = silence_s
+        self._waits = max(LOST, math.ceil(LOST_S / silence_s))
         self._stats = stats
         self._places = asyncio.Semaphore(max_requests)
         self._http = aiohttp.ClientSession(
@@ -59,7 +69,7 @@ class Client:
         return await self._whole("GET", path, None)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The answer's JSON. `Unreachable` for a server that cannot be asked now, `ChainError` for a request that it
+        """The answer's JSON. `Unreachable` for a server that cannot be asked now, `Refused` for a request that it
         refuses, `LaneError` for one that it does not know or for an answer that is no JSON."""
         return await self._whole("POST", path, body)
 
@@ -89,8 +99,8 @@ class Client:
             with self._stats.request():
                 answer = await self._begun(method, path, body)
                 async with answer:
-                    text = await self._heard(answer.read())
-        return self._json(text)
+                    text = await self._body(answer)
+        return await self._json(text)
 
     async def _begun(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
         if self._http.closed:
@@ -99,7 +109,7 @@ class Client:
         if answer.status == 200:
             return answer
         async with answer:
-            text = (await self._heard(answer.read())).decode("utf-8", "replace")
+            text = (await self._body(answer)).decode("utf-8", "replace")
         raise self._refusal(answer.status, f"{path}: {_message(text)}", answer.headers.get("Retry-After"))
 
     async def _events(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Any, None]:
@@ -110,7 +120,7 @@ class Client:
             data = line[5:].strip()
             if data == b"[DONE]":
                 return
-            event = self._json(data)
+            event = await self._json(data)
             if isinstance(event, dict) and isinstance(event.get("error"), dict):
                 code = event["error"].get("code")
                 raise self._refusal(code if isinstance(code, int) else 500, _message(data.decode("utf-8", "replace")))
@@ -119,25 +129,39 @@ class Client:
 
     async def _lines(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         # Not `readline`: that has a limit on the length of a line, which one with many log-probabilities exceeds.
-        kept = b""
-        while True:
-            block = await self._patiently(answer.content.readany)
-            if not block:
-                return
-            *lines, kept = (kept + block).split(b"\n")
-            for line in lines:
-                yield line
+        begun: list[bytes] = []
+        async for block in self._blocks(answer):
+            rest, *later = block.split(b"\n")
+            begun.append(rest)
+            for next_one in later:
+                yield b"".join(begun)
+                begun = [next_one]
+
+    async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
+        return b"".join([block async for block in self._blocks(answer)])
+
+    async def _blocks(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """An answer's bytes as they come; each may be waited for as long as the request itself."""
+        while block := await self._patiently(answer.content.readany):
+            yield block
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Wait for an answer, or for more of it, for as long as the server says that it lives."""
-        task = asyncio.ensure_future(ask())
+        """Wait for an answer, or for more of it, for as long as the server says that it lives. One that has been silent
+        for too long all the same is lost: `Unreachable`, so that it is asked for again."""
+        task, waits = asyncio.ensure_future(ask()), 0
         try:
-            while True:
-                done, _ = await asyncio.wait({task}, timeout=self._silence_s)
-                if done:
-                    return await self._heard(task)
+            while not (await asyncio.wait({task}, timeout=self._silence_s))[0]:
+                waits += 1
+                if waits == self._waits:
+                    self._stats.lost_requests += 1
+                    seconds = self._waits * self._silence_s
+                    raise Unreachable(
+                        f"{self.server}: no word of a request for {seconds:g} seconds, while /health answers; if its "
+                        "queue is as long as that, raise --patience"
+                    )
                 if not await self._alive():
                     raise Unreachable(f"{self.server}: no word for {self._silence_s:g} seconds")
+            return await self._heard(task)
         finally:
             task.cancel()
 
@@ -160,9 +184,9 @@ class Client:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
 
-    def _json(self, text: bytes) -> Any:
+    async def _json(self, text: bytes) -> Any:
         try:
-            return json.loads(text)
+            return await asyncio.to_thread(_parsed_aside, text) if len(text) >= ASIDE else json.loads(text)
         except ValueError as error:
             said = " ".join(text[:LONGEST].decode("utf-8", "replace").split())
             raise LaneError(
@@ -178,7 +202,13 @@ class Client:
             )
         if status == 404:
             return LaneError(f"{self.server}: {status} {said}")
-        return ChainError(f"{self.server}: {status} {said}")
+        return Refused(f"{self.server}: {status} {said}")
+
+
+def _parsed_aside(text: bytes) -> Any:
+    """As `json.loads`, which holds the interpreter's lock from end to end: a thread alone would spare the event loop
+    nothing. Where the parser calls Python, here for each number with a point, the lock can be had."""
+    return json.loads(text, parse_float=lambda number: float(number))
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -237,10 +237,11 @@ class RemoteLane:
         """The piece's tokens up to one that ends the span; returns how it does."""
         if not all(map(math.isfinite, (*piece.logprobs, *piece.confidences))):
             raise ChainError(f"{self.name}: the log-probability of a sampled token is not finite")
-        for token, logprob, confidence in zip_longest(piece.tokens, piece.logprobs, piece.confidences):
+        told = piece.logprobs, piece.confidences, piece.alternatives
+        for token, logprob, confidence, alternatives in zip_longest(piece.tokens, *told):
             own.tokens.append(token)
             self._stats.sampled_tokens += 1
-            finish = state.take(token, logprob, confidence, self._eos, self.model.tokenizer)
+            finish = state.take(token, logprob, confidence, alternatives, self._eos, self.model.tokenizer)
             if finish is not None:
                 return finish
         return None

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from atts_engine.backends.remote.stats import RemoteStats
-from atts_engine.errors import ChainError, LaneError, Unreachable
+from atts_engine.errors import ChainError, Unreachable
 
 LIMIT = 5
 FIRST_PAUSE_S = 0.25
@@ -113,9 +113,13 @@ class Patience:
     async def pause_as_probe(self) -> None:
         await self.pause(self._failures)
 
-    def gone(self) -> LaneError:
+    def gone(self) -> Unreachable:
         seconds = 0.0 if self._away_since is None else self.clock() - self._away_since
-        return LaneError(f"{self.server} has not answered for {seconds:.0f} seconds (last: {self._last})")
+        return Unreachable(
+            f"{self.server} has not answered for {seconds:.0f} seconds (last: {self._last}); see that it runs, and ask "
+            "again",
+            self._retry_after or LONGEST_PAUSE_S,
+        )
 
 
 class Tries:

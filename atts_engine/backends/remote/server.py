@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.records import Alternatives, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,15 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """New tokens of a span that a server writes. logprobs, confidences, finish: as in `TokenChunk`. prompt_tokens,
-    cached_tokens: of the prompt, and of them those that the server found in its prefix cache, on the first piece that
-    tells; None where the server does not."""
+    """New tokens of a span that a server writes. logprobs, confidences, alternatives, finish: as in `TokenChunk`.
+    prompt_tokens, cached_tokens: of the prompt, and of them those that the server found in its prefix cache, on the
+    first piece that tells; None where the server does not."""
 
     tokens: tuple[int, ...]
     finish: str | None = None
     logprobs: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
+    alternatives: tuple[Alternatives, ...] = ()
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
 
@@ -54,7 +55,7 @@ class Server(Protocol):
     """One model on one server. Every call is a request that may be made again: the server keeps nothing but a cache.
 
     Every method raises `Unreachable` for a server that cannot be asked now (refused, reset, timed out, 5xx, 429),
-    `ChainError` for a request that this server will never answer otherwise, and `LaneError` for an answer that does
+    `Refused` for a request that this server will never answer otherwise, and `LaneError` for an answer that does
     not hold what its protocol promises. Cancelling a call, or closing the generator, ends the request on the server.
     """
 

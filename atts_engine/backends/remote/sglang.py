@@ -11,8 +11,8 @@ from typing import Any
 
 from atts_engine.backends.remote.client import AGAIN, Client
 from atts_engine.backends.remote.server import Scores, Served, Written
-from atts_engine.errors import ChainError, LaneError, Unreachable
-from atts_engine.runtime.records import SamplingParams
+from atts_engine.errors import ChainError, LaneError, Refused, Unreachable
+from atts_engine.runtime.records import Alternatives, SamplingParams
 
 STREAM_INTERVAL = 16
 """Tokens of a piece. By default SGLang sends each token with all that came before it, which is quadratic."""
@@ -84,18 +84,20 @@ class SGLangServer:
     async def decode(
         self, tokens: Sequence[int], max_tokens: int, sampling: SamplingParams
     ) -> AsyncGenerator[Written, None]:
-        await self._admit(tokens, sampling.confidence)
-        judged = bool(sampling.logprobs or sampling.confidence)
+        likeliest = max(sampling.confidence, sampling.alternatives)
+        await self._admit(tokens, likeliest)
+        judged = bool(sampling.logprobs or likeliest)
         judged = judged and (sampling.temperature in (0.0, 1.0) or await self._tells_original(tokens))
-        if sampling.confidence and not judged:
-            raise ChainError(
+        if likeliest and not judged:
+            raise Refused(
                 f"{self._client.server}: at temperature {sampling.temperature} SGLang does not tell the model's own "
-                "confidences: start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment, or sample at 1"
+                f"{'confidences' if sampling.confidence else 'alternatives'}: start it with "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment, or sample at 0 or 1"
             )
         body: dict[str, Any] = {"input_ids": list(tokens), "stream": True, "sampling_params": _settings(sampling)}
         body["sampling_params"]["max_new_tokens"] = max_tokens
         if judged:
-            body |= {"return_logprob": True, "top_logprobs_num": sampling.confidence}
+            body |= {"return_logprob": True, "top_logprobs_num": likeliest}
         server, count = self._client.server, 0
         async with aclosing(self._client.stream("/generate", body)) as events:
             async for event in events:
@@ -143,8 +145,8 @@ class SGLangServer:
             body = {"input_ids": [0], "return_logprob": True, "token_ids_logprob": [largest]}
             try:
                 await self._client.post("/generate", {**body, "sampling_params": {**_GREEDY, "max_new_tokens": 0}})
-            except ChainError as error:
-                raise ChainError(f"{error}; was token id {largest} made by another tokenizer?") from error
+            except Refused as error:
+                raise Refused(f"{error}; was token id {largest} made by another tokenizer?") from error
             self._largest = largest
 
     async def _tells_original(self, tokens: Sequence[int]) -> bool:
@@ -162,7 +164,7 @@ class SGLangServer:
         settings = {**_NEUTRAL, "temperature": temperature, "max_new_tokens": 1}
         body = {"input_ids": list(tokens), "return_logprob": True, "top_logprobs_num": 2, "sampling_params": settings}
         meta = _meta(self._client.server, await self._client.post("/generate", body), len(tokens))
-        ((first, second),) = _likeliest(self._client.server, meta.get("output_top_logprobs"), 1, 2)
+        (((_, first), (_, second)),) = _likeliest(self._client.server, meta.get("output_top_logprobs"), 1, 2)
         return first - second
 
 
@@ -199,14 +201,18 @@ def _written(server: str, event: Any, count: int, judged: SamplingParams | None,
     new = slice(skip, skip + len(tokens))
     logprobs: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
+    alternatives: tuple[Alternatives, ...] = ()
     if judged is not None and judged.logprobs:
         logprobs = _logprobs(server, (meta.get("output_token_logprobs") or [])[new], tokens)
-    if judged is not None and judged.confidence:
-        rows = _likeliest(server, (meta.get("output_top_logprobs") or [])[new], len(tokens), judged.confidence)
-        confidences = tuple(-math.fsum(row) / len(row) for row in rows)
+    if judged is not None and (most := max(judged.confidence, judged.alternatives)):
+        rows = _likeliest(server, (meta.get("output_top_logprobs") or [])[new], len(tokens), most)
+        if k := judged.confidence:
+            confidences = tuple(-math.fsum(value for _, value in row[:k]) / k for row in rows)
+        if k := judged.alternatives:
+            alternatives = tuple(row[:k] for row in rows)
     if count:
-        return Written(tokens, finish, logprobs, confidences)
-    return Written(tokens, finish, logprobs, confidences, prompt_tokens, meta.get("cached_tokens"))
+        return Written(tokens, finish, logprobs, confidences, alternatives)
+    return Written(tokens, finish, logprobs, confidences, alternatives, prompt_tokens, meta.get("cached_tokens"))
 
 
 def _meta(server: str, answer: Any, prompt_tokens: int) -> Mapping[str, Any]:
@@ -219,7 +225,7 @@ def _meta(server: str, answer: Any, prompt_tokens: int) -> Mapping[str, Any]:
             # No status at all: a pause, or /abort_request.
             status = reason["status_code"]
             passes = status is None or status in AGAIN or status >= 500
-            raise (Unreachable if passes else ChainError)(f"{server}: {reason['message']}")
+            raise (Unreachable if passes else Refused)(f"{server}: {reason['message']}")
         if reason is not None and reason.get("matched") == "NaN happened":  # `Req._check_vocab_boundary_finish`
             raise ChainError(f"{server}: the model answered with NaN")
         read = meta["prompt_tokens"]
@@ -243,11 +249,11 @@ def _logprobs(server: str, rows: Any, tokens: Sequence[int], *, first_null: bool
     return tuple(_number(server, row[0]) for row in rows[first_null:])
 
 
-def _likeliest(server: str, rows: Any, n: int, k: int) -> list[list[float]]:
-    """Log-probabilities of the k likeliest tokens at each of n places."""
+def _likeliest(server: str, rows: Any, n: int, k: int) -> list[Alternatives]:
+    """The k likeliest tokens at each of n places."""
     if not isinstance(rows, list) or len(rows) != n or any(not row or len(row) != k for row in rows):
         raise LaneError(f"{server}: the {k} likeliest tokens are not told at each of {n} places")
-    return [[_number(server, entry[0]) for entry in row] for row in rows]
+    return [tuple((int(entry[1]), _number(server, entry[0])) for entry in row) for row in rows]
 
 
 def _number(server: str, value: Any) -> float:

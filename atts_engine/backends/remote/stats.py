@@ -18,7 +18,8 @@ class RemoteStats:
     sent_tokens: of prompts, over all requests that were answered; told_tokens: those of answers that said how many of
     them the server had in its prefix cache, which were cached_tokens. score_sent_tokens, score_cached_tokens: of
     sent_tokens and cached_tokens those of score requests. scored_tokens, sampled_tokens: handed over. resumed_spans:
-    written on by a new request after the server had gone in the middle of one. in_flight: requests open now; busy_s:
+    written on by a new request after the server had gone in the middle of one. lost_requests: given up because no byte
+    of them came for too long, although the server lives. in_flight: requests open now; busy_s:
     wall time with one or more of them; waiting_s: that requests waited for a server that was away, summed.
     """
 
@@ -36,6 +37,7 @@ class RemoteStats:
     scored_tokens: int = 0
     sampled_tokens: int = 0
     resumed_spans: int = 0
+    lost_requests: int = 0
     in_flight: int = 0
     busy_s: float = 0.0
     waiting_s: float = 0.0

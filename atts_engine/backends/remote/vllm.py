@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from atts_engine.backends.remote.client import Client
 from atts_engine.backends.remote.server import Scores, Served, Written
 from atts_engine.errors import ChainError, LaneError, Unreachable
-from atts_engine.runtime.records import SamplingParams
+from atts_engine.runtime.records import Alternatives, SamplingParams
 
 BLOCK = 16
 """Tokens of a block of vLLM's prefix cache, unless its --block-size says otherwise."""
@@ -73,7 +74,7 @@ class VllmServer:
     async def decode(
         self, tokens: Sequence[int], max_tokens: int, sampling: SamplingParams
     ) -> AsyncGenerator[Written, None]:
-        likeliest = sampling.confidence if sampling.confidence else 0 if sampling.logprobs else None
+        likeliest = max(sampling.confidence, sampling.alternatives) or (0 if sampling.logprobs else None)
         body: dict[str, Any] = {
             **_PLAIN,
             "model": self._name,
@@ -107,7 +108,7 @@ class VllmServer:
                 elif last is not None:
                     # The figures of the prompt come behind the last token.
                     prompt, cached = _usage(event)
-                    last = Written(last.tokens, last.finish, last.logprobs, last.confidences, prompt, cached)
+                    last = replace(last, prompt_tokens=prompt, cached_tokens=cached)
         if last is None:
             raise LaneError(f"{self._client.server}: the span ended without a reason")
         yield last
@@ -192,18 +193,22 @@ class VllmServer:
             raise ChainError(f"{self._client.server}: the span ended with {finish!r}")
         logprobs: tuple[float, ...] = ()
         confidences: tuple[float, ...] = ()
-        if sampling.logprobs or sampling.confidence:
+        alternatives: tuple[Alternatives, ...] = ()
+        if sampling.logprobs or sampling.confidence or sampling.alternatives:
             told = choice.get("logprobs") or {}
             of_tokens = told.get("token_logprobs") or []
             if len(of_tokens) != len(tokens):
                 raise LaneError(f"{self._client.server}: {len(of_tokens)} log-probabilities for {len(tokens)} tokens")
             logprobs = tuple(map(_logprob, of_tokens)) if sampling.logprobs else ()
-            if sampling.confidence:
+            if sampling.confidence or sampling.alternatives:
                 of_others = told.get("top_logprobs") or []
                 if len(of_others) != len(tokens) or not all(of_others):
                     raise LaneError(f"{self._client.server}: the likeliest tokens are not told at each place")
-                confidences = tuple(_confidence(likeliest, sampling.confidence) for likeliest in of_others)
-        return Written(tokens, finish, logprobs, confidences)
+                if sampling.confidence:
+                    confidences = tuple(_confidence(likeliest, sampling.confidence) for likeliest in of_others)
+                if sampling.alternatives:
+                    alternatives = tuple(_alternatives(likeliest, sampling.alternatives) for likeliest in of_others)
+        return Written(tokens, finish, logprobs, confidences, alternatives)
 
     def _decoded(self, rows: str) -> tuple[float, ...]:
         """float32[rows, 1], an .npy file in base64."""
@@ -238,3 +243,9 @@ def _confidence(likeliest: dict[str, float | None], k: int) -> float:
         return math.nan
     top = sorted(map(_logprob, likeliest.values()), key=lambda x: -math.inf if math.isnan(x) else x, reverse=True)[:k]
     return -math.fsum(top) / len(top)
+
+
+def _alternatives(likeliest: dict[str, float | None], k: int) -> Alternatives:
+    """Of a map {"token_id:ID": logprob}, in which the token itself may stand beside the k."""
+    told = [(int(name.removeprefix("token_id:")), _logprob(value)) for name, value in likeliest.items()]
+    return tuple(sorted((entry for entry in told if math.isfinite(entry[1])), key=lambda entry: -entry[1])[:k])

@@ -11,7 +11,7 @@ from atts_engine.serve.rendering import CompletionRenderer, Heading
 from atts_engine.serve.replies import CompletionReply
 from atts_engine.serve.requests import CompletionRequest
 from atts_engine.serve.responding import respond
-from atts_engine.serve.routes.common import ERRORS, STREAM, log_prompt, now, service_of, text_ids
+from atts_engine.serve.routes.common import ERRORS, STREAM, log_prompt, naming, now, service_of, text_ids
 from atts_engine.serve.service import Service
 
 router = APIRouter(tags=["generation"])
@@ -33,18 +33,18 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     ask = await _ask(service, body, new_id("cmpl"))
     log_prompt(service, ask.id, body.prompt)
     heading = Heading(ask.id, now(), service.settings.model)
-    renderer = CompletionRenderer(heading, body.logprobs is not None, service.token_bytes)
+    renderer = CompletionRenderer(heading, body.logprobs, service.token_bytes)
     return await respond(service, request, ask, renderer)
 
 
 async def _ask(service: Service, body: CompletionRequest, ask_id: str) -> Ask:
-    logprobs = body.logprobs is not None
     if body.atts is None:
         ids = [await text_ids(service, prompt) for prompt in body.prompts]
         limit = body.max_tokens if body.max_tokens is not None else DEFAULT_TOKENS
-        return plain_ask(service, body, ask_id, "text_completion", ids, limit, logprobs)
+        return plain_ask(service, body, ask_id, "text_completion", ids, limit, body.logprobs)
     if not isinstance(body.prompt, str):
         raise bad_request("with atts the prompt must be one text: each model has tokens of its own", "prompt")
     text = body.prompt
-    prompts = await service.off_loop(len(text), lambda: service.engine.prompts(text))
-    return atts_ask(service, body, body.atts, ask_id, "text_completion", prompts, body.max_tokens, logprobs)
+    with naming("prompt"):
+        prompts = await service.off_loop(len(text), lambda: service.engine.prompts(text))
+    return atts_ask(service, body, body.atts, ask_id, "text_completion", prompts, body.max_tokens, body.logprobs)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from atts_engine import __version__
-from atts_engine.errors import LaneError
+from atts_engine.errors import LaneError, Unreachable
 from atts_engine.serve.replies import Health, LaneHealth, Version
 from atts_engine.serve.routes.common import ERRORS, service_of
 
@@ -26,7 +26,9 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     lanes = {}
     for name, found in (await service.health()).items():
-        if isinstance(found, LaneError):
+        if isinstance(found, Unreachable):
+            lanes[name] = LaneHealth(ok=False, error="its server does not answer; the log has the details")
+        elif isinstance(found, LaneError):
             lanes[name] = LaneHealth(ok=False, error="failed; the server's log has the details")
         else:
             lanes[name] = LaneHealth(ok=True, seconds=found)

@@ -9,7 +9,7 @@ from atts_engine.serve.errors import bad_request
 from atts_engine.serve.rendering import as_text
 from atts_engine.serve.replies import DetokenizeReply, TokenizeReply
 from atts_engine.serve.requests import DetokenizeRequest, TokenizeRequest
-from atts_engine.serve.routes.common import ERRORS, chat_ids, one_of_two, service_of
+from atts_engine.serve.routes.common import ERRORS, chat_ids, naming, one_of_two, service_of
 
 router = APIRouter(tags=["tokens"])
 
@@ -21,7 +21,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     one_of_two(body.prompt, body.messages)
     if body.prompt is not None:
         text = body.prompt
-        ids = await service.off_loop(len(text), lambda: service.engine.target_model.tokenizer.encode(text))
+        with naming("prompt"):
+            ids = await service.off_loop(len(text), lambda: service.engine.target_model.tokenizer.encode(text))
     else:
         assert body.messages is not None
         ids = await chat_ids(service, body.messages)

@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 #define ATTS_VERSION_MAJOR 0
-#define ATTS_VERSION_MINOR 4
+#define ATTS_VERSION_MINOR 5
 #define ATTS_VERSION_PATCH 0
 #define ATTS_VERSION (ATTS_VERSION_MAJOR * 10000 + ATTS_VERSION_MINOR * 100 + ATTS_VERSION_PATCH)
 
@@ -196,113 +196,116 @@ typedef struct atts_unpack_weight_params {
   int32_t threads;       /* 1 or more */
 } atts_unpack_weight_params;
 
-/* A dense layer in bfloat16: out = x weight^T + bias, summed in fp32 and rounded once. This struct and those without a
- * dtype are for the host alone, in bfloat16; a bfloat16 is its 16 bits. AVX-512, AVX2 or plain code, as the processor
- * has it. */
+/* A dense layer: out = x weight^T + bias, summed in fp32 and rounded once. This struct and the next six are for the host
+ * alone; their dtype is ATTS_FLOAT32 or ATTS_BFLOAT16, else ATTS_ERROR_DTYPE. AVX-512, AVX2 or plain code, as the
+ * processor has it. */
 typedef struct atts_linear_params {
-  uint64_t struct_size;    /* sizeof(atts_linear_params) */
-  const uint16_t* x;       /* [rows, in_features] */
-  const uint16_t* weight;  /* [out_features, in_features] */
-  const void* packed;      /* optional: weight, packed */
-  const uint16_t* bias;    /* [out_features], or NULL */
-  uint16_t* out;           /* [rows, out_features], written; must not overlap x */
-  int64_t rows;            /* 0 or more */
-  int64_t in_features;     /* 1 or more */
-  int64_t out_features;    /* 1 or more */
-  int32_t threads;         /* 1 or more */
+  uint64_t struct_size; /* sizeof(atts_linear_params) */
+  const void* x;        /* [rows, in_features] of dtype */
+  const void* weight;   /* [out_features, in_features] of dtype */
+  const void* packed;   /* optional, in bfloat16 (else ATTS_ERROR_PACKED): weight, packed */
+  const void* bias;     /* [out_features] of dtype, or NULL */
+  void* out;            /* [rows, out_features] of dtype, written; must not overlap x */
+  int64_t rows;         /* 0 or more */
+  int64_t in_features, out_features; /* 1 or more */
+  int32_t dtype;        /* atts_dtype of every array */
+  int32_t threads;      /* 1 or more */
 } atts_linear_params;
 
-/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]] in bfloat16, logits in fp32 and never rounded. NaN where a row
- * is not finite. */
+/* logprob[i] = log softmax(hidden weight^T)[i, ids[i]], logits in fp32, never rounded. NaN where a row is not finite. */
 typedef struct atts_score_tokens_params {
   uint64_t struct_size;    /* sizeof(atts_score_tokens_params) */
-  const uint16_t* hidden;  /* [rows, width] */
-  const uint16_t* weight;  /* [vocab, width] */
-  const void* packed;      /* optional: weight, packed */
+  const void* hidden;      /* [rows, width] of dtype */
+  const void* weight;      /* [vocab, width] of dtype */
+  const void* packed;      /* optional, in bfloat16: weight, packed */
   const int64_t* ids;      /* [rows], 0..vocab-1 */
   float* logprob;          /* [rows], written */
   int64_t rows, width, vocab;
+  int32_t dtype;           /* atts_dtype of hidden and weight */
   int32_t threads;         /* 1 or more */
 } atts_score_tokens_params;
 
-/* Causal attention over a paged cache in bfloat16, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last
- * positions of sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
+/* Causal attention over a paged cache, softmax in fp32. Query rows cu_q[b] .. cu_q[b+1]-1 are the last positions of
+ * sequence b's kv_len[b] tokens; token t of it lies in slot t % page of page block_table[b, t / page]. */
 typedef struct atts_attention_params {
   uint64_t struct_size;        /* sizeof(atts_attention_params) */
-  const uint16_t* q;           /* [rows, heads, head_dim] */
-  const uint16_t* kv;          /* [2, pages, page, kv_heads, head_dim], keys and then values */
+  const void* q;               /* [rows, heads, head_dim] of dtype */
+  const void* kv;              /* [2, pages, page, kv_heads, head_dim] of dtype, keys and then values */
   const int32_t* block_table;  /* [batch, table_width] */
   const int32_t* cu_q;         /* [batch + 1], from 0 to rows */
   const int32_t* kv_len;       /* [batch], the queries' own tokens included */
-  uint16_t* out;               /* [rows, heads, head_dim], written */
+  void* out;                   /* [rows, heads, head_dim] of dtype, written */
   int64_t rows, batch, table_width, pages, page;
   int64_t heads, kv_heads;     /* heads is a multiple of kv_heads */
   int64_t head_dim;            /* a multiple of 16 */
   float scale;
+  int32_t dtype;               /* atts_dtype of q, kv and out */
   int32_t threads;             /* 1 or more */
 } atts_attention_params;
 
-/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded, where y is x, or x + delta, rounded and kept in sum.
- * */
+/* out = y / sqrt(mean(y^2) + eps), rounded, times weight, rounded; y is x, or x + delta, rounded and kept in sum. */
 typedef struct atts_rms_norm_params {
-  uint64_t struct_size;    /* sizeof(atts_rms_norm_params) */
-  const uint16_t* x;       /* [rows, width], rows x_stride apart */
-  const uint16_t* delta;   /* [rows, width], dense, or NULL */
-  const uint16_t* weight;  /* [width] */
-  uint16_t* sum;           /* [rows, width], dense, written; NULL where delta is */
-  uint16_t* out;           /* [rows, width], dense, written */
+  uint64_t struct_size;  /* sizeof(atts_rms_norm_params) */
+  const void* x;         /* [rows, width] of dtype, rows x_stride apart */
+  const void* delta;     /* [rows, width] of dtype, dense, or NULL */
+  const void* weight;    /* [width] of dtype */
+  void* sum;             /* [rows, width] of dtype, dense, written; NULL where delta is */
+  void* out;             /* [rows, width] of dtype, dense, written */
   int64_t rows, width, x_stride;
   float eps;
-  int32_t threads;         /* 1 or more */
+  int32_t dtype;         /* atts_dtype of every array */
+  int32_t threads;       /* 1 or more */
 } atts_rms_norm_params;
 
 /* out = gate / (1 + exp(-gate)) * up, in fp32, rounded once. */
 typedef struct atts_silu_mul_params {
   uint64_t struct_size;  /* sizeof(atts_silu_mul_params) */
-  const uint16_t* gate;  /* [rows, width], rows gate_stride apart */
-  const uint16_t* up;    /* [rows, width], rows up_stride apart */
-  uint16_t* out;         /* [rows, width], dense, written */
+  const void* gate;      /* [rows, width] of dtype, rows gate_stride apart */
+  const void* up;        /* [rows, width] of dtype, rows up_stride apart */
+  void* out;             /* [rows, width] of dtype, dense, written */
   int64_t rows, width, gate_stride, up_stride;
+  int32_t dtype;         /* atts_dtype of every array */
   int32_t threads;       /* 1 or more */
 } atts_silu_mul_params;
 
 /* Rotary embedding: elements i and i + head_dim / 2 of a head turn together. Heads of a row lie side by side. */
 typedef struct atts_rope_params {
   uint64_t struct_size;  /* sizeof(atts_rope_params) */
-  const uint16_t* x;     /* [rows, heads, head_dim], rows row_stride apart */
+  const void* x;         /* [rows, heads, head_dim] of dtype, rows row_stride apart */
   const float* cosine;   /* [rows, head_dim / 2], dense */
   const float* sine;     /* [rows, head_dim / 2], dense */
-  uint16_t* out;         /* [rows, heads, head_dim], dense, written */
+  void* out;             /* [rows, heads, head_dim] of dtype, dense, written */
   int64_t rows, heads, head_dim, row_stride;
+  int32_t dtype;         /* atts_dtype of x and out */
   int32_t threads;       /* 1 or more */
 } atts_rope_params;
 
-/* Weights of one block of a decoder, in bfloat16, dense. */
+/* Weights of one block of a decoder, dense, of its dtype. */
 typedef struct atts_decoder_layer {
-  const uint16_t* attn_norm; /* [hidden] */
-  const uint16_t* qkv;       /* [(heads + 2 kv_heads) head_dim, hidden]: rows of q, then of k, then of v */
-  const uint16_t* qkv_bias;  /* optional: [(heads + 2 kv_heads) head_dim] */
-  const uint16_t* q_norm;    /* optional: [head_dim], for each head of q */
-  const uint16_t* k_norm;    /* [head_dim]; NULL where q_norm is */
-  const uint16_t* out;       /* [hidden, heads head_dim] */
-  const uint16_t* mlp_norm;  /* [hidden] */
-  const uint16_t* gate_up;   /* [2 inner, hidden]: rows of the gate, then those that it is multiplied with */
-  const uint16_t* down;      /* [hidden, inner] */
-  const void* qkv_packed;     /* optional, as the next three: the matrix of that name, packed */
+  const void* attn_norm;      /* [hidden] */
+  const void* qkv;            /* [(heads + 2 kv_heads) head_dim, hidden]: rows of q, then of k, then of v */
+  const void* qkv_bias;       /* optional: [(heads + 2 kv_heads) head_dim] */
+  const void* q_norm;         /* optional: [head_dim], for each head of q */
+  const void* k_norm;         /* [head_dim]; NULL where q_norm is */
+  const void* out;            /* [hidden, heads head_dim] */
+  const void* mlp_norm;       /* [hidden] */
+  const void* gate_up;        /* [2 inner, hidden]: rows of the gate, then those that it is multiplied with */
+  const void* down;           /* [hidden, inner] */
+  const void* qkv_packed;     /* optional, in bfloat16, as the next three: the matrix of that name, packed */
   const void* out_packed;
   const void* gate_up_packed;
   const void* down_packed;
 } atts_decoder_layer;
 
-/* A forward pass of a decoder in bfloat16, from token ids to hidden states behind the last norm: a Llama block as the ops
- * of this header compute it one by one (rms_norm, linear, rope, kv_append, attention, silu_mul), with the same bits. Rows
+/* A forward pass of a decoder, from token ids to hidden states behind the last norm: a Llama block as the ops of this
+ * header compute it one by one (rms_norm, linear, rope, kv_append, attention, silu_mul), with the same bits. Rows
  * cu_q[b] .. cu_q[b+1]-1 are the last positions of sequence b's kv_len[b] tokens; the key and value of a row at position
  * t go to slot t % page of page block_table[b, t / page]. No two rows share a slot. */
 typedef struct atts_decoder_params {
   uint64_t struct_size;             /* sizeof(atts_decoder_params) */
   const atts_decoder_layer* layer;  /* [layers] */
-  const uint16_t* embed;            /* [vocab, hidden] */
-  const uint16_t* norm;             /* [hidden], behind the last block */
+  const void* embed;                /* [vocab, hidden] of dtype */
+  const void* norm;                 /* [hidden] of dtype, behind the last block */
   const float* cosine;              /* [max_positions, head_dim / 2] */
   const float* sine;                /* [max_positions, head_dim / 2] */
   const int64_t* ids;               /* [rows], 0..vocab-1 */
@@ -310,8 +313,8 @@ typedef struct atts_decoder_params {
   const int32_t* block_table;       /* [batch, table_width] */
   const int32_t* cu_q;              /* [batch + 1], ascending from 0 to rows */
   const int32_t* kv_len;            /* [batch], the new tokens included */
-  uint16_t* kv;                     /* [layers, 2, pages, page, kv_heads, head_dim], changed */
-  uint16_t* out;                    /* [rows, hidden], written */
+  void* kv;                         /* [layers, 2, pages, page, kv_heads, head_dim] of dtype, changed */
+  void* out;                        /* [rows, hidden] of dtype, written */
   void* workspace;                  /* see atts_decoder_cpu_workspace */
   uint64_t workspace_bytes;
   int64_t rows, batch, table_width; /* 0 or more */
@@ -323,6 +326,7 @@ typedef struct atts_decoder_params {
   int64_t max_positions;            /* 1 or more */
   float eps;
   float scale;                      /* of attention's scores: head_dim^-1/2 */
+  int32_t dtype;                    /* atts_dtype of the weights, of kv and of out */
   int32_t threads;                  /* 1 or more */
 } atts_decoder_params;
 
@@ -419,7 +423,7 @@ typedef struct atts_kv_swap_params {
  * with NaN or without a finite largest logit gives -1. */
 typedef struct atts_sample_params {
   uint64_t struct_size;      /* sizeof(atts_sample_params) */
-  const uint16_t* logits;    /* [rows, vocab], bfloat16, rows logits_stride apart */
+  const void* logits;        /* [rows, vocab] of dtype, rows logits_stride apart */
   const float* temperature;  /* [rows], 0: the largest, the first of ties */
   const int64_t* top_k;      /* [rows], 0: off */
   const float* top_p;        /* [rows], 1: off */
@@ -428,6 +432,7 @@ typedef struct atts_sample_params {
   const int64_t* position;   /* [rows] */
   int64_t* ids;              /* [rows], written */
   int64_t rows, vocab, logits_stride;
+  int32_t dtype;             /* atts_dtype of logits: ATTS_FLOAT32 or ATTS_BFLOAT16 */
   int32_t threads;           /* 1 or more */
 } atts_sample_params;
 
