@@ -202,7 +202,7 @@ def test_what_is_not_compiled_in_time_is_left_out(tmp_path: Path) -> None:
     rows, absent = [], {}
     for case in cases("tiny", torch.float32):
         if case.op == "rms_norm":
-            without = {"torch": "not today"}
+            without = {"torch": "not today", "native": "nor this"}
             facts = Facts("cpu", "a machine", 1.0, 1.0, 1.0, 1)
             rows += measure_case(case, CPU, facts, 1, absent, without=without)
     assert [row.provider for row in rows] == ["reference"]
