@@ -208,13 +208,23 @@ def _flashinfer_attention(
     return lambda: wrapper.run(q, cache)
 
 
-def _torch_multinomial(logits: Tensor, temperature: Tensor, *_: Tensor) -> Call:
+def _torch_multinomial(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor) -> Call:
+    _unfiltered(top_p)
     return lambda: torch.multinomial(torch.softmax(logits.float() / temperature[:, None], 1), 1)
 
 
-def _flashinfer_sample(logits: Tensor, temperature: Tensor, *_: Tensor) -> Call:
-    draw = importlib.import_module("flashinfer.sampling").sampling_from_logits
-    return lambda: draw(logits.float() / temperature[:, None])
+def _flashinfer_sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor) -> Call:
+    module = importlib.import_module("flashinfer.sampling")
+    if bool((top_p < 1).any()):
+        return lambda: module.top_p_sampling_from_probs(
+            torch.softmax(logits.float() / temperature[:, None], 1), top_p, deterministic=True
+        )
+    return lambda: module.sampling_from_logits(logits.float() / temperature[:, None])
+
+
+def _unfiltered(top_p: Tensor) -> None:
+    if bool((top_p < 1).any()):
+        raise ValueError("it has no top_p")
 
 
 PEERS: dict[str, Sequence[Peer]] = {
@@ -260,7 +270,7 @@ PEERS: dict[str, Sequence[Peer]] = {
     ),
     "sample": (
         Peer("torch softmax, multinomial", "torch", _torch_multinomial, 0, cuda=False),
-        Peer("FlashInfer sampling_from_logits", "flashinfer", _flashinfer_sample, 0),
+        Peer("FlashInfer sampling", "flashinfer", _flashinfer_sample, 0),
     ),
 }
 """Peers by op, in the order of the table."""
