@@ -18,7 +18,7 @@ from atts_engine import ops
 from atts_engine.evaluation.simulation.work import TurnWork, cut, load_turns, tokens_of
 from atts_engine.models import ModelConfig
 from bench import readme
-from bench.gpu_proof import ahead, build, engine, once, profiles, turns
+from bench.gpu_proof import ahead, build, engine, kernels, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
 from bench.gpu_proof.apart import run_apart, serve
 from bench.gpu_proof.context import Context, DeviceLost, Found, Line, OutOfTime, ran, run_parts, written
@@ -184,6 +184,18 @@ def test_a_part_is_served_behind_what_an_earlier_process_left(tmp_path: Path) ->
     left = json.loads(state.read_text())
     assert left["cell"]["status"] == "device lost" and left["cell"]["error"] == "DeviceLost: illegal address"
     assert left["doing"] == "first" and left["cell"]["found"] == {"old": 1}
+
+
+def test_kernels_go_on_behind_a_lost_case(tmp_path: Path) -> None:
+    ctx = Context(CPU, tmp_path, True, facts=Facts("cpu", "a machine", 1.0, 1.0, 1.0, 1))
+    gate = next(f"{case.op} {case.label}" for case in cases("tiny", torch.float32) if case.op == "gate")
+    ctx.lost[gate] = "it hung"
+    found: Found = {}
+    kernels.measure(ctx, found)
+    assert found["failed"] == {gate: "it hung"} and "gate" not in {row["op"] for row in found["rows"]}
+    again = json.loads(json.dumps(found))
+    kernels.measure(ctx, again)
+    assert again == found and (gate, "failed", "it hung") in kernels.lines(found)
 
 
 def test_what_is_not_compiled_in_time_is_left_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from bench.gpu_proof import ahead
-from bench.gpu_proof.context import Context, Found, Line, free_memory, one_line
+from bench.gpu_proof.context import Context, DeviceLost, Found, Line, free_memory, one_line
 from bench.kernels.cases import cases
 from bench.kernels.run import measure_case
 from bench.kernels.table import Row, duration
@@ -38,7 +38,10 @@ def measure(ctx: Context, found: Found) -> None:
         except Exception as error:
             found["failed"][name] = one_line(error)
             ctx.survived()
-        free_memory(ctx.device)
+        try:
+            free_memory(ctx.device)
+        except RuntimeError as error:  # a capture was broken off, and torch's allocator takes it to go on
+            raise DeviceLost(one_line(error)) from error
 
 
 def _flashinfer(ctx: Context) -> dict[str, str]:
