@@ -34,7 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # Tests of kernels that run on the device where there is one: there `-m gpu` means them too.
+        if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":
+            item.add_marker("gpu")
     if "long" not in config.option.markexpr:
         long = [item for item in items if item.get_closest_marker("long") is not None]
         items[:] = [item for item in items if item not in long]

@@ -73,6 +73,15 @@ def test_providers_take_turns_and_each_inside_its_own_scope() -> None:
     assert all(runner.median() > 0 for runner in runners)
 
 
+def test_a_provider_that_cannot_be_made_ready_leaves_the_others() -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel\nat all")
+
+    runners = [Runner("good", [lambda: None]), Runner("bad", [broken])]
+    assert race(CPU, runners, rounds=2) == {"bad": "RuntimeError: no kernel"}
+    assert [len(runner.seconds) for runner in runners] == [2, 0]
+
+
 def test_bytes_allocated_counts_what_goes_in_between_too() -> None:
     x = torch.ones(1000)
     assert 8000 <= bytes_allocated(CPU, lambda: (x + 1) * 2) < 9000

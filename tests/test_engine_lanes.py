@@ -29,7 +29,7 @@ def chains(config: EngineConfig) -> tuple[list[Chain], dict[str, dict[str, float
 
 
 def test_overlap_and_threads_give_the_same_chains_to_the_bit() -> None:
-    plain, stats, threads = chains(CONFIG)
+    plain, stats, threads = chains(replace(CONFIG, lane_threads="one"))
     assert threads == {"atts-draft+target"}
     assert any(t.takeover for c in plain for t in c.turns)
     assert all(lane["discarded_rows"] == 0 for lane in stats.values())
@@ -49,7 +49,7 @@ def test_one_thread_goes_on_with_a_lane_while_the_other_ones_device_is_busy(monk
     """Steps that are not ready when they are asked for: the thread polls, and the chains are the same."""
     plain, _, _ = chains(CONFIG)
     monkeypatch.setattr(lane_module, "Runner", LateRunner)
-    late, _, _ = chains(replace(CONFIG, overlap=True))
+    late, _, _ = chains(replace(CONFIG, overlap=True, lane_threads="one"))
     assert late == plain
 
 

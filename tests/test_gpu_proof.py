@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-from dataclasses import dataclass, field
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from atts_engine import ops
 from atts_engine.evaluation.simulation.work import TurnWork, cut, load_turns, tokens_of
 from atts_engine.models import ModelConfig
 from bench import readme
-from bench.gpu_proof import build, engine, once, profiles, turns
+from bench.gpu_proof import ahead, build, engine, kernels, once, profiles, turns
 from bench.gpu_proof.__main__ import PARTS, main
-from bench.gpu_proof.context import Context, Found, Line, OutOfTime, ran, run_parts
+from bench.gpu_proof.apart import run_apart, serve
+from bench.gpu_proof.context import Context, DeviceLost, Found, Line, OutOfTime, ran, run_parts, written
 from bench.gpu_proof.exact import ORACLES, WRITTEN, excess, poisoned, relative
 from bench.gpu_proof.job import ALONE, ATTS, FEWER, SYNC
 from bench.gpu_proof.lanes import decode_rows, least_seconds, verify_rows
 from bench.gpu_proof.models import CONFIGS, NoText, random_model
 from bench.gpu_proof.report import file_name, newest, section
+from bench.kernels.cases import cases
 from bench.kernels.devices import Facts
+from bench.kernels.run import measure_case
 
 CPU = torch.device("cpu")
 
@@ -60,7 +65,7 @@ def test_the_dry_run_touches_every_part(dry: tuple[int, dict[str, Any], Path]) -
     parts = record["parts"]
     assert code == 0 and list(parts) == [name for name, _, _ in PARTS]
     assert {cell["status"] for cell in parts.values()} == {"ok"}, {n: c["error"] for n, c in parts.items()}
-    assert record["dry"] and record["device"] == "cpu" and not list(out.glob("*.part"))
+    assert record["dry"] and record["device"] == "cpu" and not [*out.glob("*.new"), *out.glob("*.state")]
     assert {"commit", "date", "torch", "packages", "command"} <= set(record["provenance"])
     names = {line[1] for line in record["lines"]}
     assert {"memory bandwidth", "decode 14B, 2 chains", "job, ATTS", "verify hidden by overlap", "[profiles]"} <= names
@@ -114,6 +119,121 @@ def test_a_part_that_fails_or_runs_out_of_time_stops_no_other(
     assert said.startswith("DRY RUN") and "RuntimeError: broken" in said and said.count("a figure") == 4
 
 
+_CHILD = """
+import json, os, sys, time
+path = sys.argv[1]
+state = json.load(open(path))
+def keep(doing):
+    state["doing"] = doing
+    json.dump(state, open(path + ".new", "w"))
+    os.replace(path + ".new", path)
+for cell in ("good", "lost", "dead", "hung", "last"):
+    if cell not in state["cell"]["found"] and cell not in state["lost"]:
+        keep(cell)
+        if cell == "lost":
+            state["cell"] |= {"status": "device lost", "error": "illegal address"}
+            keep(cell)
+            sys.exit()
+        if cell == "dead":
+            os.abort()
+        if cell == "hung" or sys.argv[2] == "late":
+            time.sleep(600)
+    state["cell"]["found"].setdefault(cell, state["lost"].get(cell))
+state["cell"]["status"] = "ok"
+keep(cell)
+"""
+"""The child's side of `bench.gpu_proof.apart` without torch, whose import takes seconds."""
+
+
+def test_a_part_goes_on_behind_what_the_device_did_not_survive(tmp_path: Path) -> None:
+    """Three cells end their processes, each in its way, and what was found before and behind them is there."""
+    ctx, state, kept = Context(CPU, tmp_path, False), tmp_path / "cells.state", []
+    ctx.deadline = time.perf_counter() + 100
+    cell: Found = {"status": "running", "error": None, "found": {}}
+    command = [sys.executable, "-c", _CHILD, str(state), "in time"]
+    run_apart(command, state, ctx, cell, lambda: kept.append(len(cell["found"])), hang_s=1.0)
+    assert cell["status"] == "ok" and not state.exists() and kept
+    assert cell["found"] == {
+        "good": None, "lost": "illegal address", "dead": "its process ended with -6", "hung": "nothing came for 1 s",
+        "last": None,
+    }  # fmt: skip
+
+
+def test_a_part_that_does_not_look_at_the_clock_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu_proof.apart._GRACE_S", 0.0)
+    ctx, state = Context(CPU, tmp_path, False), tmp_path / "cells.state"
+    ctx.deadline = time.perf_counter() + 1
+    cell: Found = {"status": "running", "error": None, "found": {}}
+    run_apart([sys.executable, "-c", _CHILD, str(state), "late"], state, ctx, cell, lambda: None)
+    assert cell["status"] == "out of time" and cell["error"] == "its share of --minutes was over, in good"
+
+
+def test_a_part_is_served_behind_what_an_earlier_process_left(tmp_path: Path) -> None:
+    state, facts = tmp_path / "s.state", Facts("cuda", "a card", 1.0, 2.0, 3.0, 4)
+    cell = {"status": "running", "error": None, "found": {"old": 1}}
+    written(state, {"cell": cell, "doing": "", "lost": {"second": "it hung"}, "facts": asdict(facts)})
+
+    class Two(Step):
+        def measure(self, ctx: Context, found: Found) -> None:
+            assert ctx.limits() == facts and found == {"old": 1}
+            assert ctx.begin("second") == "it hung" and ctx.begin("first") is None
+            assert json.loads(state.read_text())["doing"] == "first"
+            raise DeviceLost("illegal address")
+
+    serve("s", Two(), Context(CPU, tmp_path, False), state)
+    left = json.loads(state.read_text())
+    assert left["cell"]["status"] == "device lost" and left["cell"]["error"] == "DeviceLost: illegal address"
+    assert left["doing"] == "first" and left["cell"]["found"] == {"old": 1}
+
+
+def test_kernels_go_on_behind_a_lost_case(tmp_path: Path) -> None:
+    ctx = Context(CPU, tmp_path, True, facts=Facts("cpu", "a machine", 1.0, 1.0, 1.0, 1))
+    gate = next(f"{case.op} {case.label}" for case in cases("tiny", torch.float32) if case.op == "gate")
+    ctx.lost[gate] = "it hung"
+    found: Found = {}
+    kernels.measure(ctx, found)
+    assert found["failed"] == {gate: "it hung"} and "gate" not in {row["op"] for row in found["rows"]}
+    again = json.loads(json.dumps(found))
+    kernels.measure(ctx, again)
+    assert again == found and (gate, "failed", "it hung") in kernels.lines(found)
+
+
+def test_what_is_not_compiled_in_time_is_left_out(tmp_path: Path) -> None:
+    compiling = ahead.Ahead(tmp_path)
+    for op, script in (
+        ("sample", "pass"),
+        ("rms_norm", "print('no nvcc'); exit(1)"),
+        ("kv_append", "import time; time.sleep(99)"),
+    ):
+        compiling.running[op] = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=-1, text=True, start_new_session=True
+        )
+    compiling.settle(2.0)
+    found = json.loads(ahead.ready_file(tmp_path).read_text())
+    assert found == {"sample": "", "rms_norm": "no nvcc", "kv_append": "its kernels were not compiled in time"}
+    rows, absent = [], {}
+    for case in cases("tiny", torch.float32):
+        if case.op == "rms_norm":
+            without = {"torch": "not today", "native": "nor this"}
+            facts = Facts("cpu", "a machine", 1.0, 1.0, 1.0, 1)
+            rows += measure_case(case, CPU, facts, 1, absent, without=without)
+    assert [row.provider for row in rows] == ["reference"]
+    assert absent["torch rms_norm"] == "not today"
+
+
+def test_headers_of_curand_are_searched_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit, site = tmp_path / "toolkit", tmp_path / "site"
+    headers = site / "nvidia" / "cu13" / "include"
+    for folder in (toolkit / "bin", toolkit / "include", headers):
+        folder.mkdir(parents=True)
+    (headers / "curand_kernel.h").touch()
+    monkeypatch.syspath_prepend(str(site))
+    nvcc = str(toolkit / "bin" / "nvcc")
+    assert ahead.curand_flags(nvcc) == f"-Xcompiler -idirafter,{headers}"
+    (toolkit / "include" / "curand_kernel.h").touch()
+    assert ahead.curand_flags(nvcc) == ahead.curand_flags(None) == ""
+
+
 def test_only_some_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path), "--dry-run", "--only", "facts", "--only", "profiles"]) == 0
     (path,) = tmp_path.glob("*.json")
@@ -163,6 +283,12 @@ def test_an_error_is_measured_against_what_is_allowed() -> None:
     assert excess(half.float(), half, exact) == float("inf")
     assert relative(half, exact) < 1 < 4 < relative(half + 0.01, exact)
     assert excess(torch.full_like(half, torch.nan), half, exact) == float("inf")
+
+
+def test_a_file_holds_no_infinity(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    written(path, {"a": [float("nan"), (1.0, float("inf"))], "b": {"c": -0.5}})
+    assert json.loads(path.read_text()) == {"a": [None, [1.0, None]], "b": {"c": -0.5}}
 
 
 def test_poison_fills_what_nobody_writes() -> None:

@@ -137,15 +137,21 @@ def test_ragged_batches_against_float64(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("window", [0, 300, 700])
 def test_long_contexts_in_both_forms(dtype: torch.dtype, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths around the bounds of splits; the two forms of a launch agree to the bit."""
+    """Lengths around the bounds of splits; both forms of a launch agree to the bit, and so does one whose programs take
+    several splits each."""
     ends = [KEY_SPLIT - 1, KEY_SPLIT, KEY_SPLIT + 1, 3 * KEY_SPLIT + 70]
     case = make(ends, 3, 1, 16, 32, dtype)
     parts = [(b, end - rows, end) for (b, end), rows in zip(enumerate(ends), (1, 3, 4, 2))]
     check(case, parts, window)
     spread = run(case, parts, window)
-    monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", 0)
-    for mine, theirs in zip(run(case, parts, window), spread):
-        assert torch.equal(mine, theirs)
+    sizes = tiling(10, 4, len(case.table[0]) * 32, 3, 1, 16, dtype)
+    assert sizes.spread and sizes.parts == sizes.splits == 4
+    for enough in (7, 0):
+        monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", enough)
+        sizes = tiling(10, 4, len(case.table[0]) * 32, 3, 1, 16, dtype)
+        assert (sizes.spread, sizes.parts) == (enough > 0, 2 if enough else 1)
+        for mine, theirs in zip(run(case, parts, window), spread):
+            assert torch.equal(mine, theirs)
 
 
 @settings(max_examples=6)
@@ -370,8 +376,9 @@ def test_bits_on_the_device(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(case, [(0, 0, end)])[0]
     for start in (end - 1, end - 5, end - 100):
         assert torch.equal(run(case, [(1, 39, 40), (0, start, end)], more_pages=9)[1], whole[start:])
-    monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", 0)
-    assert torch.equal(run(case, [(0, end - 5, end)])[0], whole[-5:])
+    for enough in (3, 0):  # several splits a program; walked
+        monkeypatch.setattr("atts_triton.attention_tiling.ENOUGH_TILES", enough)
+        assert torch.equal(run(case, [(0, end - 5, end)])[0], whole[-5:])
     monkeypatch.undo()
     q, table = case.q[0][:2].clone(), case.table.clone()
     cu_q, kv_len = torch.tensor([0, 1, 2], device=DEVICE).int(), torch.tensor([1, 1], device=DEVICE).int()

@@ -58,12 +58,14 @@ def variants(modules: Iterable[str] = MODULES) -> Iterator[Variant]:
 
 
 def compiled(variant: Variant, capability: int) -> CompiledKernel:
-    """Code for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them."""
+    """Code for one compute capability (80, 90, 100), with 16-byte aligned pointers as torch allocates them where
+    the kernel looks at it."""
     signature = dict(variant.signature) | dict.fromkeys(variant.constants, "constexpr")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(variant.kernel.arg_names)
-        if signature[name].startswith("*") or name in variant.multiples_of_16
+        if (signature[name].startswith("*") and not variant.kernel.params[index].do_not_specialize_on_alignment)
+        or name in variant.multiples_of_16
     }
     ordered = {name: signature[name] for name in variant.kernel.arg_names}
     source = ASTSource(variant.kernel, ordered, variant.constants, attributes)

@@ -150,7 +150,13 @@ def decide_and_insert(
     tl.store(ticket_ptr, 0)
 
 
-@triton.jit(do_not_specialize=["B", "K", "parts"])
+@triton.jit(
+    do_not_specialize=["B", "K", "parts"],
+    do_not_specialize_on_alignment=[
+        "score_ptr", "key_ptr", "level_ptr", "u_ptr", "insert_ptr", "size_ptr", "head_ptr", "part_ptr", "greater_ptr",
+        "ties_ptr", "n_ptr", "takeover_ptr", "p_ptr", "ticket_ptr",
+    ],
+)  # fmt: skip
 def _gate_kernel(
     score_ptr,  # [B] fp32
     key_ptr,  # [B] int64

@@ -11,7 +11,8 @@ nothing and leaves (peak, total, acc): maximum of a row's scores, sum of its wei
 product with the values. A row's result is the left fold of its splits, `_fold`. Two forms of a launch do the same:
 
 - *walk*: a program takes all splits of its tile in turn and folds each into what it holds. No workspace.
-- *spread*: a program takes one split of its tile and stores it; `_merge_kernel` folds the splits of a row.
+- *spread*: a tile has several programs, which take its splits in turns and store each; `_merge_kernel` folds the splits
+  of a row.
 
 **Bits.** `tiling` chooses the form, and the height of a tile, from shapes that the host knows; no bit depends on them.
 Splits and tiles of keys lie at absolute positions, and their sizes are a function of the head and the dtype. Both forms
@@ -140,7 +141,7 @@ def _split(
 
 @triton.jit(
     do_not_specialize=["N", "B", "table_stride"],
-    do_not_specialize_on_alignment=["table_ptr", "cu_q_ptr", "kv_len_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "cu_q_ptr", "kv_len_ptr", "peak_ptr", "total_ptr"],
 )
 def _attend_kernel(
     q_ptr,  # [N, Hkv * GROUP, D]
@@ -189,9 +190,9 @@ def _attend_kernel(
     if WINDOWED:
         begin = tl.maximum(before + first_row - window + 1, 0)
     idle = first_row >= count
-    split = tl.program_id(2)
+    split_0 = begin // KEY_SPLIT + tl.program_id(2)
     if SPREAD:
-        idle = idle | (split * KEY_SPLIT >= end) | ((split + 1) * KEY_SPLIT <= begin)
+        idle = idle | (split_0 * KEY_SPLIT >= end)
     if idle:
         return
 
@@ -211,17 +212,20 @@ def _attend_kernel(
     table_ptr += sequence.to(tl.int64) * table_stride
 
     if SPREAD:
-        first = split * KEY_SPLIT
-        if WINDOWED:
-            first = tl.maximum(first, begin // BLOCK_N * BLOCK_N)
-        peak, total, acc = _split(
-            q, k_ptr, v_ptr, table_ptr, position, first, tl.minimum((split + 1) * KEY_SPLIT, end), begin, window, scale,
-            page_stride, slot_stride, D, PAGE, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        place = (split.to(tl.int64) * N + token) * HEADS + head
-        tl.store(peak_ptr + place, peak, mask=live)
-        tl.store(total_ptr + place, total, mask=live)
-        tl.store(acc_ptr + place[:, None] * D + d[None, :], acc, mask=mask)
+        # In 32 bits: MAX_WORKSPACE holds fewer numbers, and the compiler keeps the places of all stores in registers.
+        place = (start + row) * HEADS + head
+        for split in range(split_0, tl.cdiv(end, KEY_SPLIT), tl.num_programs(2)):
+            first = split * KEY_SPLIT
+            if WINDOWED:
+                first = tl.maximum(first, begin // BLOCK_N * BLOCK_N)
+            peak, total, acc = _split(
+                q, k_ptr, v_ptr, table_ptr, position, first, tl.minimum((split + 1) * KEY_SPLIT, end), begin, window,
+                scale, page_stride, slot_stride, D, PAGE, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            rows_ahead = tl.cast(split, tl.int64) * N * HEADS
+            tl.store(peak_ptr + rows_ahead + place, peak, mask=live)
+            tl.store(total_ptr + rows_ahead + place, total, mask=live)
+            tl.store(acc_ptr + rows_ahead * D + (place[:, None] * D + d[None, :]), acc, mask=mask)
     else:
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -240,7 +244,10 @@ def _attend_kernel(
         tl.store(out_ptr + place[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "B"], do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr"])
+@triton.jit(
+    do_not_specialize=["N", "B"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "kv_len_ptr", "peak_ptr", "total_ptr"],
+)
 def _merge_kernel(
     peak_ptr,  # [splits, N, HEADS] fp32
     total_ptr,  # [splits, N, HEADS] fp32
@@ -333,7 +340,7 @@ def paged_attention(
         acc = q.new_empty((sizes.splits, rows, heads, dim), dtype=torch.float32)
     else:
         peak = total = acc = out  # not touched
-    grid = (sizes.tiles, kv_heads * triton.cdiv(heads // kv_heads, sizes.heads), sizes.splits if sizes.spread else 1)
+    grid = (sizes.tiles, kv_heads * triton.cdiv(heads // kv_heads, sizes.heads), sizes.parts)
     _attend_kernel[grid](
         q,
         k,
@@ -431,7 +438,7 @@ def variants() -> Iterator[Variant]:
         for capability, rows, spread in product((80, 90, 100), (1, 1000), (False, True)):
             sizes = tiling(rows, 1, KEY_SPLIT, 32, 8, dim, dtype, capability)
             # What a launch is compiled for, without what only its grid depends on.
-            sizes = replace(sizes, tiles=1, spread=spread)
+            sizes = replace(sizes, tiles=1, spread=spread, parts=1)
             launches.setdefault(sizes, set()).add(capability)
         for (sizes, capabilities), windowed in product(launches.items(), (False, True)):
             form = "spread" if sizes.spread else "walk"

@@ -31,7 +31,10 @@ _COPY_BLOCK = 1024
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-@triton.jit(do_not_specialize=["N", "B", "W", "page", "steps", "table_stride"])
+@triton.jit(
+    do_not_specialize=["N", "B", "W", "page", "steps", "table_stride"],
+    do_not_specialize_on_alignment=["position_ptr", "table_ptr", "cu_q_ptr", "slot_ptr"],
+)
 def _slots_kernel(
     position_ptr,  # [N] int64
     table_ptr,  # [B, W] int32

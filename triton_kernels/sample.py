@@ -151,7 +151,7 @@ def _first_largest(value, column, eligible):
 @triton.jit(
     do_not_specialize=["splits"],
     do_not_specialize_on_alignment=[
-        "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "position_ptr",
+        "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "position_ptr", "value_ptr", "id_ptr",
     ],
 )  # fmt: skip
 def _split_kernel(
@@ -261,7 +261,7 @@ def _ahead(logits, V, temperature, top, kth, min_p, stream, value, column_of_val
 @triton.jit(
     do_not_specialize=["splits"],
     do_not_specialize_on_alignment=[
-        "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "position_ptr",
+        "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "position_ptr", "value_ptr", "id_ptr",
     ],
 )  # fmt: skip
 def _finish_kernel(

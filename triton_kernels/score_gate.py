@@ -36,7 +36,14 @@ _BLOCK_T = 32
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["T", "V", "splits", "split_columns", "B", "K"])
+@triton.jit(
+    do_not_specialize=["T", "V", "splits", "split_columns", "B", "K"],
+    do_not_specialize_on_alignment=[
+        "peak_ptr", "total_ptr", "target_ptr", "ids_ptr", "logprob_ptr", "cu_seqlens_ptr", "sum_ptr", "score_ptr",
+        "key_ptr", "level_ptr", "u_ptr", "insert_ptr", "size_ptr", "head_ptr", "part_ptr", "greater_ptr", "ties_ptr",
+        "n_ptr", "takeover_ptr", "p_ptr", "ticket_ptr",
+    ],
+)  # fmt: skip
 def _finish_kernel(
     peak_ptr,  # [splits, T] fp32
     total_ptr,  # [splits, T] fp32

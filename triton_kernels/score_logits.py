@@ -22,7 +22,10 @@ _LOG_COLUMNS = 12
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["T", "V", "tiles_per_split"])
+@triton.jit(
+    do_not_specialize=["T", "V", "tiles_per_split"],
+    do_not_specialize_on_alignment=["ids_ptr", "peak_ptr", "total_ptr", "target_ptr"],
+)
 def _logits_kernel(
     logits_ptr,  # [T, V]
     ids_ptr,  # [T] int64

@@ -25,7 +25,7 @@ all tiles of tensor-core operands issue m64n128k16, on sm_80 m16n8k16 (tests rea
 small operands m16n8k16 or scalar arithmetic. What no compiler shows is how an instruction adds inside its K step: that
 two tiles issue it with the same K and operands in the same places is the ground to expect equal bits. The interpreter's
 tests compare bits; those on a device are marked `gpu`. sm_100 issues tcgen05 with 64 or 128 rows, whose equality only a
-device can tell. T is not specialised on, so no batch size compiles anything anew.
+device can tell. Neither T nor the alignment of what T decides is specialised on: no batch size compiles anything anew.
 
 Numerics: products of the operands' dtype accumulate in fp32 (fp32 operands without TF32). With peak m and total
 s = sum 2^((z - m) log2 e), logprob = (z_target - m) - ln2 log2 s. See `atts_triton.logsumexp` for -inf and NaN.
@@ -112,7 +112,10 @@ def row_tiling(sizes: Tiling, rows: int, tall: bool) -> RowTiling:
     return _TALL if tall and triton.cdiv(rows, _SQUARE.block_t) not in (1, 3) else _SQUARE
 
 
-@triton.jit(do_not_specialize=["T", "V", "tiles_per_split", "splits", "group"])
+@triton.jit(
+    do_not_specialize=["T", "V", "tiles_per_split", "splits", "group"],
+    do_not_specialize_on_alignment=["ids_ptr", "peak_ptr", "total_ptr", "target_ptr", "ticket_ptr"],
+)
 def _split_kernel(
     hidden,  # [T, H], a pointer or a descriptor of tiles (BLOCK_T, BLOCK_H)
     weight,  # [V, H], a pointer or a descriptor of tiles (BLOCK_V, BLOCK_H)
@@ -193,7 +196,10 @@ def _split_kernel(
     tl.store(target_ptr + out, target, mask=live)
 
 
-@triton.jit(do_not_specialize=["T", "V", "splits", "split_columns"])
+@triton.jit(
+    do_not_specialize=["T", "V", "splits", "split_columns"],
+    do_not_specialize_on_alignment=["peak_ptr", "total_ptr", "target_ptr", "ids_ptr", "logprob_ptr"],
+)
 def _merge_kernel(
     peak_ptr,  # [splits, T] fp32
     total_ptr,  # [splits, T] fp32

@@ -43,7 +43,10 @@ def mean_score(total, start, end):
     return (-total / tokens).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["logprob_ptr", "cu_seqlens_ptr", "score_ptr", "sum_ptr"],
+)
 def _span_kernel(
     logprob_ptr,  # [T] fp32
     cu_seqlens_ptr,  # [B + 1] int32 or int64

@@ -11,6 +11,10 @@ import torch
 from atts_engine import ops
 from atts_engine.conformal import GateRequest, RingStore, lowest_score
 from atts_engine.runtime.records import GateOutcome, SpanResult
+from atts_engine.runtime.transfer import HostCopy, to_device
+
+_WARM_CAPACITY = 16
+"""Of a store that nobody asks for: a multiple of 16, as a kernel is compiled for those and for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +47,24 @@ class DeviceGate:
         self._decisions = 0
         self._batches = 0
 
+    def warm_up(self) -> None:
+        """Run the kernels of `decide` once, on a store of their own. Nothing to do on the CPU."""
+        if self._device.type != "cpu":
+            request = GateRequest(RingStore(1, _WARM_CAPACITY), key=0, level=0, u=1, insert=True)
+            DeviceGate(self._device).decide([ScoredSpan(np.zeros(1, dtype=np.float32), request)])
+
     @torch.inference_mode()
     def decide(self, spans: list[ScoredSpan]) -> list[SpanResult]:
         """One result per span. Spans with a gate are counted against their stores before any of them is inserted."""
         lengths = [len(s.logprobs) for s in spans]
-        logprobs = torch.from_numpy(np.concatenate([s.logprobs for s in spans])).to(self._device)
-        bounds = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int64, device=self._device)
-        score, total = ops.span_mean(logprobs, bounds)
-        sums, means = total.tolist(), score.tolist()
+        bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        score, total = ops.span_mean(*to_device([np.concatenate([s.logprobs for s in spans]), bounds], self._device))
+        means, sums = (values.tolist() for values in HostCopy([score, total]).wait())
         cut = [(i, s.gate.most) for i, s in enumerate(spans) if s.gate is not None and s.gate.most is not None]
         for i, most in cut:
             means[i] = lowest_score(sums[i], lengths[i], most)
         if cut:
-            score = torch.tensor(means, dtype=torch.float32, device=self._device)
+            (score,) = to_device([np.array(means, dtype=np.float32)], self._device)
         results = [
             SpanResult(sums[i], lengths[i], means[i], logprobs=tuple(s.logprobs.tolist())) for i, s in enumerate(spans)
         ]
@@ -76,27 +85,14 @@ class DeviceGate:
         mirror = self._mirrors.get(store)
         if mirror is None:
             mirror = self._mirrors[store] = _Mirror.of(store, self._device)
-
-        def column(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self._device)
-
-        counted = ops.gate(
-            score[column(rows)],
-            column([r.key for r in requests]),
-            mirror.ring,
-            mirror.size,
-            mirror.head,
-            column([r.level for r in requests]),
-            column([r.u for r in requests]),
-            column([int(r.insert) for r in requests], torch.bool),
-        )
+        columns = rows, *zip(*((r.key, r.level, r.u, int(r.insert)) for r in requests), strict=True)
+        # One copy there and one event back: whatever else runs on the device, the host waits for it twice in all.
+        chosen, key, level, u, insert = to_device([np.array(c, dtype=np.int64) for c in columns], self._device)
+        counted = ops.gate(score[chosen], key, mirror.ring, mirror.size, mirror.head, level, u, insert.bool())
         self._batches += 1
-        columns = zip(
-            counted.greater.tolist(), counted.ties.tolist(), counted.n.tolist(), counted.p.tolist(),
-            counted.takeover.tolist(), strict=True,
-        )  # fmt: skip
+        told = zip(*(values.tolist() for values in HostCopy(counted).wait()), strict=True)
         results = []
-        for i, (greater, ties, n, p, takeover) in zip(rows, columns, strict=True):
+        for i, (greater, ties, n, takeover, p) in zip(rows, told, strict=True):
             outcome = GateOutcome(greater, ties, n, p, takeover, decision_seq=self._decisions, batch=self._batches)
             results.append(replace(plain[i], outcome=outcome))
             self._decisions += 1

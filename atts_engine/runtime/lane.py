@@ -100,6 +100,8 @@ class LaneCore:
     def warm_up(self) -> None:
         """Compile, capture and allocate what steps will need; before the first step, on any thread."""
         self._runner.warm_up(self._max_batch_tokens)
+        with self._runner.aside():
+            self._gate.warm_up()
 
     # -- commands --
 
@@ -377,10 +379,8 @@ class LaneCore:
 
     def _begin_decode(self, seq: Sequence, command: Decode | Propose) -> bool:
         if seq.total >= self.max_length:
-            command.reply(
-                None,
-                ContextFull(f"{self.name}: the chain has filled the model's context of {self.max_length} tokens"),
-            )
+            full = f"{self.name}: the chain has filled the model's context of {self.max_length} tokens"
+            command.reply(None, ContextFull(full))
             return True
         state = DecodeState(command, limit=min(command.max_tokens, self.max_length - seq.total))
         if isinstance(command, Propose):

@@ -27,6 +27,9 @@ from atts_engine.runtime.scheduler import Step
 from atts_engine.runtime.transfer import HostCopy, fill_futures, take_rows, to_device
 
 _ALIGNMENT = 64
+_SHORT_CHUNK = 128
+_LONG_CONTEXT = 2048
+"""Tokens that a warm-up takes for a chunk, and for a context of several splits."""
 GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
 """What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
 
@@ -119,7 +122,8 @@ class Runner:
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=stream_priority)
-            self._side = torch.cuda.Stream(device, priority=stream_priority)
+            # Ahead of everything: the verdict's few small kernels would wait for room between the blocks of a step.
+            self._side = torch.cuda.Stream(device, priority=stream_priority - 1)
             # The weights were put on the device by the default stream, which the lane's streams do not wait for.
             torch.cuda.synchronize(device)
         page = (page_size, config.num_kv_heads, config.head_dim)
@@ -191,8 +195,8 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
-        """Run a step of every kind and capture every graph, so that no request pays for compilation. Nothing to do on
-        the CPU."""
+        """Run a step of every kind, a copy of a page, and capture every graph, so that no request pays for compilation.
+        Nothing to do on the CPU. Before the first step: page 1 gets what PAD_PAGE holds."""
         if self.device.type != "cuda":
             return
         with self.on_stream():
@@ -201,6 +205,8 @@ class Runner:
                 logits, _ = self._forward(arrays, None)
                 assert logits is not None
                 self._sample(arrays, logits)
+            if self.kv.shape[2] > 1:
+                ops.kv_copy_pages(self.kv, self._ints([0]), self._ints([1]))
             assert self._stream is not None
             if self._want_graphs:
                 self.capture(CudaCapture(self._stream), max_rows)
@@ -308,13 +314,19 @@ def copy_rounds(copies: Iterable[tuple[int, int]]) -> list[tuple[list[int], list
 def _warm_shapes(max_rows: int, max_pages: int, page_size: int) -> list[tuple[int, int, int]]:
     """(rows, sequences, pages of a sequence's row of the block table) of steps that between them launch every kernel.
 
-    Kernels differ by the number of rows, by rows a sequence, and by whether keys are cut into splits, which follows the
-    width of the table.
+    Kernels differ by the number of rows (of those that are scored: up to 64, up to 128, more), by rows a sequence, and
+    by how keys are cut into splits, which follows the width of the table and the number of rows.
     """
     few = {1, min(MAX_GRAPH_BATCH, max_rows)}
-    chunk = min(max_rows, max_pages * page_size)
+    longest = max_pages * page_size
+    chunks = {min(n, max_rows, longest) for n in (_SHORT_CHUNK, max_rows)}
+    wide = min(max_pages, -(-_LONG_CONTEXT // page_size))
     return sorted(
-        {*((n, n, pages) for n in few for pages in (1, max_pages)), (max_rows, max_rows, 1), (chunk, 1, max_pages)}
+        {
+            *((n, n, pages) for n in few for pages in (1, max_pages)),
+            (max_rows, max_rows, 1),
+            *((n, 1, pages) for n in chunks for pages in (wide, max_pages)),
+        }
     )
 
 

@@ -52,18 +52,33 @@ def measure(ctx: Context, found: Found) -> None:
     work = DRY if ctx.dry else Work()
     found |= {"work": {"prompt": work.prompt, "tokens": work.tokens, "spans": work.spans, "span": work.span}}
     for name in CONFIGS:
-        ctx.check()
-        model = make(ctx, name)
-        cell = found[name] = {"weights_bytes": weights_bytes(model), "decode": {}}
-        _run(_one_model(ctx, model, work, cell), cell)
-        del model
-        free_memory(ctx.device)
-    ctx.check()
-    found["pair"] = {"draft": "1.5B", "target": "14B"}
-    _run(_pair(ctx, (make(ctx, "1.5B"), make(ctx, "14B")), work, found["pair"]), found["pair"])
+        if (cell := _cell(ctx, found, name)) is not None:
+            model = make(ctx, name)
+            cell |= {"weights_bytes": weights_bytes(model), "decode": {}}
+            _run(_one_model(ctx, model, work, cell), cell)
+            ended(ctx, cell)
+            del model
+            free_memory(ctx.device)
+    if (cell := _cell(ctx, found, "pair")) is not None:
+        cell |= {"draft": "1.5B", "target": "14B"}
+        _run(_pair(ctx, (make(ctx, "1.5B"), make(ctx, "14B")), work, cell), cell)
+        ended(ctx, cell)
     failed = [f"{name}: {cell['error']}" for name, cell in found.items() if "error" in cell]
     if failed:
         raise RuntimeError("; ".join(failed))
+
+
+def _cell(ctx: Context, found: Found, name: str) -> Found | None:
+    """Where to put what is found of a model; None where there is nothing to do. What an earlier process had found of a
+    model when the device was lost stays."""
+    if (lost := ctx.begin(name)) is not None:
+        found.setdefault(name, {})["error"] = lost
+    return None if name in found else found.setdefault(name, {})
+
+
+def ended(ctx: Context, cell: Found) -> None:
+    if "error" in cell:
+        ctx.survived()
 
 
 def _run(work: Coroutine[Any, Any, None], cell: Found) -> None:
@@ -222,7 +237,7 @@ async def _together(lanes: list[InProcessLane], work: Work, round_: int) -> dict
 def lines(found: Found) -> list[Line]:
     told = []
     for name in (n for n in CONFIGS if n in found):
-        for n, cell in found[name]["decode"].items():
+        for n, cell in found[name].get("decode", {}).items():
             bound = f"{share(cell['tokens_per_s'], cell['bound_tokens_per_s'])} of the bound by weights and KV"
             bound += "; aim 80%" if n == "16" else ""
             told.append((f"decode {name}, {n} chains", f"{cell['tokens_per_s']:,.0f} tokens/s", bound))

@@ -71,6 +71,7 @@ async def _measure(ctx: Context, job: Job, found: Found) -> None:
         }
         async with asyncio.timeout(ctx.left()):
             for name in (ALONE, SYNC, ATTS, FEWER):
+                ctx.begin(name)
                 run = await _run(lanes, turns.fewer_takeovers(job) if name == FEWER else job, name, ctx)
                 found["runs"][name] = run
                 _ratios(found)

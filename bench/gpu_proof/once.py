@@ -19,20 +19,22 @@ def profiled(device: torch.device) -> Iterator[None]:
     synchronise(device)
     if device.type == "cuda":
         torch.cuda.profiler.start()
-    yield
-    synchronise(device)
-    if device.type == "cuda":
-        torch.cuda.profiler.stop()
+    try:
+        yield
+    finally:
+        synchronise(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.stop()
 
 
 def main(op: str, size: str = "8b") -> int:
-    """In every implementation but the reference, where there is another one. With `ncu --profile-from-start off` only
-    the second call of each is profiled: what makes the inputs and compiles is not."""
+    """In every implementation of ours but the reference, where there is another one. With `ncu --profile-from-start
+    off` only the second call of each is profiled: what makes the inputs and compiles is not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     wanted = [case for case in cases(size, dtype) if case.op == op]
     for case in wanted:
-        able = implementations(case, device)
+        able = [impl for impl in implementations(case, device) if impl != "flashinfer"]
         for impl in able[1:] or able:
             first, second = case.make(device, 0), case.make(device, 1)
             with ops.use(impl):

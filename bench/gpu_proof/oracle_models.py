@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,29 @@ def measure(ctx: Context, found: Found) -> None:
     transformers.utils.logging.disable_progress_bar()
     for name, shape in (TINY if ctx.dry else SHAPES).items():
         for dtype in (torch.float32,) if ctx.device.type == "cpu" else (torch.float32, torch.bfloat16):
-            ctx.check()
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
-            found[label] = _tried(
-                lambda s=shape, d=dtype, n=name: _random_weights(s, int(n.split()[-2]), d, ctx.device)
+            _try(
+                ctx,
+                found,
+                label,
+                lambda s=shape, d=dtype, n=name: _random_weights(s, int(n.split()[-2]), d, ctx.device),
             )
     for name in ("tiny-draft", "tiny-target", *(() if ctx.dry else ("smollm2-135m",))):
-        ctx.check()
-        found[name] = _tried(lambda n=name: _stored(n, ctx.device))
+        _try(ctx, found, name, lambda n=name: _stored(n, ctx.device))
 
 
-def _tried(compare: Any) -> dict[str, Any]:
+def _try(ctx: Context, found: Found, name: str, compare: Callable[[], dict[str, Any]]) -> None:
+    if name in found:
+        return
+    lost = ctx.begin(name)
+    found[name] = _tried(compare) if lost is None else {"error": lost, "right": False}
+    if found[name].get("error"):
+        ctx.survived()
+
+
+def _tried(compare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = compare()
-        return found
+        return compare()
     except InputError as absent:  # smollm2-135m comes with an extra
         return {"absent": one_line(absent), "right": None}
     except Exception as error:

@@ -94,7 +94,8 @@ def cases(size: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _score_gate(s, dtype, item)
     yield from _scores(s, dtype, item)
     yield _gate(s)
-    yield _sample(s, dtype, item)
+    for top_p in (1.0, 0.95):
+        yield _sample(s, top_p, dtype, item)
 
 
 def _dense(s: Sizes, rows: int, dtype: torch.dtype, item: int) -> Iterator[Case]:
@@ -285,13 +286,14 @@ def _gate(s: Sizes) -> Case:
     return Case("gate", f"B={rows} K={keys} n={held}", torch.float32, make, min(rows, keys) * held * 4 + 80 * rows)
 
 
-def _sample(s: Sizes, dtype: torch.dtype, item: int) -> Case:
+def _sample(s: Sizes, top_p: float, dtype: torch.dtype, item: int) -> Case:
     rows = s.decode[0]
 
     def make(device: torch.device, seed: int) -> tuple[Any, ...]:
         r = _Random(device, dtype, seed)
         warm, off = torch.full((rows,), 0.8, device=device), torch.zeros(rows, device=device)
         index = torch.arange(rows, device=device)
-        return r.normal(rows, s.vocab), warm, off.long(), off + 1.0, off, index + seed, index
+        return r.normal(rows, s.vocab), warm, off.long(), off + top_p, off, index + seed, index
 
-    return Case("sample", f"B={rows} V={s.vocab}", dtype, make, rows * s.vocab * item)
+    label = f"B={rows} V={s.vocab}" + (f" top_p={top_p}" if top_p < 1 else "")
+    return Case("sample", label, dtype, make, rows * s.vocab * item)

@@ -23,6 +23,8 @@ _SAMPLE_S = 0.004
 """A sample on the CPU lasts at least this long, so that the clock and the first call do not count."""
 _GRAPH_CALLS = 16
 """Calls in a captured graph at least."""
+_AWAKE_S = 0.2
+"""How long a GPU is kept at work before a limit is measured: its clocks rise when it has something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ def measure(device: torch.device, size: int = 1 << 28, matrix: int = 4096) -> Fa
 
 def _best(device: torch.device, call: Call, rounds: int = 7) -> float:
     call()
+    if device.type == "cuda":
+        began = time.perf_counter()
+        while time.perf_counter() < began + _AWAKE_S:
+            call()
+            synchronise(device)
     found = []
     for _ in range(rounds):
         synchronise(device)
@@ -117,13 +124,26 @@ def input_sets(case_bytes: int, cache: int, budget: int = 1 << 31, most: int = 2
     return sets, sets >= wanted
 
 
-def race(device: torch.device, runners: Sequence[Runner], rounds: int) -> None:
-    """Time all runners in turns, `rounds` times each, into their `seconds` (of one call)."""
-    samples = [_sampler(device, runner) for runner in runners]
+def race(device: torch.device, runners: Sequence[Runner], rounds: int) -> dict[str, str]:
+    """Time all runners in turns, `rounds` times each, into their `seconds` (of one call). Returns by name why a runner
+    could not be made ready: it takes no part."""
+    samples: list[tuple[Runner, Callable[[], float]]] = []
+    failed: dict[str, str] = {}
+    for runner in runners:
+        try:
+            samples.append((runner, _sampler(device, runner)))
+        except Exception as error:  # of a peer, or of ours: the others are measured all the same
+            failed[runner.name] = one_line(error)
     for _ in range(rounds):
-        for runner, sample in zip(runners, samples, strict=True):
+        for runner, sample in samples:
             with runner.scope():
                 runner.seconds.append(sample())
+    return failed
+
+
+def one_line(error: BaseException) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:300] if said else 'no message'}"
 
 
 def _sampler(device: torch.device, runner: Runner) -> Callable[[], float]:
@@ -163,13 +183,11 @@ def _cuda_sampler(device: torch.device, runner: Runner) -> Callable[[], float]:
 
     replay: Call = eager
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    try:
+    if not waits(calls[0]):  # what reads on the host cannot be captured; it is timed as it is
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             eager()
         replay, runner.graph = graph.replay, True
-    except RuntimeError:  # it reads on the host, so it cannot be captured; timed as it is
-        torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
@@ -180,6 +198,20 @@ def _cuda_sampler(device: torch.device, runner: Runner) -> Callable[[], float]:
         return start.elapsed_time(end) / 1e3 / len(calls)
 
     return sample
+
+
+def waits(call: Call) -> bool:
+    """Whether the host waits for the GPU in a call. Found out before a capture and not by one: a capture that was
+    broken off leaves torch's allocator, and its random numbers, as if it went on."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ def _torch_sdpa(q: Tensor, kv_layer: Tensor, table: Tensor, cu_q: Tensor, kv_len
 
 
 def _flashinfer_attention(
-    q: Tensor, kv_layer: Tensor, table: Tensor, cu_q: Tensor, kv_len: Tensor, scale: float
+    q: Tensor, kv_layer: Tensor, table: Tensor, cu_q: Tensor, kv_len: Tensor, scale: float, backend: str = "auto"
 ) -> Call:
     module = importlib.import_module("flashinfer")
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
@@ -198,22 +199,32 @@ def _flashinfer_attention(
     sizes = q.shape[1], kv_heads, q.shape[2]
     cache = kv_layer[0], kv_layer[1]
     if q.shape[0] == batch:
-        wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend=backend)
         wrapper.plan(indptr, table.flatten(), last, *sizes, page, q_data_type=q.dtype, sm_scale=scale)
     else:
-        wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
         kinds: dict[str, Any] = {"causal": True, "q_data_type": q.dtype, "sm_scale": scale}
         wrapper.plan(cu_q, indptr, table.flatten(), last, *sizes, page, **kinds)
     return lambda: wrapper.run(q, cache)
 
 
-def _torch_multinomial(logits: Tensor, temperature: Tensor, *_: Tensor) -> Call:
+def _torch_multinomial(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor) -> Call:
+    _unfiltered(top_p)
     return lambda: torch.multinomial(torch.softmax(logits.float() / temperature[:, None], 1), 1)
 
 
-def _flashinfer_sample(logits: Tensor, temperature: Tensor, *_: Tensor) -> Call:
-    draw = importlib.import_module("flashinfer.sampling").sampling_from_logits
-    return lambda: draw(logits.float() / temperature[:, None])
+def _flashinfer_sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor) -> Call:
+    module = importlib.import_module("flashinfer.sampling")
+    if bool((top_p < 1).any()):
+        return lambda: module.top_p_sampling_from_probs(
+            torch.softmax(logits.float() / temperature[:, None], 1), top_p, deterministic=True
+        )
+    return lambda: module.sampling_from_logits(logits.float() / temperature[:, None])
+
+
+def _unfiltered(top_p: Tensor) -> None:
+    if bool((top_p < 1).any()):
+        raise ValueError("it has no top_p")
 
 
 PEERS: dict[str, Sequence[Peer]] = {
@@ -254,10 +265,12 @@ PEERS: dict[str, Sequence[Peer]] = {
     "paged_attention": (
         Peer("torch sdpa, not paged", "torch", _torch_sdpa, 0, cuda=False, less=True),
         Peer("FlashInfer", "flashinfer", _flashinfer_attention),
+        # On Hopper "auto" means FlashAttention 3, whose tiles suit prefill, and whose sources need more headers.
+        Peer("FlashInfer fa2", "flashinfer", partial(_flashinfer_attention, backend="fa2")),
     ),
     "sample": (
         Peer("torch softmax, multinomial", "torch", _torch_multinomial, 0, cuda=False),
-        Peer("FlashInfer sampling_from_logits", "flashinfer", _flashinfer_sample, 0),
+        Peer("FlashInfer sampling", "flashinfer", _flashinfer_sample, 0),
     ),
 }
 """Peers by op, in the order of the table."""

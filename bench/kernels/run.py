@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from atts_engine import ops
 from atts_engine.ops import native
 from bench.kernels.cases import Case
-from bench.kernels.devices import Facts, Runner, bytes_allocated, input_sets, race
+from bench.kernels.devices import Facts, Runner, bytes_allocated, input_sets, one_line, race
 from bench.kernels.peers import PEERS, why_absent
 from bench.kernels.table import Row, limit
 
@@ -34,30 +35,35 @@ def measure_case(
     absent: dict[str, str],
     *,
     only_kernels: bool = False,
+    without: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows of all providers that run here. absent: gains, by name, why a peer was left out. only_kernels: without the
-    reference where another implementation runs."""
+    """Rows of all providers that run here. absent: gains, by name, why one was left out. only_kernels: without the
+    reference where another implementation runs. without: implementations and packages to leave out, and why."""
+    without = without or {}
     sets, cold = input_sets(case.bytes, facts.cache)
     inputs = [case.make(device, seed) for seed in range(sets)]
-    able = implementations(case, device)
+    able = [impl for impl in implementations(case, device) if impl not in without]
     if only_kernels and len(able) > 1:
         able.remove("reference")
     runners = [_ours(case, impl, inputs) for impl in able]
     signs = {runner.name: 1 for runner in runners}
     for peer in PEERS.get(case.op, ()):
-        reason = why_absent(peer, device)
+        reason = without.get(peer.package) or why_absent(peer, device)
         if reason is None:
             try:
                 runners.append(Runner(peer.name, [peer.build(*given) for given in inputs]))
                 runners[-1].calls[0]()
                 signs[peer.name] = peer.sign
             except Exception as error:  # whatever another project's code raises for what it cannot do
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+                reason = one_line(error)
                 runners = [runner for runner in runners if runner.name != peer.name]
         if reason is not None:
             absent[peer.name] = reason
+    for name, reason in race(device, runners, rounds).items():
+        ours = name in ops.IMPLEMENTATIONS
+        absent[f"{case.op} {case.label}, {name}" if ours else name] = reason
+        runners = [runner for runner in runners if runner.name != name]
     differences = _differences(case, device, runners, signs)
-    race(device, runners, rounds)
     least, bound = limit(case, facts)
     rows = []
     for runner in runners:
@@ -79,8 +85,8 @@ def _ours(case: Case, impl: str, inputs: list[tuple[Any, ...]]) -> Runner:
 def _differences(
     case: Case, device: torch.device, runners: list[Runner], signs: dict[str, int]
 ) -> dict[str, float | None]:
-    """Largest difference of each provider's floating result from our reference's, on inputs of their own: some ops
-    write to what they are given."""
+    """Largest difference of each provider's floating result from our reference's. Ops that write to what they are given
+    have no floating result."""
     with ops.use("reference"):
         wanted = getattr(ops, case.op)(*case.make(device, 0))
     found: dict[str, float | None] = {}
