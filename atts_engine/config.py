@@ -48,7 +48,7 @@ class EngineConfig:
     max_batch_tokens: rows of one forward pass. chunk_tokens: tokens handed over at a time while a span is written.
     threads: CPU threads of torch; None leaves torch's own choice.
     overlap: a lane launches a step before it has seen the results of the one before; None: on a GPU, not on a CPU.
-    graphs: decode steps as CUDA graphs; None: where every op of a step can be captured.
+    graphs: forward passes as CUDA graphs; None: where every op of one can be captured.
     lane_threads: "one" scheduler thread for both lanes, or "each" lane its own; None: each where both run on a CPU with
     two cores or more, else one. profile: NVTX ranges on a GPU.
     ops: the implementation that every op with a kernel of that name runs ("reference", "triton", ...), in the whole

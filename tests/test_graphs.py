@@ -1,7 +1,8 @@
-"""Decode graphs through a graph that repeats a Python function; blocks of bytes; what can be captured."""
+"""Graphs of steps through a graph that repeats a Python function; blocks of bytes; what can be captured."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from atts_engine import InputError, ops
 from atts_engine.models import ForwardBatch, load_model
+from atts_engine.runtime import graphs as graphs_module
 from atts_engine.runtime.batch import SamplingRows, StepArrays
-from atts_engine.runtime.graphs import DecodeGraphs, batch_sizes
+from atts_engine.runtime.graphs import Shape, StepGraphs, decode_shapes, span_shapes
 from atts_engine.runtime.ranges import make_ranges, no_ranges
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.runner import Runner
@@ -54,10 +56,12 @@ class Recorder:
         return torch.cat((torch.stack(columns, 1), batch.block_table), 1)
 
 
-def test_sizes_are_powers_of_two_up_to_the_largest() -> None:
-    assert batch_sizes(1) == (1,)
-    assert batch_sizes(8) == (1, 2, 4, 8)
-    assert batch_sizes(11) == (1, 2, 4, 8, 11)
+def test_shapes() -> None:
+    for largest, sizes in ((1, (1,)), (8, (1, 2, 4, 8)), (11, (1, 2, 4, 8, 11))):
+        assert decode_shapes(largest) == tuple((n, n) for n in sizes)
+    assert span_shapes(15) == ()
+    assert span_shapes(40) == ((16, 16), (32, 17), (32, 32))
+    assert span_shapes(2048)[-1] == (512, 65)
 
 
 def test_a_step_takes_the_smallest_graph_and_idle_rows_fill_it() -> None:
@@ -69,22 +73,24 @@ def test_a_step_takes_the_smallest_graph_and_idle_rows_fill_it() -> None:
         sizes.append(len(output))
         return replay, output
 
-    graphs = DecodeGraphs(decode, CPU, 11, 5, capture)
+    graphs = StepGraphs(decode, CPU, decode_shapes(11), 5, 4, capture)
     assert sizes == [11, 8, 4, 2, 1]
-    assert [graphs.size_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 11)] == [1, 2, 4, 4, 8, 8, 11, 11]
-    assert graphs.holds(11) and not graphs.holds(12)
+    found = [graphs.shape_for(n, n) for n in (1, 2, 3, 4, 5, 8, 9, 11, 12)]
+    assert found == [(1, 1), (2, 2), (4, 4), (4, 4), (8, 8), (8, 8), (11, 11), (11, 11), None]
     places = {t.data_ptr() for b in decode.batches for t in (b.ids, b.positions, b.kv_len, b.block_table)}
     assert len(places) == 4  # every size reads the same buffers
     for seed, (rows, width) in enumerate([(3, 5), (11, 2), (3, 1), (8, 4), (1, 3)]):
         step = decode_step(rows, width, seed)
-        found = graphs.run(step, None)
+        shape = graphs.shape_for(rows, rows)
+        assert shape is not None
+        found = graphs.run(shape, step, None)
         assert found.shape == (rows, 3 + 5)
         want = np.stack([step.ids, step.positions, step.kv_len], 1)
         assert np.array_equal(found[:, :3], want)
         assert np.array_equal(found[:, 3 : 3 + width], step.block_table)
         assert not found[:, 3 + width :].any()  # PAD_PAGE, whatever an earlier step left there
         batch = decode.batches[-1]
-        assert len(batch.ids) == graphs.size_for(rows)
+        assert len(batch.ids) == shape.rows
         assert batch.cu_q.tolist() == list(range(len(batch.ids) + 1))
         for idle, value in ((batch.ids, 0), (batch.positions, 0), (batch.kv_len, 1)):
             assert (idle[rows:] == value).all()
@@ -92,12 +98,86 @@ def test_a_step_takes_the_smallest_graph_and_idle_rows_fill_it() -> None:
 
 
 def test_ids_that_the_host_does_not_know_come_from_the_step_before() -> None:
-    graphs = DecodeGraphs(Recorder(), CPU, 4, 2, fake_capture)
+    graphs = StepGraphs(Recorder(), CPU, decode_shapes(4), 2, 4, fake_capture)
     step = decode_step(4, 2, 0, futures=[2, 0])
-    found = graphs.run(step, torch.tensor([70, 71, -1]))
+    found = graphs.run(Shape(4, 4), step, torch.tensor([70, 71, -1]))
     want = step.ids.copy()
     want[step.future_rows] = [0, 70]  # -1 is no token: logits held NaN, and the row will be dropped
     assert np.array_equal(found[:, 0], want)
+
+
+def test_a_step_of_spans_is_one_of_a_larger_graph_whose_idle_rows_lie_in_the_padding_page() -> None:
+    batches: list[ForwardBatch] = []
+
+    def work(batch: ForwardBatch) -> torch.Tensor:
+        batches.append(batch)
+        return torch.stack((batch.ids, batch.positions), 1)
+
+    graphs = StepGraphs(work, CPU, [Shape(8, 3), Shape(8, 8), Shape(12, 4)], 2, 4, fake_capture)
+    cases = [([5, 1], (8, 3)), ([2, 2, 2], (8, 8)), ([3, 3, 2], (8, 3)), ([1] * 5, (8, 8)), ([9, 1], (12, 4)),
+             ([3] * 4, (12, 4)), ([10, 1, 1, 1], None), ([3, 3, 2, 1], None), ([1, 1, 1, 6], None)]  # fmt: skip
+    rng = np.random.default_rng(0)
+    for counts, wanted in cases:
+        rows, sequences = sum(counts), len(counts)
+        shape = graphs.shape_for(rows, sequences)
+        assert shape == wanted
+        if shape is None:
+            continue
+        lengths = [n + int(rng.integers(0, 5)) for n in counts]
+        step = replace(
+            decode_step(rows, 1, rows),
+            block_table=rng.integers(1, 9, (sequences, 2), dtype=np.int32),
+            cu_q=np.cumsum([0, *counts]).astype(np.int32),
+            kv_len=np.array(lengths, dtype=np.int32),
+        )
+        found = graphs.run(shape, step, None)
+        assert np.array_equal(found, np.stack([step.ids, step.positions], 1))
+        batch = batches[-1]
+        assert np.array_equal(batch.block_table[:sequences], step.block_table)
+        assert (
+            not batch.block_table[sequences:].any() and not batch.ids[rows:].any() and not batch.positions[rows:].any()
+        )
+        bounds = batch.cu_q.tolist()
+        assert bounds[: sequences + 1] == step.cu_q.tolist() and bounds[-1] == shape.rows == len(batch.ids)
+        # Idle sequences hold their own rows and nothing before them: every idle row sees what idle rows have written.
+        assert batch.kv_len.tolist() == [*lengths, *np.diff(bounds)[sequences:]]
+    # Idle rows that a sequence's row of the table could not hold.
+    assert StepGraphs(work, CPU, [Shape(12, 2)], 2, 4, fake_capture).shape_for(3, 1) is None
+
+
+@pytest.mark.parametrize("budget", [6, 40])
+def test_a_runner_gives_the_same_with_graphs_of_spans(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "SPAN_ROWS", (3, 5, 8, 16, 40))
+    monkeypatch.setattr(graphs_module, "SPAN_SEQUENCES", (2, 4, 9))
+    model, rng = load_model("tiny-target"), np.random.default_rng(1)
+    runners = [Runner(model.decoder, 60, 4, CPU, torch.float32) for _ in range(2)]
+    runners[1].capture(fake_capture, budget)
+    shapes = []
+    monkeypatch.setattr(StepGraphs, "run", lambda *a, run=StepGraphs.run: (shapes.append(a[1]), run(*a))[1])
+    pages, written = [[1 + 6 * s + i for i in range(6)] for s in range(8)], [0] * 8
+    for _ in range(12):
+        counts = {int(s): int(rng.integers(1, 6)) for s in rng.choice(8, int(rng.integers(1, 9)), replace=False)}
+        counts = {s: n for s, n in counts.items() if written[s] + n <= 24}
+        if not counts:
+            continue
+        rows = sum(counts.values())
+        step = replace(
+            decode_step(rows, 1, rows),
+            ids=rng.integers(0, 48, rows),
+            positions=np.concatenate([np.arange(written[s], written[s] + n) for s, n in counts.items()]),
+            block_table=np.array([pages[s] for s in counts], dtype=np.int32),
+            cu_q=np.cumsum([0, *counts.values()]).astype(np.int32),
+            kv_len=np.array([written[s] + n for s, n in counts.items()], dtype=np.int32),
+            score_rows=np.arange(rows - 1),
+            score_ids=rng.integers(0, 48, rows - 1),
+            sample_rows=np.array([rows - 1]),
+        )
+        for s, n in counts.items():
+            written[s] += n
+        (logits, scores), (wanted, exact) = (runner._forward(step, None) for runner in reversed(runners))
+        assert torch.equal(logits, wanted) and (exact is None or torch.equal(scores, exact))
+    assert len(set(shapes)) > (1 if budget == 6 else 5)
+    assert torch.equal(runners[0].kv[:, :, 1:], runners[1].kv[:, :, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -26,7 +26,7 @@ from atts_engine.runtime import graphs as graphs_module
 from atts_engine.runtime import runner as runner_module
 from atts_engine.runtime import transfer
 from atts_engine.runtime.gating import DeviceGate
-from atts_engine.runtime.graphs import DecodeGraphs
+from atts_engine.runtime.graphs import Shape, StepGraphs
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.records import SamplingParams
 from atts_engine.runtime.runner import Runner
@@ -48,6 +48,15 @@ ORDER = st.one_of(st.sampled_from(sorted(ORDERS)), st.integers(0, 2**32).map(str
 
 def order_of(name: str) -> Order:
     return ORDERS[name]() if name in ORDERS else Shuffled(int(name))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_graphs_of_spans() -> Iterator[None]:
+    """Sizes that steps of these lanes have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs_module, "SPAN_ROWS", (2, 4, 6))
+        patch.setattr(graphs_module, "SPAN_SEQUENCES", (2, 7))
+        yield
 
 
 class QueuedDecoder(FakeDecoder):
@@ -334,7 +343,7 @@ def want() -> dict[int, list[Any]]:
 def test_the_script_meets_all_that_is_taken_away_below(want: dict[int, list[Any]]) -> None:
     met: list[str] = []
     places = (
-        (DecodeGraphs, "run"),
+        (StepGraphs, "run"),
         (LaneCore, "_discard"),
         (Runner, "_sample"),
         (Runner, "wipe"),
@@ -399,13 +408,13 @@ def graph_inputs_in_one_buffer(patch: pytest.MonkeyPatch, gpu: Gpu) -> None:
 
 
 def lengths_of_the_capture(patch: pytest.MonkeyPatch, gpu: Gpu) -> None:
-    decode = DecodeGraphs._decode
+    run = StepGraphs._run
 
-    def baked(self: DecodeGraphs, size: int) -> torch.Tensor:
-        with mock.patch.object(self, "_kv_len", torch.ones(size, dtype=torch.int32, device=CUDA)):
-            return decode(self, size)
+    def baked(self: StepGraphs, shape: Shape) -> torch.Tensor:
+        with mock.patch.object(self, "_kv_len", torch.ones(shape.sequences, dtype=torch.int32, device=CUDA)):
+            return run(self, shape)
 
-    patch.setattr(DecodeGraphs, "_decode", baked)
+    patch.setattr(StepGraphs, "_run", baked)
 
 
 def results_copied_aside(*, waits: bool, recorded: bool) -> Broken:

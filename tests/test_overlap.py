@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from atts_engine.errors import ChainError
 from atts_engine.kv.pages import PAD_PAGE
+from atts_engine.runtime import graphs as graphs_module
 from atts_engine.runtime import lane as lane_module
 from atts_engine.runtime.commands import Append, Decode, Fork, Propose, Truncate, Verdict
 from atts_engine.runtime.lane import LaneCore
@@ -22,6 +24,15 @@ from tests.late import LateRunner, fake_capture
 
 PAGE = 4
 ROOMY = 4000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_graphs_of_spans() -> Iterator[None]:
+    """Sizes that steps of these lanes have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs_module, "SPAN_ROWS", (2, 4, 6))
+        patch.setattr(graphs_module, "SPAN_SEQUENCES", (2, 7))
+        yield
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--graphs",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="decode steps as CUDA graphs (default: where every op of a step can be captured)",
+        help="forward passes as CUDA graphs (default: where every op of one can be captured)",
     )
     group.add_argument(
         "--packed-weights",

@@ -20,7 +20,15 @@ from atts_engine import ops
 from atts_engine.errors import InputError
 from atts_engine.models import Decoder, ForwardBatch
 from atts_engine.runtime.batch import SamplingRows, StepArrays, arrays_of, draws_of
-from atts_engine.runtime.graphs import MAX_GRAPH_BATCH, Capture, CudaCapture, DecodeGraphs
+from atts_engine.runtime.graphs import (
+    MAX_GRAPH_BATCH,
+    Capture,
+    CudaCapture,
+    Shape,
+    StepGraphs,
+    decode_shapes,
+    span_shapes,
+)
 from atts_engine.runtime.likeliest import alternatives, top_logprobs
 from atts_engine.runtime.records import Alternatives, SamplingParams
 from atts_engine.runtime.scheduler import Step
@@ -31,7 +39,7 @@ _SHORT_CHUNK = 128
 _LONG_CONTEXT = 2048
 """Tokens that a warm-up takes for a chunk, and for a context of several splits."""
 GRAPH_OPS = ("add_rms_norm", "kv_slots", "linear", "paged_attention", "rms_norm", "rope_kv_append", "silu_mul")
-"""What a decode graph holds. Sampling stays outside: its parameters change from step to step."""
+"""What graphs hold. Scores and sampling stay outside: their rows and parameters change from step to step."""
 
 
 class Draw(NamedTuple):
@@ -96,7 +104,7 @@ class Runner:
     """Owns the KV tensor `[layers, 2, pages, page_size, kv_heads, head_dim]` of a lane, its host pool `[host_pages,
     layers, 2, page_size, kv_heads, head_dim]`, pinned where the device is a GPU, and its streams there.
 
-    graphs: decode steps as CUDA graphs; None: where the ops can be captured. Raises `InputError` when they are asked
+    graphs: forward passes as CUDA graphs; None: where the ops can be captured. Raises `InputError` when they are asked
     for and cannot be had.
     """
 
@@ -115,7 +123,8 @@ class Runner:
         config = decoder.config
         self.decoder = decoder
         self.device = device
-        self._graphs: DecodeGraphs | None = None
+        self._decodes: StepGraphs | None = None
+        self._spans: StepGraphs | None = None
         self._want_graphs = _graphs_wanted(graphs, device)
         self._max_pages = min(num_pages, -(-config.max_positions // page_size))
         self._stream: torch.cuda.Stream | None = None
@@ -156,8 +165,9 @@ class Runner:
             self.move(step)
             logits: torch.Tensor | None
             scores: torch.Tensor | None
-            if self._graphs is not None and arrays.decodes_only and self._graphs.holds(len(arrays.ids)):
-                logits, scores = self._graphs.run(arrays, futures), None
+            decodes = _shape(self._decodes, arrays) if arrays.decodes_only else None
+            if self._decodes is not None and decodes is not None:
+                logits, scores = self._decodes.run(decodes, arrays, futures), None
             else:
                 logits, scores = self._forward(arrays, futures)
             rows = {w.seq.id: i for i, w in enumerate(draws_of(step))}
@@ -213,35 +223,43 @@ class Runner:
             self._stream.synchronize()
 
     def capture(self, capture: Capture, max_rows: int) -> None:
-        """Have decode steps of up to `max_rows` sequences run as graphs that `capture` makes."""
-        self._graphs = DecodeGraphs(
-            self._decode,
-            self.device,
-            min(max_rows, MAX_GRAPH_BATCH),
-            self._max_pages,
-            capture,
-        )
+        """Have forward passes of up to `max_rows` rows run as graphs that `capture` makes, where there is one of their
+        size."""
+        pool = self._max_pages, self.kv.shape[3]
+        spans = span_shapes(max_rows)
+        if spans:
+            self._spans = StepGraphs(self._hidden, self.device, spans, *pool, capture)
+        decodes = decode_shapes(min(max_rows, MAX_GRAPH_BATCH))
+        self._decodes = StepGraphs(self._decode, self.device, decodes, *pool, capture)
 
     def _ints(self, values: Sequence[int]) -> torch.Tensor:
         return to_device([np.array(values, dtype=np.int64)], self.device)[0]
 
+    def _hidden(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.decoder.forward(batch, self.kv)
+
     def _decode(self, batch: ForwardBatch) -> torch.Tensor:
-        return self.decoder.logits(self.decoder.forward(batch, self.kv))
+        return self.decoder.logits(self._hidden(batch))
 
     def _forward(
         self, arrays: StepArrays, futures: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(logits [S, V], log-probabilities [T] of scored tokens), None where nobody wants them."""
         a = arrays
-        ids, positions, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
-            [
-                a.ids, a.positions, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from, a.score_rows,
-                a.score_ids, a.sample_rows,
-            ],
-            self.device,
-        )  # fmt: skip
-        fill_futures(ids, late, source, futures)
-        hidden = self.decoder.forward(ForwardBatch(ids, positions, table, cu_q, kv_len), self.kv)
+        spans = _shape(self._spans, arrays)
+        if self._spans is not None and spans is not None:
+            hidden = self._spans.run(spans, arrays, futures)
+            score_rows, score_ids, sample_rows = to_device([a.score_rows, a.score_ids, a.sample_rows], self.device)
+        else:
+            ids, positions, table, cu_q, kv_len, late, source, score_rows, score_ids, sample_rows = to_device(
+                [
+                    a.ids, a.positions, a.block_table, a.cu_q, a.kv_len, a.future_rows, a.future_from, a.score_rows,
+                    a.score_ids, a.sample_rows,
+                ],
+                self.device,
+            )  # fmt: skip
+            fill_futures(ids, late, source, futures)
+            hidden = self._hidden(ForwardBatch(ids, positions, table, cu_q, kv_len))
         scores = logits = None
         if len(score_rows):
             scores = ops.score_tokens(take_rows(hidden, score_rows), self.decoder.lm_head, score_ids)
@@ -271,6 +289,11 @@ class Runner:
         for (k, _), at in zip(arrays.listed, listed, strict=True):
             told.extend(top_logprobs(logits[at], k))
         return sampled, told
+
+
+def _shape(graphs: StepGraphs | None, arrays: StepArrays) -> Shape | None:
+    """Of the graph that a step runs as, if there is one."""
+    return None if graphs is None else graphs.shape_for(len(arrays.ids), len(arrays.kv_len))
 
 
 def _last_writes(moves: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

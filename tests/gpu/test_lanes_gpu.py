@@ -18,7 +18,7 @@ import torch
 from atts_engine import AsyncEngine, Chain, EngineConfig, InputError, ops
 from atts_engine.models import ForwardBatch, Model, load_model, resolve_device
 from atts_engine.runtime.commands import Append, Decode, Verdict
-from atts_engine.runtime.graphs import CudaCapture, DecodeGraphs
+from atts_engine.runtime.graphs import CudaCapture, StepGraphs, decode_shapes
 from atts_engine.runtime.lane import LaneCore
 from atts_engine.runtime.ranges import make_ranges
 from atts_engine.runtime.records import SamplingParams
@@ -110,7 +110,7 @@ def test_graphs_change_no_token(model: Model, overlap: bool) -> None:
         pytest.skip(f"{', '.join(missing)}: no implementation here that a graph can hold")
     eager, eager_scores, _ = written(model, overlap=overlap, graphs=False)
     graphs, graph_scores, core = written(model, overlap=overlap, graphs=True)
-    assert core._runner._graphs is not None
+    assert core._runner._decodes is not None and core._runner._spans is not None
     assert graphs == eager
     assert graph_scores == pytest.approx(eager_scores, abs=1e-4)
 
@@ -128,10 +128,12 @@ def test_a_captured_graph_reads_its_buffers_anew_each_time() -> None:
     stream = torch.cuda.Stream(CUDA)
     sampled = torch.tensor([11, 12, -1], device=CUDA)
     with torch.inference_mode(), torch.cuda.stream(stream):
-        graphs = DecodeGraphs(decode, CUDA, 11, 5, CudaCapture(stream))
+        graphs = StepGraphs(decode, CUDA, decode_shapes(11), 5, 4, CudaCapture(stream))
         for seed, rows in enumerate([3, 11, 2, 1, 9, 5]):
             step = decode_step(rows, 4, seed, futures=[2, 0][: rows - 1])
-            found = graphs.run(step, sampled).clone()
+            shape = graphs.shape_for(rows, rows)
+            assert shape is not None
+            found = graphs.run(shape, step, sampled).clone()
             ids = step.ids.copy()
             ids[step.future_rows] = np.array([0, 11])[: len(step.future_rows)]
             table = np.zeros((rows, 5), dtype=np.int32)
