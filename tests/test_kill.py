@@ -89,14 +89,14 @@ def test_a_run_that_was_killed_twice_ends_as_the_one_that_was_not(
     state, whole, cut = tmp_path / "state.npz", tmp_path / "whole", tmp_path / "cut"
     calibrate = [*SMALL, "--problems-count", "1"]
     assert cli.main(["calibrate", *calibrate, "--out", str(state)]) == 0
-    words = ["run", *SMALL, "--calibration", str(state), "--frozen", "--out"]
+    words = ["run", *SMALL, "--problems-count", "12", "--calibration", str(state), "--frozen", "--out"]
     assert cli.main([*words, str(whole)]) == 0
 
     rng = random.Random(5)
     log = cut / "decisions.jsonl"
-    kill_after([*words, str(cut)], log, rng.randint(8, 20), rng.uniform(0.0, 0.1))
-    assert lines(cut / "chains.jsonl") < 16
-    kill_after([*words, str(cut), "--resume"], log, rng.randint(2, 8), rng.uniform(0.0, 0.1))
+    kill_after([*words, str(cut)], log, rng.randint(8, 20), rng.uniform(0.0, 0.05))
+    assert lines(cut / "chains.jsonl") < 48
+    kill_after([*words, str(cut), "--resume"], log, rng.randint(2, 8), rng.uniform(0.0, 0.05))
     saved = lines(cut / "chains.jsonl")
     assert not (cut / "summary.json").exists()
     capsys.readouterr()
@@ -104,7 +104,7 @@ def test_a_run_that_was_killed_twice_ends_as_the_one_that_was_not(
     found = json.loads(capsys.readouterr().out)
 
     assert untimed(cut / "chains.jsonl") == untimed(whole / "chains.jsonl")
-    assert (found["chains"], found["restored_chains"]) == (16, saved)
+    assert (found["chains"], found["restored_chains"]) == (48, saved)
     assert json.loads((cut / "summary.json").read_text(encoding="utf-8")) == found
     assert (cut / "report.html").stat().st_size > 10_000
     decisions = list(read_decisions(log))
@@ -114,4 +114,4 @@ def test_a_run_that_was_killed_twice_ends_as_the_one_that_was_not(
     for d in decisions:
         verdicts.setdefault((d.problem, d.chain, d.turn), set()).add((d.score, d.count, d.verdict))
     assert all(len(told) == 1 for told in verdicts.values())
-    assert len(decisions) > len(verdicts) == sum(1 for _ in read_decisions(whole / "decisions.jsonl"))
+    assert len(decisions) >= len(verdicts) == sum(1 for _ in read_decisions(whole / "decisions.jsonl"))

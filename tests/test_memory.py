@@ -74,6 +74,7 @@ def test_chains_are_the_same_to_the_bit_whatever_is_done_with_their_pages() -> N
     wanted, stats = with_engine(work)
     assert all(lane["preemptions"] == 0 for lane in stats.values())
     small = replace(CONFIG, kv_tokens=700, page_size=8)
+    again: dict[tuple[str, int | None], float] = {}
     for preemption, host in (("swap", 8000), ("swap", 100), ("recompute", None), ("auto", 400)):
         chains, stats = with_engine(work, replace(small, preemption=preemption, host_kv_tokens=host))
         assert chains == wanted
@@ -82,10 +83,10 @@ def test_chains_are_the_same_to_the_bit_whatever_is_done_with_their_pages() -> N
         assert all(lane["preemptions"] == lane["preemptions_swap"] + lane["preemptions_recompute"] for lane in lanes)
         if preemption != "auto":
             assert (sum(lane["swapped_in_pages"] for lane in lanes) > 0) is (preemption == "swap")
-        if (preemption, host) == ("swap", 8000):
-            assert sum(lane["recomputed_tokens"] for lane in lanes) == 0
-        else:
-            assert sum(lane["recomputed_tokens"] for lane in lanes) > 0 or preemption == "auto"
+        again[preemption, host] = sum(lane["recomputed_tokens"] for lane in lanes)
+    # Nothing but what sequences share, which does not move: that is dropped when it is all that one holds.
+    assert again["swap", 8000] < again["recompute", None] / 2
+    assert again["swap", 100] > 0
 
 
 def test_settings_are_checked() -> None:
