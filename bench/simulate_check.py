@@ -4,8 +4,8 @@
 
 The built-in pair solves held-out problems of 6 steps, 2 problems in flight, at each number of chains, with one thread
 of torch, which leaves other work of the machine least to disturb, and one for both lanes, which a fit has take turns.
-Lanes are fitted to what the meters of the runs at 4 and 16 chains counted (`evaluation.simulation.fit`). Two predictions
-of the wall time of the others, which differ in what is known of their work:
+Lanes are fitted to what the meters of the runs at 4 and 16 chains counted (`evaluation.simulation.fit`). Two
+predictions of the wall time of the others, which differ in what is known of their work:
 
 Of the rounds at each number of chains the one that took least time a token is used throughout, as the one that the rest
 of the machine disturbed least; every run is in the file.

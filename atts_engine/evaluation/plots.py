@@ -147,8 +147,8 @@ def p_values(values: Sequence[float]) -> Plot:
         axes.set_xlim(0, 1)
     return Plot(
         drawn[0],
-        f"{len(values):,} p-values. Exchangeable scores make them uniform (dashed). Chains of one problem are alike, so "
-        "from a cold start and few problems they are not.",
+        f"{len(values):,} p-values. Exchangeable scores make them uniform (dashed). Chains of one problem are alike, "
+        "so from a cold start and few problems they are not.",
     )
 
 

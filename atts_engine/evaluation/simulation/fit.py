@@ -54,8 +54,8 @@ class RunRecord:
         run = cls(path, recorded, found["chains_per_problem"], found["strategy"], found["wall_s"], lanes)
         if (work_s := sum(map(run.work_s, NAMES))) > run.wall_s:
             raise InputError(
-                f"the lanes of {path} worked side by side ({work_s:.1f} s of work in {run.wall_s:.1f} s), and a fit has "
-                "them take turns: run it with --lane-threads one and --no-overlap, on one device"
+                f"the lanes of {path} worked side by side ({work_s:.1f} s of work in {run.wall_s:.1f} s), and a fit "
+                "has them take turns: run it with --lane-threads one and --no-overlap, on one device"
             )
         return run
 
