@@ -3,9 +3,9 @@
     python -m bench.simulate_check            # writes bench/results/simulate_cpu.json
 
 The built-in pair solves held-out problems of 6 steps, 2 problems in flight, at each number of chains, with one thread
-of torch, which leaves other work of the machine least to disturb. Lanes are fitted to what the meters of the runs at
-4 and 16 chains counted (`evaluation.simulation.fit`). Two predictions of the wall time of the others, which differ in
-what is known of their work:
+of torch, which leaves other work of the machine least to disturb, and one for both lanes, which a fit has take turns.
+Lanes are fitted to what the meters of the runs at 4 and 16 chains counted (`evaluation.simulation.fit`). Two
+predictions of the wall time of the others, which differ in what is known of their work:
 
 Of the rounds at each number of chains the one that took least time a token is used throughout, as the one that the rest
 of the machine disturbed least; every run is in the file.
@@ -52,7 +52,7 @@ def run(folder: Path, chains: int, problems: int) -> RunRecord:
         [
             *("run", "--task", "registers", "--steps", "6", "--problems-count", str(problems), "--seed", "1"),
             *("--chains", str(chains), "--alpha", "0.4", "--concurrency", str(IN_FLIGHT), "--threads", "1"),
-            *("--plain", "--out", str(folder), "--json", str(folder.with_suffix(".json"))),
+            *("--lane-threads", "one", "--plain", "--out", str(folder), "--json", str(folder.with_suffix(".json"))),
         ]
     )
     if status:

@@ -247,6 +247,7 @@ def test_runs_that_cannot_be_fitted(capsys: pytest.CaptureFixture[str], tmp_path
         ({"strategy": "draft"}, "is a run of 'draft'"),
         ({"restored_chains": 3}, "was resumed"),
         ({"lanes": {}}, "does not hold the lanes"),
+        ({"wall_s": 0.6 * summary["wall_s"]}, "worked side by side"),
     ):
         (four / "summary.json").write_text(json.dumps(summary | change))
         assert said in fails(capsys, ["simulate", "--fit", str(four), str(four)])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from atts_engine.cli.main import main as atts
@@ -76,6 +77,14 @@ def test_a_rate_is_found_between_its_known_ends() -> None:
     found, tried = matched(lambda level: level**0.5, 0.4, full=1.0, runs=6)
     assert found**0.5 == pytest.approx(0.4, rel=0.02)
     assert len(tried) <= 6 and all(0.0 < level < 1.0 for level in tried)
+
+
+def test_a_search_leaves_a_stretch_of_levels_that_come_to_the_same() -> None:
+    # Spans that are few and alike: from 0.33 to 0.35 no verdict changes, as `atts:span=step` came to in the suite.
+    levels, rates = [0.0, 0.309, 0.33, 0.35, 0.366, 0.4, 1.0], [0.0, 0.347, 0.372, 0.372, 0.422, 0.518, 1.0]
+    found, tried = matched(lambda level: float(np.interp(level, levels, rates)), 0.4, full=1.0)
+    assert sum(0.33 <= level <= 0.35 for level in tried) == 2
+    assert np.interp(found, levels, rates) == pytest.approx(0.4, rel=0.02)
 
 
 def test_the_nearest_of_a_few_runs_counts() -> None:

@@ -67,8 +67,9 @@ async def match_level(
         points.append((level, tried[level]))
         if off(points[-1]) <= tolerance * wanted:
             break
-        below = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
-        above = min((p for p in points if p[1] > wanted), key=lambda p: p[1], default=None)
+        # Of levels that come to the same, the one nearer to what is wanted: from the other the search would come back.
+        below = max((p for p in points if p[1] <= wanted), key=lambda p: (p[1], p[0]), default=None)
+        above = min((p for p in points if p[1] > wanted), key=lambda p: (p[1], p[0]), default=None)
         (a0, r0), (a1, r1) = (below, above) if below and above else sorted(points, key=off)[:2]
         if r1 != r0:
             level = round(min(0.995, max(0.005, a0 + (wanted - r0) * (a1 - a0) / (r1 - r0))), 3)

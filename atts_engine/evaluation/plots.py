@@ -139,7 +139,7 @@ def takeover_by_problem(by_problem: Mapping[str, Mapping[str, Any]], alpha: floa
 
 
 def p_values(values: Sequence[float]) -> Plot:
-    """Histogram of p-values; flat when calibration is right."""
+    """Histogram of p-values; flat where the scores of each key are exchangeable."""
     drawn: list[str] = []
     with _drawing("p-values", "p-value", "verdicts", drawn) as axes:
         axes.hist(values, bins=20, range=(0.0, 1.0), color=KEPT, rwidth=0.92)
@@ -147,7 +147,8 @@ def p_values(values: Sequence[float]) -> Plot:
         axes.set_xlim(0, 1)
     return Plot(
         drawn[0],
-        f"{len(values):,} smoothed p-values; right calibration makes them uniform, so the bars follow the dashed line.",
+        f"{len(values):,} p-values. Exchangeable scores make them uniform (dashed). Chains of one problem are alike, "
+        "so from a cold start and few problems they are not.",
     )
 
 
@@ -165,7 +166,7 @@ def scores(kept: Sequence[float], taken: Sequence[float]) -> Plot:
             clipped, bins=list(edges), stacked=True, color=[KEPT, TAKEN], label=["kept", "taken over"], linewidth=0
         )
         axes.set_xscale("log")
-        axes.legend(loc="upper left")
+        axes.legend(loc="upper right")
     return Plot(
         drawn[0],
         "What the target thinks of the draft's spans: to the right it would not have written them. Axis cut at 0.0001.",

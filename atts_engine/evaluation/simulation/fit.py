@@ -37,8 +37,8 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
-        """`InputError` for a folder without a summary, and for a run of one model or in several processes, whose lanes
-        do not tell what its chains cost."""
+        """`InputError` for a folder without a summary, for a run of one model or in several processes, whose lanes
+        do not tell what its chains cost, and for one whose lanes worked at the same time, which no fit has them do."""
         path = Path(folder)
         found = read_json(path / "summary.json")
         if found.get("strategy") not in ("atts", "atts-sync"):
@@ -51,7 +51,13 @@ class RunRecord:
         if any(not lanes.get(name, {}).get("steps") for name in NAMES):
             raise InputError(f"{path / 'summary.json'} does not hold the lanes of a run")
         recorded = recorded_turns(read_chains(path / "chains.jsonl"))
-        return cls(path, recorded, found["chains_per_problem"], found["strategy"], found["wall_s"], lanes)
+        run = cls(path, recorded, found["chains_per_problem"], found["strategy"], found["wall_s"], lanes)
+        if (work_s := sum(map(run.work_s, NAMES))) > run.wall_s:
+            raise InputError(
+                f"the lanes of {path} worked side by side ({work_s:.1f} s of work in {run.wall_s:.1f} s), and a fit "
+                "has them take turns: run it with --lane-threads one and --no-overlap, on one device"
+            )
+        return run
 
     def work_s(self, lane: str) -> float:
         """Seconds in which the lane worked: its passes and the host's part of its steps."""
