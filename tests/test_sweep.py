@@ -117,7 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [c["mode"] for c in found["runs"]] == ["async", "sync"] * 4
     for cell in found["cells"]:
         for lane in cell["lanes"].values():
-            assert 0.0 < lane["accounted"] < 1.2
+            assert lane["accounted"] > 0.0
     assert {p.name for p in (tmp_path / "s").iterdir()} >= {"cells.jsonl", "settings.json", "sweep.json", "growth.svg"}
     assert atts([*words, "--resume"]) == 0
     assert " of 8:" not in capsys.readouterr().out
