@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -105,6 +107,25 @@ def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(
                 seen = torch.tensor([length - (last - end)], dtype=torch.int32)
                 alone = ops.paged_attention(q[at:end], kv, table[b : b + 1], bounds, seen, 0.2)
                 assert torch.equal(alone, whole[at:end])
+
+
+def test_attention_of_short_sequences_beside_a_long_one() -> None:
+    # Heads of a long sequence are taken one by one, those of a short one eight at once: the scratch has to hold either. A
+    # write behind it ends the process, so another one runs this.
+    code = f"""
+import torch
+from atts_engine.ops import native
+from tests.test_ops_native import batch_of
+torch.set_num_threads(1)
+for dtype in native.DTYPES:
+    native.use_isa({native.isa()!r})
+    q, kv, table, cu_q, kv_len = batch_of(dtype, (256, 8, 16, 16), [1, 16, 16, 16], [17000, 16, 40, 300])
+    found = native.paged_attention(q, kv, table, cu_q, kv_len, 0.25)
+    alone = native.paged_attention(q[1:], kv, table[1:], cu_q[1:] - 1, kv_len[1:], 0.25)
+    assert torch.equal(found[1:], alone)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_attention_refuses_what_is_not_a_batch(dtype: Dtype) -> None:

@@ -148,17 +148,20 @@ void attend_tile(const Unit<T>& unit, int64_t item, const int64_t* visible, T* c
   }
 }
 
+constexpr int64_t kScores = 48 << 10;  // floats of all heads' scores, where one head's are not more
+
 // KV heads whose scores are held at once.
 int64_t heads_at_once(int64_t heads, int64_t keys) {
-  constexpr int64_t kScores = 48 << 10;
   const int64_t fit = kScores / (kTile * keys), most = fit < kHeads ? fit : kHeads;
   return most < 1 ? 1 : heads < most ? heads : most;
 }
 
+// For every sequence of up to `longest` keys: a shorter one holds fewer scores of a head, but more heads at once.
 int64_t attention_scratch(const atts_attention_params& p, int64_t longest) {
   const int64_t group = p.heads / p.kv_heads, stride = (longest + 7) / 8 * 8;
-  return 2 * longest +
-         heads_at_once(p.kv_heads, stride) * ((kAttentionRows * group + kTile) * p.head_dim + kTile * stride);
+  const int64_t heads = heads_at_once(p.kv_heads, 8), most = heads * kTile * stride;
+  const int64_t scores = most < kScores ? most : kScores, of_one = kTile * stride;
+  return 2 * longest + heads * (kAttentionRows * group + kTile) * p.head_dim + (scores < of_one ? of_one : scores);
 }
 
 template <class T>
