@@ -189,11 +189,13 @@ int64_t draw(const Row<T>& row) {
     return 127.0f + 63.0f + 0x1p-9f + std::fabs(y) * 0x1p-19f - y;
   };
   float shift = shifted(best);
+  // Next to the smallest temperatures and the largest quotients the bound is not a number, and every token contends.
+  const bool bounded = std::isfinite(slope) && std::isfinite(shift);
   const auto contend = [&](int64_t id) {
     const float y = value_of(row.logits[id]) * slope + shift;  // 127 + 63 + log2 of the largest v that can win
-    if (!(y > 125.0f)) return;                                 // no v is below 2^-64
+    if (bounded && !(y > 125.0f)) return;                      // no v is below 2^-64
     const uint64_t bits = hashed(id);
-    if (y < 190.0f) {
+    if (bounded && y < 190.0f) {
       const uint32_t pattern = static_cast<uint32_t>(y * 8388608.0f);
       float bound;
       std::memcpy(&bound, &pattern, sizeof bound);
@@ -211,7 +213,7 @@ int64_t draw(const Row<T>& row) {
       shift = shifted(best);
     }
   };
-  const int64_t whole = row.vocab / 8 * 8;
+  const int64_t whole = bounded ? row.vocab / 8 * 8 : 0;
   uint32_t which = 0;
   for (int64_t id = 0; (id = run.contenders(row.logits, id, whole, slope, shift, stream, &which)) < whole; id += 8)
     for (; which; which &= which - 1) contend(id + __builtin_ctz(which));

@@ -110,8 +110,8 @@ def test_attention_gives_a_row_its_bits_alone_in_chunks_and_in_company(
 
 
 def test_attention_of_short_sequences_beside_a_long_one() -> None:
-    # Heads of a long sequence are taken one by one, those of a short one eight at once: the scratch has to hold either. A
-    # write behind it ends the process, so another one runs this.
+    # Heads of a long sequence are taken one by one, those of a short one eight at once: the scratch has to hold either.
+    # A write behind it ends the process, so another one runs this.
     code = f"""
 import torch
 from atts_engine.ops import native
@@ -312,6 +312,15 @@ def test_sample_at_extreme_temperatures(dtype: Dtype) -> None:
             assert ops.sample(logits, torch.tensor([temperature]), *parameters[1:]).tolist() == [least]
         assert 0 <= int(ops.sample(logits, 1 / torch.zeros(1), *parameters[1:])) < 3
         assert ops.sample(logits, nan, *parameters[1:]).tolist() == [-1]
+
+
+def test_sample_of_ties_at_zero_where_the_temperature_has_no_reciprocal(dtype: Dtype) -> None:
+    logits = torch.tensor([0.0, -0.0, -1e-38, -1.0] * 3, dtype=dtype).expand(64, -1)
+    parameters = [torch.full((64,), 1e-40), *sampling_rows(64, 5)[1:]]
+    found = ops.sample(logits, *parameters)
+    with ops.use("reference"):
+        assert torch.equal(found, ops.sample(logits, *parameters))
+    assert len(found.unique()) > 1
 
 
 def test_sample_of_strided_rows(dtype: Dtype) -> None:

@@ -34,7 +34,8 @@ def sample(
     The noise of a token is a hash of (seed, position, token id), so a row's draw does not depend on its place in the
     batch nor on the other rows. A row with NaN, a temperature of NaN among it, or without a finite largest logit gives
     -1. Implementations round masses each in their own way: a token whose mass ahead of it is within 2^-18 of the total
-    from top_p's border, or whose probability is as near to min_p's, may fall on either side.
+    from top_p's border, or whose probability is as near to min_p's, may fall on either side,
+    and logits that only the division by the temperature makes equal may count as ties or in their own order.
     """
     checks.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     rows, vocab = logits.shape
