@@ -31,6 +31,12 @@ bool all_aligned(const T*... arrays) {
   return (... && aligned(arrays, alignof(T)));
 }
 
+// Whether arrays of a dtype that was checked, NULL or not, are aligned to their element.
+template <class... Pointers>
+bool elements_aligned(int32_t dtype, Pointers... arrays) {
+  return (... && aligned(arrays, element_bytes(dtype)));
+}
+
 template <class Params>
 atts_status check_struct(const Params* params) {
   if (params == nullptr) return ATTS_ERROR_NULL_POINTER;

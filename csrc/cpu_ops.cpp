@@ -10,10 +10,20 @@
 
 namespace {
 
+using atts::all_aligned;
+using atts::elements_aligned;
 using atts::kernels;
 using atts::parallel;
+using atts::product;
 
 constexpr int64_t kScoreRows = 64;  // input rows whose block of logits lies in a thread's scratch
+
+constexpr int64_t kWidest = sizeof(float);  // bytes of an element, widened
+
+atts_status check_rows(int64_t rows, int64_t width, int64_t stride) {
+  if (product(rows, width, kWidest) < 0) return ATTS_ERROR_SHAPE;
+  return atts::check_strides(rows, 1, width, stride, width, kWidest);
+}
 
 template <class T>
 void score_tokens(const atts_score_tokens_params& p) {
@@ -50,6 +60,10 @@ extern "C" int atts_linear_cpu(const atts_linear_params* params) {
   const atts_linear_params& p = *params;
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (product(p.rows, p.in_features, kWidest) < 0 || product(p.out_features, p.in_features, kWidest) < 0 ||
+      product(p.rows, p.out_features, kWidest) < 0)
+    return ATTS_ERROR_SHAPE;
+  if (!elements_aligned(p.dtype, p.x, p.weight, p.bias, p.out)) return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.out == nullptr)
     return ATTS_ERROR_NULL_POINTER;
@@ -63,6 +77,10 @@ extern "C" int atts_score_tokens_cpu(const atts_score_tokens_params* params) {
   const atts_score_tokens_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (product(p.rows, p.width, kWidest) < 0 || product(p.vocab, p.width, kWidest) < 0 ||
+      product(p.rows, p.vocab, kWidest) < 0)
+    return ATTS_ERROR_SHAPE;
+  if (!elements_aligned(p.dtype, p.hidden, p.weight) || !all_aligned(p.ids, p.logprob)) return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.hidden == nullptr || (p.weight == nullptr && p.packed == nullptr) || p.ids == nullptr || p.logprob == nullptr)
     return ATTS_ERROR_NULL_POINTER;
@@ -80,6 +98,12 @@ extern "C" int atts_attention_cpu(const atts_attention_params* params) {
       p.head_dim % 16 || p.page < 1 || p.pages < 0 || p.table_width < 0 || p.threads < 1)
     return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (product(p.rows, p.heads, p.head_dim, kWidest) < 0 || product(p.table_width, p.page) < 0 ||
+      product(p.batch, p.table_width, sizeof(int32_t)) < 0 ||
+      product(2, p.pages, p.page, p.kv_heads, p.head_dim, kWidest) < 0)
+    return ATTS_ERROR_SHAPE;
+  if (!elements_aligned(p.dtype, p.q, p.kv, p.out) || !all_aligned(p.block_table, p.cu_q, p.kv_len))
+    return ATTS_ERROR_ALIGNMENT;
   if (p.cu_q == nullptr || (p.batch > 0 && p.kv_len == nullptr)) return ATTS_ERROR_NULL_POINTER;
   if (p.rows > 0 && (p.q == nullptr || p.kv == nullptr || p.block_table == nullptr || p.out == nullptr))
     return ATTS_ERROR_NULL_POINTER;
@@ -93,6 +117,8 @@ extern "C" int atts_rms_norm_cpu(const atts_rms_norm_params* params) {
   const atts_rms_norm_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (const int status = check_rows(p.rows, p.width, p.x_stride)) return status;
+  if (!elements_aligned(p.dtype, p.x, p.delta, p.weight, p.sum, p.out)) return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.weight == nullptr || p.out == nullptr || (p.delta == nullptr) != (p.sum == nullptr))
     return ATTS_ERROR_NULL_POINTER;
@@ -105,6 +131,9 @@ extern "C" int atts_silu_mul_cpu(const atts_silu_mul_params* params) {
   const atts_silu_mul_params& p = *params;
   if (p.rows < 0 || p.width < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  if (const int status = check_rows(p.rows, p.width, p.gate_stride)) return status;
+  if (const int status = check_rows(p.rows, p.width, p.up_stride)) return status;
+  if (!elements_aligned(p.dtype, p.gate, p.up, p.out)) return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.gate == nullptr || p.up == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
   atts::silu_mul(p);
@@ -116,6 +145,10 @@ extern "C" int atts_rope_cpu(const atts_rope_params* params) {
   const atts_rope_params& p = *params;
   if (p.rows < 0 || p.heads < 1 || p.head_dim < 2 || p.head_dim % 2 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  const int64_t width = product(p.heads, p.head_dim);
+  if (width < 0) return ATTS_ERROR_SHAPE;
+  if (const int status = check_rows(p.rows, width, p.row_stride)) return status;
+  if (!elements_aligned(p.dtype, p.x, p.out) || !all_aligned(p.cosine, p.sine)) return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.x == nullptr || p.cosine == nullptr || p.sine == nullptr || p.out == nullptr) return ATTS_ERROR_NULL_POINTER;
   atts::rope(p);

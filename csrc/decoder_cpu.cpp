@@ -62,7 +62,7 @@ atts_status check_arrays(const atts_decoder_params& p) {
     return ATTS_ERROR_NULL_POINTER;
   if (p.rows > 0 && (!p.ids || !p.positions || !p.block_table || !p.kv || !p.out || !p.workspace))
     return ATTS_ERROR_NULL_POINTER;
-  const auto elements = [&](auto... arrays) { return (... && aligned(arrays, element_bytes(p.dtype))); };
+  const auto elements = [&](auto... arrays) { return elements_aligned(p.dtype, arrays...); };
   if (!all_aligned(p.layer, p.cosine, p.sine, p.ids, p.positions, p.block_table, p.cu_q, p.kv_len) ||
       !elements(p.embed, p.norm, p.kv, p.out) || !aligned(p.workspace, kAlignment))
     return ATTS_ERROR_ALIGNMENT;

@@ -228,6 +228,11 @@ extern "C" int atts_sample_cpu(const atts_sample_params* params) {
   const atts_sample_params& p = *params;
   if (p.rows < 0 || p.vocab < 1 || p.threads < 1) return ATTS_ERROR_SHAPE;
   if (const int status = atts::check_dtype(p.dtype)) return status;
+  const int64_t bytes = atts::element_bytes(p.dtype);
+  if (const int status = atts::check_strides(p.rows, 1, p.vocab, p.logits_stride, p.vocab, bytes)) return status;
+  if (!atts::aligned(p.logits, bytes) ||
+      !atts::all_aligned(p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.position, p.ids))
+    return ATTS_ERROR_ALIGNMENT;
   if (p.rows == 0) return ATTS_OK;
   if (p.logits == nullptr || p.temperature == nullptr || p.top_k == nullptr || p.top_p == nullptr ||
       p.min_p == nullptr || p.seed == nullptr || p.position == nullptr || p.ids == nullptr)

@@ -78,3 +78,52 @@ def test_workspace_sizes_are_asked_for_without_arrays(library: ctypes.CDLL) -> N
         assert size.value == 0
         struct.struct_size -= 8
         assert ask(ctypes.byref(struct), ctypes.byref(size)) == STATUS["ERROR_ABI"]
+
+
+_ARRAY = torch.zeros(4096)
+_LONG = torch.zeros(64, dtype=torch.int64)
+_INT = torch.zeros(64, dtype=torch.int32)
+_KINDS = {"dtype": DTYPES[torch.float32], "threads": 1}
+_REFUSABLE = {
+    "linear": params("linear", x=_ARRAY, weight=_ARRAY, out=_ARRAY, rows=1, in_features=4, out_features=4, **_KINDS),
+    "score_tokens": params(
+        "score_tokens", hidden=_ARRAY, weight=_ARRAY, ids=_LONG, logprob=_ARRAY, rows=1, width=4, vocab=4, **_KINDS
+    ),
+    "attention": params(
+        "attention", q=_ARRAY, kv=_ARRAY, block_table=_INT, cu_q=_INT, kv_len=_INT, out=_ARRAY,
+        rows=1, batch=1, table_width=1, pages=1, page=4, heads=1, kv_heads=1, head_dim=16, **_KINDS,
+    ),
+    "rms_norm": params("rms_norm", x=_ARRAY, weight=_ARRAY, out=_ARRAY, rows=2, width=4, x_stride=4, **_KINDS),
+    "silu_mul": params(
+        "silu_mul", gate=_ARRAY, up=_ARRAY, out=_ARRAY, rows=2, width=4, gate_stride=4, up_stride=4, **_KINDS
+    ),
+    "rope": params(
+        "rope", x=_ARRAY, cosine=_ARRAY, sine=_ARRAY, out=_ARRAY, rows=2, heads=1, head_dim=4, row_stride=4, **_KINDS
+    ),
+    "sample": params(
+        "sample", logits=_ARRAY, temperature=_ARRAY, top_k=_LONG, top_p=_ARRAY, min_p=_ARRAY, seed=_LONG,
+        position=_LONG, ids=_LONG, rows=2, vocab=4, logits_stride=4, **_KINDS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", _REFUSABLE)
+def test_the_hosts_own_ops_check_alignment_strides_and_reach(library: ctypes.CDLL, op: str) -> None:
+    good = _REFUSABLE[op]
+    for name, kind in good._fields_:
+        value = getattr(good, name)
+        if kind is ctypes.c_void_p and value is not None:
+            changes = [(value + 1, "ERROR_ALIGNMENT")]
+        elif name.endswith("_stride"):
+            changes = [(3, "ERROR_STRIDE"), (-4, "ERROR_STRIDE"), (2**62, "ERROR_SHAPE")]
+        elif name in ("rows", "width", "vocab", "in_features", "out_features", "page", "head_dim"):
+            changes = [(2**62, "ERROR_SHAPE")]
+        else:
+            continue
+        for bad, status in changes:
+            changed = type(good).from_buffer_copy(good)
+            setattr(changed, name, bad)
+            if name in ("width", "vocab"):  # rows that are less far apart would be refused for that
+                for stride in (field for field, _ in good._fields_ if field.endswith("_stride")):
+                    setattr(changed, stride, bad)
+            assert (name, _call(library, f"{op}_cpu", changed)) == (name, status)
