@@ -108,6 +108,7 @@ def test_a_server_may_say_when() -> None:
 
     asyncio.run(run())
     assert _seconds("7") == 7.0 and _seconds("soon") is None and _seconds(None) is None
+    assert _seconds("inf") is _seconds("1e400") is _seconds("nan") is None  # a reply quotes it as a whole number
     assert _seconds(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
 
 

@@ -212,13 +212,15 @@ def _parsed_aside(text: bytes) -> Any:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Of a Retry-After header: a number of seconds, or a date (RFC 9110, section 10.2.3)."""
+    """Of a Retry-After header: a finite number of seconds, or a date (RFC 9110, section 10.2.3). None for others."""
     if retry_after is None:
         return None
     try:
-        return float(retry_after)
+        seconds = float(retry_after)
     except ValueError:
         pass
+    else:
+        return seconds if math.isfinite(seconds) else None
     try:
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
     except ValueError:
